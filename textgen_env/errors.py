@@ -1,0 +1,50 @@
+"""The error tree: everything this package raises on purpose.
+
+Each class also derives from the built-in (or Gymnasium) error that describes it best, so
+``except ValueError`` keeps working for callers who have never heard of this module. A message
+says what was given, what is allowed, and what to do.
+"""
+
+from __future__ import annotations
+
+import gymnasium as gym
+
+
+class TextGenError(Exception):
+    """Base of every deliberate error."""
+
+
+class ConfigError(TextGenError, ValueError):
+    """A setting is outside its range, or two settings contradict each other."""
+
+
+class UnknownName(ConfigError, LookupError):
+    """A name that no registry entry has."""
+
+
+class ModelError(TextGenError, ValueError):
+    """A language model cannot be found, loaded, or used for text generation."""
+
+
+class PromptError(TextGenError, ValueError):
+    """A prompt, or a source of prompts, that cannot be used."""
+
+
+class RewardError(TextGenError, ValueError):
+    """A reward raised, or answered something other than one finite number a text."""
+
+
+class IllegalAction(TextGenError, ValueError):
+    """An action outside ``Discrete(k)``, or one that the mask forbids."""
+
+
+class ResetNeeded(TextGenError, gym.error.ResetNeeded):
+    """``step`` before ``reset``, or after the end of the episode."""
+
+
+class CapacityError(TextGenError, MemoryError):
+    """More rows, longer texts, or a larger store than memory or the context allows."""
+
+
+class RunFolderError(TextGenError, OSError):
+    """A run folder that exists already, is incomplete, or belongs to another configuration."""

@@ -1,0 +1,57 @@
+"""Names to factories, with an error that helps."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Generic, TypeVar
+
+from textgen_env.errors import ConfigError, UnknownName
+
+T = TypeVar("T")
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownName:
+    """Return the error for ``name``, with the closest known one as a suggestion."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return UnknownName(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """A mapping that refuses duplicates and suggests a name when one is unknown.
+
+    >>> shapes: Registry[type] = Registry("shape")
+    >>> @shapes.register("square")
+    ... class Square: ...
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that files its argument under ``name``."""
+
+        def decorate(entry: T) -> T:
+            if name in self._entries:
+                raise ConfigError(f"{self.kind} {name!r} is registered already; choose another name")
+            self._entries[name] = entry
+            return entry
+
+        return decorate
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            raise unknown_name(self.kind, name, self._entries)
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
