@@ -11,6 +11,7 @@ completion equals the reward, so the increments sum to it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -65,11 +66,33 @@ class RunningScore(Protocol):
         """Return what each of k alternative completions would score: (k,) values of ``extend``."""
 
 
-@runtime_checkable
-class Reward(Protocol):
-    """A batch of finished texts to (B,) finite floats."""
+@dataclass(frozen=True)
+class Scored:
+    """Checked rewards of a batch: the total (B,) and the named parts it is made of, each (B,)."""
+
+    total: npt.NDArray[np.float64]
+    parts: Mapping[str, npt.NDArray[np.float64]]
+
+
+class Reward(ABC):
+    """A batch of finished texts to (B,) finite floats. Subclasses set ``name``."""
 
     name: str
 
+    @abstractmethod
     def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:
         """Return one finite number a generation."""
+
+    def running(self) -> RunningScore | None:
+        """Return the running score, or None where a prefix cannot be scored."""
+        return None
+
+    def scored(self, generations: Sequence[Generation]) -> Scored:
+        """Call the reward and check what it answers.
+
+        Raises:
+            RewardError: the reward raised, or answered the wrong shape, dtype, NaN or infinity.
+                Names the reward and the text; a raised error is chained.
+        """
+        total = check_rewards(self.name, self, generations)
+        return Scored(total, {self.name: total})
