@@ -1,0 +1,133 @@
+"""Everything ``gym.make("TextGen-v0", ...)`` accepts besides objects, checked once.
+
+The model, the prompts and the reward are looked up elsewhere; what remains is plain data, so a
+run can be rebuilt from JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from textgen_env.errors import ConfigError
+from textgen_env.registry import unknown_name
+
+OBSERVATION_KEYS = (
+    "tokens",
+    "length",
+    "budget",
+    "candidates",
+    "logprobs",
+    "score",
+    "candidate_scores",
+    "action_mask",
+    "hidden",
+)
+"""All keys of the Dict observation, in the order of the documentation."""
+
+FLAT_OBSERVATIONS = ("hidden", "tokens")
+"""Observations that are one flat Box, for agents built on a plain MLP."""
+
+RENDER_MODES = ("ansi", "human", "rgb_array")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """How an episode runs. Lengths are in tokens.
+
+    Raises:
+        ConfigError: a value outside its range (which, and what is allowed).
+    """
+
+    reward_at: str = "end"  # "end": once; "step": the increments of the running score
+    top_k: int | None = 16  # candidates a step = number of actions; None: the whole vocabulary
+    top_p: float = 1.0  # candidates beyond this cumulative probability are masked
+    max_new_tokens: int = 32  # reaching it ends the episode
+    min_new_tokens: int = 0  # end tokens are not proposed before
+    max_prompt_tokens: int = 64
+    stop: tuple[str, ...] = ()  # strings that end the episode once the completion holds one
+    observation: str | tuple[str, ...] = "default"
+    on_illegal: str = "raise"  # or "last_legal": map a masked action and count it
+    dtype: str = "auto"  # of the language model's weights
+    trust_remote_code: bool = False  # run code that a hub repository ships
+    render_mode: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("reward_at", self.reward_at, ("end", "step"))
+        _one_of("on_illegal", self.on_illegal, ("raise", "last_legal"))
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("render_mode", self.render_mode, (None, *RENDER_MODES))
+        _at_least("max_new_tokens", self.max_new_tokens, 1)
+        _at_least("max_prompt_tokens", self.max_prompt_tokens, 1)
+        _at_least("min_new_tokens", self.min_new_tokens, 0)
+        if self.top_k is not None:
+            _at_least("top_k", self.top_k, 1)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError(
+                f"min_new_tokens must be at most max_new_tokens={self.max_new_tokens}, got {self.min_new_tokens}"
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not all(isinstance(s, str) and s for s in stop):
+            raise ConfigError(f"stop must be non-empty strings, got {self.stop!r}")
+        object.__setattr__(self, "stop", stop)
+        self._check_observation()
+
+    def _check_observation(self) -> None:
+        if isinstance(self.observation, str):
+            _one_of("observation", self.observation, ("default", "full", *FLAT_OBSERVATIONS))
+            return
+        keys = tuple(self.observation)
+        if not keys or len(set(keys)) != len(keys):
+            raise ConfigError(f"observation must name distinct keys, at least one, got {keys}")
+        for key in keys:
+            if key not in OBSERVATION_KEYS:
+                raise unknown_name("observation key", key, OBSERVATION_KEYS)
+        if self.top_k is None:
+            for key in {"candidates", "candidate_scores"} & set(keys):
+                raise ConfigError(
+                    f"observation key {key!r} needs top_k: with top_k=None action i is token id i and the "
+                    "whole vocabulary would be listed; set top_k, or leave the key out"
+                )
+        object.__setattr__(self, "observation", keys)
+
+    def keys(self, scores_prefixes: bool) -> tuple[str, ...]:
+        """Return the keys that are computed, given whether the reward can score a prefix.
+
+        Raises:
+            ConfigError: ``candidate_scores`` was named but the reward cannot score a prefix.
+        """
+        left_out = set()
+        if self.top_k is None:
+            left_out |= {"candidates", "candidate_scores"}
+        if not scores_prefixes:
+            left_out.add("candidate_scores")
+        match self.observation:
+            case "full":
+                keys: Sequence[str] = OBSERVATION_KEYS
+            case "default":
+                keys, left_out = OBSERVATION_KEYS, left_out | {"hidden", "candidate_scores"}
+            case "hidden":
+                keys = ("hidden", "logprobs", "budget", "score")
+            case "tokens":
+                keys = ("length", "budget", "tokens")
+            case _:
+                keys = self.observation
+                if "candidate_scores" in keys and not scores_prefixes:
+                    raise ConfigError(
+                        "observation key 'candidate_scores' needs a reward that can score a prefix; this one "
+                        "cannot: leave the key out, or give the reward a running() score"
+                    )
+        return tuple(key for key in keys if key not in left_out)
+
+
+def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
