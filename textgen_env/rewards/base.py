@@ -3,7 +3,8 @@
 Some rewards can also score an unfinished text, cheaply and incrementally. They offer a
 ``RunningScore``; the environment then shows ``score`` and ``candidate_scores`` to the agent and
 can pay the increments step by step (``reward_at="step"``). A running score's value for the whole
-completion equals the reward, so the increments sum to it.
+completion equals the reward, so the increments sum to it; where it covers only a part (a mix with
+a part that cannot be scored, ``Shaped``), the last step pays the difference.
 
     [Generation] * B  ->  Reward  ->  (B,) float64
     completion so far ->  RunningScore.extend -> state (.value)  ->  lookahead -> (k,) float32
@@ -12,12 +13,15 @@ completion equals the reward, so the increments sum to it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+
+from textgen_env.errors import RewardError
+from textgen_env.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,21 @@ class ScoreState(Protocol):
         """The score of the completion so far, in reward units."""
 
 
+S = TypeVar("S", bound=ScoreState)
+
+
 @runtime_checkable
-class RunningScore(Protocol):
+class RunningScore(Protocol[S]):
     """Scores prefixes of one completion, reusing what the prefix already paid for."""
 
-    def start(self, prompt: str, reference: str | None, metadata: Mapping[str, Any]) -> ScoreState:
+    def start(self, prompt: str, reference: str | None, metadata: Mapping[str, Any]) -> S:
         """Return the state of the empty completion."""
 
-    def extend(self, state: ScoreState, completion: str) -> ScoreState:
+    def extend(self, state: S, completion: str) -> S:
         """Return the state of ``completion``, which usually, but not always, extends the state's own
         (the last characters of a partial code point may change)."""
 
-    def lookahead(self, state: ScoreState, completions: Sequence[str]) -> npt.NDArray[np.float32]:
+    def lookahead(self, state: S, completions: Sequence[str]) -> npt.NDArray[np.float32]:
         """Return what each of k alternative completions would score: (k,) values of ``extend``."""
 
 
@@ -75,7 +82,11 @@ class Scored:
 
 
 class Reward(ABC):
-    """A batch of finished texts to (B,) finite floats. Subclasses set ``name``."""
+    """A batch of finished texts to (B,) finite floats. Subclasses set ``name``.
+
+    The score of a text must not depend on its neighbours in the batch. A registered reward is a
+    frozen dataclass whose fields are plain data, which is what lets a run folder store it.
+    """
 
     name: str
 
@@ -83,7 +94,7 @@ class Reward(ABC):
     def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:
         """Return one finite number a generation."""
 
-    def running(self) -> RunningScore | None:
+    def running(self) -> RunningScore[Any] | None:
         """Return the running score, or None where a prefix cannot be scored."""
         return None
 
@@ -96,3 +107,57 @@ class Reward(ABC):
         """
         total = check_rewards(self.name, self, generations)
         return Scored(total, {self.name: total})
+
+
+REWARDS: Registry[Callable[..., Reward]] = Registry("reward")
+"""Rewards in the box by name: factories that take the reward's settings as keywords."""
+
+
+def check_rewards(
+    name: str, function: Callable[[Sequence[Generation]], Any], generations: Sequence[Generation]
+) -> npt.NDArray[np.float64]:
+    """Return ``function(generations)`` as (B,) finite float64, or say what is wrong with it.
+
+    Integers and booleans count as numbers; strings, objects and complex numbers do not.
+
+    Raises:
+        RewardError: names the reward and a text; an error raised by ``function`` is chained.
+    """
+    try:
+        answer = np.asarray(function(generations))
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"reward {name!r} raised {type(error).__name__}: {error} (while scoring {_texts(generations)})"
+        ) from error
+    if answer.dtype.kind not in "biuf":
+        raise RewardError(
+            f"reward {name!r} answered dtype {answer.dtype}, not numbers, for {_texts(generations)}; "
+            "return one float a text"
+        )
+    if answer.shape != (len(generations),):
+        raise RewardError(
+            f"reward {name!r} answered shape {answer.shape} for {_texts(generations)}; "
+            f"expected ({len(generations)},), one number a text"
+        )
+    bad = np.flatnonzero(~np.isfinite(answer))
+    if bad.size:
+        raise RewardError(
+            f"reward {name!r} answered {answer[bad[0]]} for the completion "
+            f"{shorten(generations[bad[0]].completion)}; rewards must be finite"
+        )
+    return answer.astype(np.float64)
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """Return the quoted text for an error message, its middle left out where it is long."""
+    half = limit // 2
+    return repr(text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}")
+
+
+def _texts(generations: Sequence[Generation]) -> str:
+    if not generations:
+        return "no texts"
+    first = f"the completion {shorten(generations[0].completion)}"
+    return first if len(generations) == 1 else f"{len(generations)} texts, the first of them {first}"

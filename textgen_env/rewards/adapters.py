@@ -1,0 +1,151 @@
+"""Rewards from other libraries: ``evaluate`` modules and ``transformers`` text classifiers.
+
+Neither library is imported here; an object is recognised by the modules its classes come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from textgen_env.errors import ConfigError, RewardError
+from textgen_env.rewards.base import REWARDS, Generation, Reward, shorten
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule
+    from transformers import TextClassificationPipeline
+
+
+def comes_from(thing: Any, package: str) -> bool:
+    """Return whether a class of ``thing`` is defined in ``package``."""
+    return any(f"{cls.__module__}.".startswith(f"{package}.") for cls in type(thing).__mro__)
+
+
+class EvaluateReward(Reward):
+    """One figure of an ``evaluate`` module, computed text by text.
+
+    Predictions are completions and references are the prompts' references, where the module takes
+    any. Cost: 2.5 to 4 ms a text, most of it ``evaluate``'s own; the rewards in the box call the
+    same backends directly.
+
+    Args:
+        module: An ``evaluate.EvaluationModule``.
+        key: Which figure of the module's answer; not needed where there is only one number, or
+            one that has the module's name.
+    """
+
+    def __init__(self, module: EvaluationModule, key: str | None = None) -> None:
+        self.module = module
+        self.key = key
+        self.name = str(module.name)
+
+    def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:
+        return np.array([self._one(generation) for generation in generations], np.float64)
+
+    def _one(self, generation: Generation) -> float:
+        inputs: dict[str, Any] = {"predictions": [generation.completion]}
+        features = self.module.features
+        names = set().union(*features) if isinstance(features, list) else set(features)
+        if "references" in names:
+            inputs["references"] = [reference_of(generation, self.name)]
+        answer = self.module.compute(**inputs)
+        figures = {key: value for key, value in answer.items() if np.ndim(value) == 0}
+        if self.key is not None:
+            wanted = self.key
+        elif len(figures) == 1:
+            wanted = next(iter(figures))
+        else:
+            wanted = self.name
+        if wanted not in figures:
+            raise RewardError(
+                f"the evaluate module {self.name!r} has no single number {wanted!r} in its answer; "
+                f"choose one with EvaluateReward(module, key=...): {', '.join(sorted(figures))}"
+            )
+        return float(figures[wanted])
+
+
+def reference_of(generation: Generation, reward: str) -> str:
+    """Return the reference of ``generation``.
+
+    Raises:
+        RewardError: there is none.
+    """
+    if generation.reference is None:
+        raise RewardError(
+            f"reward {reward!r} needs a reference, and the prompt {shorten(generation.prompt)} has none; "
+            'give prompts as {"prompt": ..., "reference": ...}'
+        )
+    return generation.reference
+
+
+class PipelineReward(Reward):
+    """The probability that a ``transformers`` text-classification pipeline gives to one label.
+
+    Range: 0 to 1, softmax over the labels (sigmoid for models with several labels at a time).
+    Cost: one batched forward of the classifier.
+    How it is gamed: classifiers are brittle off their training data; keep a second one to look with.
+
+    Args:
+        pipeline: A ``TextClassificationPipeline``.
+        label: The label whose probability is the reward; without it, the last one (that is
+            "positive" for the usual two-label sentiment models).
+        batch_size: Texts in one forward.
+    """
+
+    name = "pipeline"
+
+    def __init__(self, pipeline: TextClassificationPipeline, label: str | None = None, batch_size: int = 32) -> None:
+        labels = list((pipeline.model.config.id2label or {}).values())
+        if label is not None and label not in labels:
+            raise ConfigError(f"the classifier has no label {label!r}; it has {', '.join(labels)}")
+        self.pipeline = pipeline
+        self.label = label if label is not None else labels[-1]
+        self.batch_size = batch_size
+
+    def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:
+        texts = [generation.completion for generation in generations]
+        answers: Any = self.pipeline(texts, top_k=None, truncation=True, batch_size=self.batch_size)
+        by_label = [{score["label"]: score["score"] for score in scores} for scores in answers]
+        return np.array([scores[self.label] for scores in by_label], np.float64)
+
+
+@REWARDS.register("transformers")
+@dataclass(frozen=True)
+class TransformersClassifier(Reward):
+    """A ``transformers`` sequence classifier from a folder or a hub id: the probability of a label.
+
+    Range, cost and gaming as ``PipelineReward``, which does the work; the model loads with the
+    first batch and once a process.
+
+    Args:
+        model: A folder in Hugging Face form, or a hub id.
+        label: As in ``PipelineReward``.
+        batch_size: Texts in one forward.
+    """
+
+    model: str
+    label: str | None = None
+    batch_size: int = 32
+
+    name = "transformers"
+
+    def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:
+        return PipelineReward(_pipeline(self.model), self.label, self.batch_size)(generations)
+
+
+@lru_cache(maxsize=4)
+def _pipeline(model: str) -> TextClassificationPipeline:
+    from transformers import pipeline
+
+    try:
+        return pipeline("text-classification", model=str(Path(model).expanduser()))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no sequence classifier at {model!r}: {error}; give a folder in Hugging Face form or a hub id"
+        ) from error
