@@ -6,8 +6,10 @@ run can be rebuilt from JSON.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral
+from typing import Any
 
 from textgen_env.errors import ConfigError
 from textgen_env.registry import unknown_name
@@ -93,6 +95,19 @@ class EnvConfig:
                 )
         object.__setattr__(self, "observation", keys)
 
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> EnvConfig:
+        """Return the configuration with these fields.
+
+        Raises:
+            UnknownName: a field that does not exist (with a suggestion).
+        """
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise unknown_name("argument", name, ["model", "prompts", "reward", *known])
+        return cls(**settings)
+
     def keys(self, scores_prefixes: bool) -> tuple[str, ...]:
         """Return the keys that are computed, given whether the reward can score a prefix.
 
@@ -128,6 +143,6 @@ def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def _at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")

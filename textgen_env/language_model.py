@@ -110,7 +110,9 @@ class LanguageModel(ABC):
         """
 
     @abstractmethod
-    def continuations(self, prompt_ids: Sequence[int], ids: Sequence[int], candidates: Sequence[int]) -> list[str]:
+    def continuations(
+        self, prompt_ids: Sequence[int], ids: Sequence[int], candidates: Sequence[int]
+    ) -> list[str]:
         """Return, for each candidate token, the completion ``decode(ids + [candidate])``; cheap.
 
         ``prompt_ids`` is the context that ``ids`` continue (some tokenizers strip a leading space

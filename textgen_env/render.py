@@ -1,0 +1,47 @@
+"""The text so far and the candidates with their probabilities: as a string, and as an image."""
+
+from __future__ import annotations
+
+import textwrap
+
+import numpy as np
+import numpy.typing as npt
+
+from textgen_env.episode import Episodes
+
+BAR = 20  # characters of the bar that stands for probability 1
+SHOWN = 16  # candidates listed
+
+
+def describe(episodes: Episodes, row: int) -> str:
+    """Return the row as text: prompt | completion, then one line a candidate, best first."""
+    state = episodes.state
+    if state.prompt[row] is None:
+        return "(no episode: call reset)"
+    prompt_ids, ids = episodes.ids_of(row)
+    completion = episodes.text_of(row)
+    status = "" if state.live[row] else "   [end]"
+    lines = [f"{state.prompt[row].text}│{completion}{status}"]
+    lines.append(f"{len(ids)} of {episodes.config.max_new_tokens} tokens, score {state.score[row]:.3f}")
+    if not state.live[row]:
+        return "\n".join(lines)
+    best = np.argsort(-state.logprobs[row], kind="stable")[:SHOWN]
+    tokens = state.candidates[row, best].tolist()
+    texts = [text[len(completion) :] for text in episodes.model.continuations(prompt_ids, ids, tokens)]
+    for action, token, text in zip(best, tokens, texts, strict=True):
+        if state.legal[row, action]:
+            probability = float(np.exp(state.logprobs[row, action]))
+            shown = "<end>" if token in episodes.model.end_ids else repr(text)
+            lines.append(f"{action:>4} {probability:6.1%} {'█' * round(BAR * probability):<{BAR}} {shown}")
+    return "\n".join(lines)
+
+
+def draw(episodes: Episodes, row: int) -> npt.NDArray[np.uint8]:
+    """Return ``describe`` drawn in black on white, (420, 640, 3) uint8."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.new("RGB", (640, 420), "white")
+    lines = [part for line in describe(episodes, row).splitlines() for part in textwrap.wrap(line, 90) or [""]]
+    font = ImageFont.load_default(size=13)
+    ImageDraw.Draw(image).multiline_text((10, 10), "\n".join(lines).replace("│", "|"), fill="black", font=font)
+    return np.asarray(image, dtype=np.uint8).copy()

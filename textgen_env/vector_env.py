@@ -1,0 +1,186 @@
+"""``make_vec("TextGen-v0", num_envs=N)``: N texts at a time, one batched forward a step.
+
+The rows are those of N single environments; row ``i`` is seeded with ``seed + i``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from textgen_env.env import chosen_prompt, flatten, hold_objects, observation_space, open_episodes
+from textgen_env.errors import ConfigError
+from textgen_env.prompts import Prompt
+from textgen_env.render import describe, draw
+
+
+class TextGenVectorEnv(VectorEnv[Any, Any, Any]):
+    """N texts at a time. Arguments, spaces and rewards are those of ``TextGenEnv``.
+
+    Ended rows restart as ``autoreset_mode`` says: in the same step (the default; their last
+    observation and info are in ``infos["final_obs"]`` and ``infos["final_info"]``), at the next
+    step (whose action they ignore), or when ``reset(options={"reset_mask": (N,) bool})`` says so.
+    ``options["prompt"]`` is one text for all rows, or a list of N.
+    """
+
+    metadata: dict[str, Any]
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        model: Any = "smollm2",
+        prompts: Any = None,
+        reward: Any = "sentiment",
+        *,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        **settings: Any,
+    ) -> None:
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.metadata = {
+            "render_modes": ["ansi", "human", "rgb_array"],
+            "render_fps": 4,
+            "autoreset_mode": self.autoreset_mode,
+        }
+        self.episodes = open_episodes(model, prompts, reward, settings, rows=num_envs)
+        self.num_envs = num_envs
+        self.render_mode = self.episodes.config.render_mode
+        self.single_observation_space = observation_space(self.episodes)
+        self.single_action_space = spaces.Discrete(self.episodes.k)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._all = np.arange(num_envs)
+        self._generators: list[np.random.Generator | None] = [None] * num_envs
+        self._spec: EnvSpec | None = None
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Start a text in every row, or in the rows of ``options["reset_mask"]``."""
+        options = dict(options or {})
+        rows = self._masked_rows(options.pop("reset_mask", None))
+        self._seed(rows, seed)
+        self._begin(rows, chosen_prompt(options))
+        self.episodes.refresh(rows)
+        self._show_human()
+        return self._observation(self._all), {}
+
+    def step(self, actions: npt.ArrayLike) -> tuple[Any, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], Any]:
+        """Append one token to each row; one forward serves rows that go on and rows that restart."""
+        actions = np.asarray(actions)
+        if actions.shape != (self.num_envs,):
+            raise ConfigError(f"actions must have shape ({self.num_envs},), got {actions.shape}")
+        restart = ~self.episodes.state.live if self.autoreset_mode == AutoresetMode.NEXT_STEP else self._none()
+        acting = self._all[~restart]
+        outcome = self.episodes.act(acting, actions[acting])
+        rewards = np.zeros(self.num_envs)
+        terminations = self._none()
+        rewards[acting] = outcome.rewards
+        terminations[acting] = outcome.ended
+        ended = acting[outcome.ended]
+        self.episodes.show_end(ended)
+
+        infos: dict[str, Any] = {}
+        same_step = self.autoreset_mode == AutoresetMode.SAME_STEP
+        if same_step and len(ended):
+            final = self.episodes.observe(ended)
+            for j, row in enumerate(ended):
+                last = flatten(self.episodes, {key: value[j] for key, value in final.items()})
+                infos = self._add_info(infos, {"final_obs": last}, int(row))
+        for row, info in zip(acting, outcome.infos, strict=True):
+            if info:
+                is_final = same_step and terminations[row]
+                infos = self._add_info(infos, {"final_info": info} if is_final else info, int(row))
+        fresh = ended if same_step else self._all[restart]
+        if len(fresh):
+            self._begin(fresh, None)
+        self.episodes.refresh(self._all[self.episodes.state.live])
+        self._show_human()
+        return self._observation(self._all), rewards, terminations, self._none(), infos
+
+    def fork(self, src: npt.ArrayLike, dst: npt.ArrayLike) -> Any:
+        """Let row ``dst[i]`` become row ``src[i]``, model cache and running score included.
+
+        Each row keeps its own random generator. Returns the observation of all rows.
+
+        Raises:
+            IndexError: a row out of range, or a ``dst`` named twice.
+        """
+        self.episodes.fork(np.atleast_1d(np.asarray(src)), np.atleast_1d(np.asarray(dst)))
+        return self._observation(self._all)
+
+    def action_masks(self) -> npt.NDArray[np.bool_]:
+        """Return which actions are legal now, (N, k) bool."""
+        return self.episodes.state.legal.copy()
+
+    def render(self) -> tuple[Any, ...] | None:
+        """Return one string (``ansi``) or image (``rgb_array``) a row."""
+        if self.render_mode == "ansi":
+            return tuple(describe(self.episodes, row) for row in range(self.num_envs))
+        if self.render_mode == "rgb_array":
+            return tuple(draw(self.episodes, row) for row in range(self.num_envs))
+        return None
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """The registration; objects in it are held by reference, since Gymnasium deep-copies specs."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = hold_objects(spec)
+
+    def _observation(self, rows: npt.NDArray[np.int64]) -> Any:
+        return flatten(self.episodes, self.episodes.observe(rows))
+
+    def _none(self) -> npt.NDArray[np.bool_]:
+        return np.zeros(self.num_envs, np.bool_)
+
+    def _begin(self, rows: npt.NDArray[np.int64], given: str | Sequence[str] | None) -> None:
+        if given is None:
+            prompts = [self.episodes.draw(self._generator(row)) for row in rows]
+        elif isinstance(given, str):
+            prompts = [Prompt(given)] * len(rows)
+        elif len(given) == self.num_envs:
+            prompts = [Prompt(given[row]) for row in rows]
+        else:
+            raise ConfigError(f"options['prompt'] must be one text or {self.num_envs} of them, got {len(given)}")
+        self.episodes.begin(rows, prompts)
+
+    def _generator(self, row: int) -> np.random.Generator:
+        generator = self._generators[row]
+        if generator is None:
+            generator, _ = seeding.np_random(None)
+            self._generators[row] = generator
+        return generator
+
+    def _seed(self, rows: npt.NDArray[np.int64], seed: int | Sequence[int | None] | None) -> None:
+        if seed is None:
+            return
+        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed)
+        if len(seeds) != self.num_envs:
+            raise ConfigError(f"seed must be one number or {self.num_envs} of them, got {len(seeds)}")
+        for row in rows:
+            if seeds[row] is not None:
+                self._generators[row], _ = seeding.np_random(seeds[row])
+
+    def _masked_rows(self, mask: Any) -> npt.NDArray[np.int64]:
+        if mask is None:
+            return self._all
+        mask = np.asarray(mask)
+        if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
+            raise ConfigError(
+                f"reset_mask must be ({self.num_envs},) bool with at least one True, got {mask.dtype} {mask.tolist()}"
+            )
+        return self._all[mask]
+
+    def _show_human(self) -> None:
+        if self.render_mode == "human":
+            print("\n\n".join(describe(self.episodes, row) for row in range(self.num_envs)), flush=True)
