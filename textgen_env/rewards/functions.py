@@ -37,7 +37,7 @@ class FunctionReward(Reward):
 
     def __init__(self, function: Callable[[Any], Any], name: str | None = None) -> None:
         self.function = function
-        named: str = name or getattr(function, "__name__", type(function).__name__)
+        named = str(name or getattr(function, "__name__", type(function).__name__))
         self.name = "function" if named == "<lambda>" else named
         self._takes_generations = getattr(function, "takes_generations", False)
 
