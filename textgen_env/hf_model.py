@@ -1,0 +1,483 @@
+"""Hugging Face causal language models behind ``LanguageModel``: slots, a KV cache, and a memo.
+
+A row of slots is its token ids and the number of them whose keys and values are cached. To start,
+advance or fork a row only changes these; ``propose`` feeds each row the ids that its cache lacks,
+all rows in one forward. So a row whose proposals are remembered can skip the forward, and is
+caught up in one chunk when it meets a new prefix.
+
+    ids (R, T), length (R,), cached (R,)  ->  length - cached tokens a row  ->  decoder  ->  Proposals
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from textgen_env.candidates import top_candidates
+from textgen_env.decoders import Batch, Decoder, GenericDecoder, Group, KeyValues, LlamaDecoder
+from textgen_env.device import available_bytes, pick_dtype
+from textgen_env.errors import CapacityError, ConfigError, ModelError, PromptError, ResetNeeded
+from textgen_env.language_model import LanguageModel, Proposals, Slots
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+UNLIMITED = 1 << 30
+Rows = npt.NDArray[np.int64]
+T = TypeVar("T")
+
+
+class HFModel(LanguageModel):
+    """A causal LM and its tokenizer, as loaded by ``from_pretrained``.
+
+    The module is put into eval mode and otherwise left alone; it goes on working for its owner.
+    Its weights are read once: wrap it again after changing them. The first forward is checked
+    against the model's own, so an architecture that the engine gets wrong is refused, not guessed.
+
+    Args:
+        model: The causal LM, on any device, in any floating dtype.
+        tokenizer: Its tokenizer.
+        name: Shown in error messages and logs.
+        memo_bytes: Bound of what each ``slots`` remembers: half for proposals of prefixes seen
+            before, half for the keys and values of prompts. 0 remembers nothing.
+
+    Memory of ``slots(rows, length, k)``, see ``slots_bytes``:
+        rows * length * layers * kv_heads * (key_size + value_size) * bytes per number
+        + rows * vocabulary * bytes per number (logits) + 8 MB (scratch of the candidates) + memo_bytes.
+
+    Raises:
+        ModelError: no tokenizer, no end-of-text token, or an architecture that caches something
+            other than keys and values for each token.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str | None = None,
+        memo_bytes: int = 64 << 20,
+    ) -> None:
+        self.name = name or model.config.name_or_path or type(model).__name__
+        if tokenizer is None:
+            raise ModelError(f"model {self.name!r} has no tokenizer; pass the one it was trained with")
+        if memo_bytes < 0:
+            raise ConfigError(f"memo_bytes must not be negative, got {memo_bytes}")
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"{type(model).__name__} has no output embedding: a causal language model is needed")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.memo_bytes = memo_bytes
+        self.vocab_size, self.hidden_size = head.weight.shape
+        self.max_context = _max_context(model.config.get_text_config())
+        self.end_ids = _end_ids(model, tokenizer)
+        if not self.end_ids:
+            raise ModelError(
+                f"model {self.name!r} has no end-of-text token: set tokenizer.eos_token or "
+                "model.generation_config.eos_token_id"
+            )
+        self._token_bytes = _byte_level_tokens(tokenizer, self.vocab_size)
+        self.decoder = _agreeing_decoder(self)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def continuations(self, prompt_ids: Sequence[int], ids: Sequence[int], candidates: Sequence[int]) -> list[str]:
+        if self._token_bytes is not None:
+            known = self._token_bytes
+            prefix = b"".join([known[i] for i in ids])
+            return [(prefix + known[c]).decode("utf-8", "replace") for c in candidates]
+        # Other tokenizers strip a leading space at the start of a text: decode after the prompt.
+        before = self.decode(prompt_ids)
+        texts = [self.decode([*prompt_ids, *ids, c]) for c in candidates]
+        return [
+            text[len(before) :] if text.startswith(before) else self.decode([*ids, c])
+            for text, c in zip(texts, candidates, strict=True)
+        ]
+
+    def slots(self, rows: int, length: int, k: int | None) -> HFSlots:
+        most = self.vocab_size - len(self.end_ids)
+        if k is not None and not 1 <= k <= most:
+            raise ConfigError(f"top_k must be in 1..{most} (vocabulary without end tokens), got {k}")
+        if rows < 1:
+            raise ConfigError(f"rows must be at least 1, got {rows}")
+        if not 1 <= length <= self.max_context:
+            raise ConfigError(f"a row of model {self.name!r} holds 1..{self.max_context} tokens, got length={length}")
+        needed, free = self.slots_bytes(rows, length), available_bytes(self.decoder.shape.device)
+        if needed > free:
+            raise CapacityError(
+                f"{rows} rows of {length} tokens need {needed:,} bytes and {free:,} are free: "
+                "use fewer rows or shorter texts"
+            )
+        return HFSlots(self, self.decoder, rows, length, k)
+
+    def slots_bytes(self, rows: int, length: int) -> int:
+        """Return the bytes that ``slots(rows, length, k)`` takes at most."""
+        shape = self.decoder.shape
+        logits = rows * self.vocab_size * shape.dtype.itemsize
+        return rows * length * shape.token_bytes + logits + (8 << 20) + self.memo_bytes
+
+
+@dataclass(frozen=True)
+class SavedRow:
+    """A row taken out of its slots: ids, and the keys and values cached for them."""
+
+    owner: HFModel
+    ids: npt.NDArray[np.int32]
+    prompt_length: int
+    key_values: tuple[torch.Tensor, torch.Tensor]
+
+
+class HFSlots(Slots):
+    """Rows of text with a KV cache. See ``Slots`` for the contract."""
+
+    def __init__(self, model: HFModel, decoder: Decoder, rows: int, length: int, k: int | None) -> None:
+        self.model = model
+        self.rows = rows
+        self.length = length
+        self.k = k
+        self._decoder = decoder
+        self._ids = np.zeros((rows, length), np.int32)
+        self._held = np.zeros(rows, np.int64)  # tokens of each row
+        self._cached = np.zeros(rows, np.int64)  # how many of them have keys and values
+        self._prompt = np.zeros(rows, np.int64)  # how many of them are the prompt
+        self._memo: _Bounded[npt.NDArray[np.float32]] = _Bounded(model.memo_bytes // 2)
+        self._prompts: _Bounded[tuple[torch.Tensor, torch.Tensor]] = _Bounded(model.memo_bytes // 2)
+        with torch.inference_mode():
+            self.cache = KeyValues(decoder.shape, rows, length, decoder.time_last)
+
+    # --- bookkeeping
+
+    def start(self, rows: Rows, prompts: Sequence[Sequence[int]]) -> None:
+        self._check_rows(rows)
+        arrays = [np.asarray(prompt, np.int64) for prompt in prompts]
+        for ids in arrays:
+            if not len(ids):
+                raise PromptError("a prompt needs at least one token")
+            if len(ids) > self.length:
+                raise CapacityError(f"a row holds at most {self.length} tokens, got a prompt of {len(ids)}")
+            self._check_ids(ids)
+        for row, ids in zip(rows, arrays, strict=True):
+            self._ids[row, : len(ids)] = ids
+            self._held[row] = self._prompt[row] = len(ids)
+            self._cached[row] = 0
+            known = self._prompts.get(self._key(row, len(ids)))
+            if known is not None:
+                self._write(row, known)
+                self._cached[row] = len(ids)
+
+    def advance(self, rows: Rows, tokens: npt.NDArray[np.int64]) -> None:
+        self._check_rows(rows, started=True)
+        self._check_ids(tokens)
+        held = self._held[rows]
+        if (held >= self.length).any():
+            raise CapacityError(f"row {rows[held.argmax()]} is full: it holds all of its {self.length} tokens")
+        self._ids[rows, held] = tokens
+        self._held[rows] = held + 1
+
+    def fork(self, src: Rows, dst: Rows) -> None:
+        self._check_rows(src, started=True)
+        self._check_rows(dst)
+        for array in (self._ids, self._held, self._cached, self._prompt):
+            array[dst] = array[src]
+        self._write(dst, self._read(src))
+
+    def save(self, row: int) -> SavedRow:
+        self._check_rows(np.array([row]), started=True)
+        ids = self._ids[row, : self._held[row]].copy()
+        return SavedRow(self.model, ids, int(self._prompt[row]), self._read(row))
+
+    def load(self, row: int, saved: SavedRow) -> None:
+        self._check_rows(np.array([row]))
+        if not isinstance(saved, SavedRow) or saved.owner is not self.model:
+            of = repr(saved.owner.name) if isinstance(saved, SavedRow) else f"a {type(saved).__name__}"
+            raise ModelError(f"this was not saved from slots of this very model {self.model.name!r}, but of {of}")
+        if len(saved.ids) > self.length:
+            raise CapacityError(f"a row holds at most {self.length} tokens, the saved one holds {len(saved.ids)}")
+        self._ids[row, : len(saved.ids)] = saved.ids
+        self._held[row], self._prompt[row] = len(saved.ids), saved.prompt_length
+        self._cached[row] = saved.key_values[0].shape[-2]
+        self._write(row, saved.key_values)
+
+    def rebuild(self) -> None:
+        self._memo.clear()
+        self._prompts.clear()
+        self._cached[:] = 0
+
+    # --- proposals
+
+    def propose(self, rows: Rows, block_end: npt.NDArray[np.bool_]) -> Proposals:
+        self._check_rows(rows, started=True)
+        block_end = np.asarray(block_end, bool)
+        keys = [
+            self._key(row, self._held[row]) + (b"\1" if flag else b"\0")
+            for row, flag in zip(rows, block_end, strict=True)
+        ]
+        known = [self._memo.get(key) for key in keys]
+        hit = np.array([entry is not None for entry in known])
+        # A row that lacks one token rides along in the forward for almost nothing, and stays in
+        # step. So it is left out only if half of the rows are; rows that lack more always are.
+        lagging = self._held[rows] - self._cached[rows] > 1
+        if 2 * hit.sum() < len(rows):
+            hit &= lagging
+        new = np.flatnonzero(~hit)
+        width = 2 * self.k if self.k is not None else self.model.vocab_size
+        table = np.empty((len(rows), width + self.model.hidden_size), np.float32)
+        if len(new):
+            table[new] = self._forward(rows[new], block_end[new])
+            if self._memo.limit:
+                for i in new:
+                    self._memo.put(keys[i], table[i].copy(), table[i].nbytes + len(keys[i]))
+        for i in np.flatnonzero(hit):
+            table[i] = known[i]
+        return self._unpacked(table)
+
+    @torch.inference_mode()
+    def _forward(self, rows: Rows, block_end: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+        """Catch up with ``rows`` and return their proposals, one packed row each."""
+        # A prefix whose last token is cached, but whose proposals are not, feeds that token again.
+        self._cached[rows] = np.minimum(self._cached[rows], self._held[rows] - 1)
+        leaders, leader_of = self._same_starts(rows)
+        fresh = self._cached[leaders] == 0
+        logits, hidden = self._decoder(self._batch(leaders), self.cache)
+        self._cached[leaders] = self._held[leaders]
+        for row in leaders[fresh]:
+            self._remember_prompt(row)
+        if len(leaders) < len(rows):
+            self._copy_starts(leaders, rows, leader_of)
+            logits, hidden = logits[leader_of], hidden[leader_of]
+        ids, logprobs = top_candidates(logits, self.k, self.model.end_ids, block_end)
+        parts = [logprobs, hidden.float().cpu().numpy()]
+        return np.concatenate(parts if self.k is None else [ids.view(np.float32), *parts], axis=1)
+
+    def _unpacked(self, table: npt.NDArray[np.float32]) -> Proposals:
+        if self.k is None:
+            vocab = self.model.vocab_size
+            ids = np.tile(np.arange(vocab, dtype=np.int32), (len(table), 1))
+            return Proposals(ids, table[:, :vocab].copy(), table[:, vocab:].copy())
+        k = self.k
+        ids = table[:, :k].copy().view(np.int32)
+        return Proposals(ids, table[:, k : 2 * k].copy(), table[:, 2 * k :].copy())
+
+    def _same_starts(self, rows: Rows) -> tuple[Rows, npt.NDArray[np.int64]]:
+        """Return one row for each text among the rows that start from nothing, and all other rows;
+        and the place of each row's representative in that list."""
+        if self._cached[rows].all():
+            return rows, np.arange(len(rows))
+        places: dict[Any, int] = {}
+        leaders: list[int] = []
+        leader_of = np.empty(len(rows), np.int64)
+        for i, row in enumerate(rows):
+            key = row if self._cached[row] else self._key(row, self._held[row])
+            if key not in places:
+                places[key] = len(leaders)
+                leaders.append(row)
+            leader_of[i] = places[key]
+        return np.array(leaders), leader_of
+
+    def _copy_starts(self, leaders: Rows, rows: Rows, leader_of: npt.NDArray[np.int64]) -> None:
+        followers = rows != leaders[leader_of]
+        src, dst = leaders[leader_of[followers]], rows[followers]
+        self._cached[dst] = self._cached[src]
+        self._write(dst, self._read(src))
+
+    def _remember_prompt(self, row: int) -> None:
+        length = int(self._prompt[row])
+        key = self._key(row, length)
+        size = len(key) + length * self._decoder.shape.token_bytes
+        if size <= self._prompts.limit and self._prompts.get(key) is None:
+            self._prompts.put(key, self.cache.read(row, length), size)
+
+    # --- one ragged forward
+
+    def _batch(self, rows: Rows) -> Batch:
+        """Pack what the cache lacks of ``rows``."""
+        first, end = self._cached[rows], self._held[rows]
+        counts = end - first
+        if (counts == 1).all():
+            group = self._group(None, rows, first)
+            ids = self._ids[rows, first].astype(np.int64)
+            return Batch(self._tensor(ids), self._tensor(rows), self._tensor(first), None, [group])
+        stops = np.cumsum(counts)
+        offsets = np.arange(stops[-1]) - np.repeat(stops - counts, counts)
+        owners = np.repeat(rows, counts)
+        positions = np.repeat(first, counts) + offsets
+
+        def group_of(some: npt.NDArray[np.bool_]) -> Group:
+            width = counts[some].max()
+            places = np.minimum((stops - counts)[some][:, None] + np.arange(width), stops[some][:, None] - 1)
+            return self._group(places, rows[some], positions[places])
+
+        single = counts == 1
+        if self._decoder.splits:
+            groups = [group_of(some) for some in (single, ~single) if some.any()]
+        elif len(rows) * counts.max() <= 2 * len(owners):
+            groups = [group_of(np.ones(len(rows), bool))]
+        else:  # padding would cost more than to let each token attend for itself
+            groups = [self._group(None, owners, positions)]
+        ids = self._ids[owners, positions].astype(np.int64)
+        return Batch(self._tensor(ids), self._tensor(owners), self._tensor(positions), self._tensor(stops - 1), groups)
+
+    def _group(self, places: npt.NDArray[np.int64] | None, rows: Rows, positions: npt.NDArray[np.int64]) -> Group:
+        every = len(rows) == self.rows and bool((rows == np.arange(self.rows)).all())
+        dtype = self._decoder.shape.dtype
+        positions = positions.reshape(len(rows), -1)
+        later = np.arange(positions.max() + 1) > positions[..., None]
+        mask = torch.zeros(later.shape, dtype=dtype).masked_fill_(torch.from_numpy(later), torch.finfo(dtype).min)
+        return Group(
+            None if places is None else self._tensor(places),
+            None if every else self._tensor(rows),
+            mask.to(self._decoder.shape.device),
+        )
+
+    def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._decoder.shape.device)
+
+    @torch.inference_mode()
+    def _read(self, rows: int | Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cache.read(self._index(rows), int(np.max(self._cached[rows])))
+
+    @torch.inference_mode()
+    def _write(self, rows: int | Rows, saved: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.cache.write(self._index(rows), saved)
+
+    def _index(self, rows: int | Rows) -> int | torch.Tensor:
+        return self._tensor(rows) if isinstance(rows, np.ndarray) else int(rows)
+
+    def _key(self, row: int, length: int) -> bytes:
+        return self._ids[row, :length].tobytes()
+
+    # --- checks
+
+    def _check_rows(self, rows: Rows, started: bool = False) -> None:
+        if len(rows) and not (0 <= rows.min() and rows.max() < self.rows):
+            raise ConfigError(f"rows must be in 0..{self.rows - 1}, got {rows.tolist()}")
+        if started and not self._held[rows].all():
+            raise ResetNeeded(f"rows {rows[self._held[rows] == 0].tolist()} hold no text: start them first")
+
+    def _check_ids(self, ids: npt.NDArray[np.int64]) -> None:
+        if len(ids) and not (0 <= ids.min() and ids.max() < self.model.vocab_size):
+            raise ModelError(f"token ids must be in 0..{self.model.vocab_size - 1}, got {ids.tolist()}")
+
+
+class _Bounded(Generic[T]):
+    """A mapping from token ids (as bytes) that forgets what was used least recently."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.size = 0
+        self._entries: OrderedDict[bytes, tuple[T, int]] = OrderedDict()
+
+    def get(self, key: bytes) -> T | None:
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        self._entries.move_to_end(key)
+        return entry[0]
+
+    def put(self, key: bytes, value: T, size: int) -> None:
+        if key in self._entries:
+            self.size -= self._entries.pop(key)[1]
+        self._entries[key] = (value, size)
+        self.size += size
+        while self.size > self.limit:
+            self.size -= self._entries.popitem(last=False)[1][1]
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self.size = 0
+
+
+# --- what a model and a tokenizer say about themselves
+
+
+def _max_context(config: Any) -> int:
+    """Tokens that the model attends to from its last one: positions it knows, or its sliding window."""
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    return min((limit for limit in limits if limit), default=UNLIMITED)
+
+
+def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    sources = (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer)
+    found: set[int] = set()
+    for source in sources:
+        ends = getattr(source, "eos_token_id", None)
+        found.update([ends] if isinstance(ends, int) else ends or [])
+    if "<|endoftext|>" in tokenizer.all_special_tokens:
+        found.add(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    return tuple(sorted(i for i in found if 0 <= i < model.get_output_embeddings().weight.shape[0]))
+
+
+def _byte_level_tokens(tokenizer: Any, vocab_size: int) -> list[bytes] | None:
+    """Return the bytes of every token of a byte-level tokenizer, else None. Special ones are empty."""
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if type(decoder).__name__ != "ByteLevel":
+        return None
+    # GPT-2's alphabet: bytes that print stand for themselves, the others come after code point 255.
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    alphabet = {chr(b): b for b in printed} | {chr(256 + i): b for i, b in enumerate(others)}
+    special = set(tokenizer.all_special_ids)
+    tokens = [b""] * vocab_size
+    for text, i in tokenizer.get_vocab().items():
+        if i < vocab_size and i not in special:
+            known = all(c in alphabet for c in text)
+            tokens[i] = bytes(alphabet[c] for c in text) if known else text.encode()
+    return tokens
+
+
+def _agreeing_decoder(model: HFModel) -> Decoder:
+    """Return the fastest decoder that agrees with the model's own uncached forward.
+
+    Raises:
+        ModelError: none does.
+    """
+    kinds = (LlamaDecoder, GenericDecoder) if LlamaDecoder.fits(model.model) else (GenericDecoder,)
+    allowed = 1e-3 if model.model.dtype in (torch.float32, torch.float64) else 0.1
+    for kind in kinds:
+        decoder = kind(model.model)
+        gap = _disagreement(model, decoder)
+        if gap <= allowed:
+            return decoder
+    raise ModelError(
+        f"the cached forward of {type(model.model).__name__} differs from its own uncached one by {gap:.1%} "
+        f"(at most {allowed:.1%} is rounding): this architecture is not supported"
+    )
+
+
+@torch.inference_mode()
+def _disagreement(model: HFModel, decoder: Decoder) -> float:
+    """Return how far two short ragged rows are from the uncached forward, relative to its spread."""
+    texts = [[3, 1, 4], [1]]
+    slots = HFSlots(model, decoder, rows=2, length=5, k=None)
+    rows, free = np.arange(2), np.zeros(2, bool)
+    gaps = []
+    try:
+        slots.start(rows, [[i % model.vocab_size for i in text] for text in texts])
+        for step in range(2):
+            found = slots.propose(rows, free).logprobs
+            for row, text in enumerate(texts):
+                ids = torch.tensor([[*text, *[2] * step]], device=decoder.shape.device) % model.vocab_size
+                expected = model.model(input_ids=ids).logits[0, -1].float().log_softmax(-1).cpu().numpy()
+                spread = np.linalg.norm(expected - expected.mean())
+                gaps.append(float(np.linalg.norm(found[row] - expected) / max(spread, 1e-6)))
+            slots.advance(rows, np.array([2, 2]) % model.vocab_size)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{type(model.model).__name__} cannot run on a cache with a row for each text: {error}"
+        ) from error
+    return max(gaps)
+
+
+resolve_dtype = pick_dtype
