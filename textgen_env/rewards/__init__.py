@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textgen_env.rewards.adapters import EvaluateReward, PipelineReward, TransformersClassifier
 from textgen_env.rewards.base import (
     REWARDS,
     Generation,
@@ -12,19 +13,43 @@ from textgen_env.rewards.base import (
     check_rewards,
 )
 from textgen_env.rewards.combine import Mix, Shaped, make_reward, reward_spec
-from textgen_env.rewards.functions import batch_reward
+from textgen_env.rewards.functions import FunctionReward, batch_reward
+from textgen_env.rewards.lexical import Distinct, Keywords, Length, Readability, Repetition
+from textgen_env.rewards.linear import Classifier
+from textgen_env.rewards.neural import Fluency, Similarity
+from textgen_env.rewards.references import Bleu, Chrf, Rouge
+from textgen_env.rewards.rhyme import Rhyme
 from textgen_env.rewards.sentiment import Sentiment
+from textgen_env.rewards.structure import Json, Regex
 
 __all__ = [
     "REWARDS",
+    "Bleu",
+    "Chrf",
+    "Classifier",
+    "Distinct",
+    "EvaluateReward",
+    "Fluency",
+    "FunctionReward",
     "Generation",
+    "Json",
+    "Keywords",
+    "Length",
     "Mix",
+    "PipelineReward",
+    "Readability",
+    "Regex",
+    "Repetition",
     "Reward",
+    "Rhyme",
+    "Rouge",
     "RunningScore",
     "ScoreState",
     "Scored",
     "Sentiment",
     "Shaped",
+    "Similarity",
+    "TransformersClassifier",
     "batch_reward",
     "check_rewards",
     "make_reward",

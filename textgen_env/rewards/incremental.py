@@ -20,6 +20,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from textgen_env.rewards.base import Generation, Reward
+
 A = TypeVar("A")
 
 
@@ -78,3 +80,15 @@ def _open_from(text: str) -> int:
     if not text or text[-1].isspace():
         return len(text)
     return len(text) - len(text.split()[-1])
+
+
+class IncrementalReward(Reward):
+    """A reward that its running score defines: the score of the completion taken as one tail."""
+
+    @abstractmethod
+    def running(self) -> IncrementalScore[Any]: ...
+
+    def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:
+        score = self.running()
+        values = [score.value(score.begin(g.prompt, g.reference, g.metadata), g.completion) for g in generations]
+        return np.array(values, np.float64)
