@@ -18,7 +18,7 @@ from gymnasium.envs.registration import EnvSpec
 from textgen_env.config import EnvConfig
 from textgen_env.episode import Episodes
 from textgen_env.errors import ConfigError
-from textgen_env.language_model import MASKED_LOGPROB
+from textgen_env.language_model import MASKED_LOGPROB, LanguageModel
 from textgen_env.models import load_language_model
 from textgen_env.prompts import Prompt, make_prompts
 from textgen_env.render import describe, draw
@@ -108,6 +108,11 @@ class TextGenEnv(gym.Env[Any, Any]):
             self.episodes.refresh(Row)
         self._show_human()
         return self._observation(), float(outcome.rewards[0]), ended, False, outcome.infos[0]
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model that proposes, for agents that read its embeddings."""
+        return self.episodes.model
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions are legal now, (k,) bool: MaskablePPO's protocol."""

@@ -76,6 +76,8 @@ class HFModel(LanguageModel):
         self.tokenizer = tokenizer
         self.memo_bytes = memo_bytes
         self.vocab_size, self.hidden_size = head.weight.shape
+        self._embeddings = model.get_input_embeddings().weight
+        self.embedding_size = self._embeddings.shape[-1]
         self.max_context = _max_context(model.config.get_text_config())
         self.end_ids = _end_ids(model, tokenizer)
         if not self.end_ids:
@@ -105,6 +107,11 @@ class HFModel(LanguageModel):
             text[len(before) :] if text.startswith(before) else self.decode([*ids, c])
             for text, c in zip(texts, candidates, strict=True)
         ]
+
+    @torch.inference_mode()
+    def embed(self, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        rows = torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self._embeddings.device)
+        return self._embeddings[rows].float().cpu().numpy()
 
     def slots(self, rows: int, length: int, k: int | None) -> HFSlots:
         most = self.vocab_size - len(self.end_ids)

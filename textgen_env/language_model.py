@@ -87,6 +87,7 @@ class LanguageModel(ABC):
     name: str
     vocab_size: int
     hidden_size: int
+    embedding_size: int
     max_context: int  # tokens, prompt included
     end_ids: tuple[int, ...]  # tokens that end a text
 
@@ -97,6 +98,10 @@ class LanguageModel(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` without special tokens."""
+
+    @abstractmethod
+    def embed(self, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """Return the input embedding of each token: ids of any shape to (..., embedding_size)."""
 
     @abstractmethod
     def slots(self, rows: int, length: int, k: int | None) -> Slots:
@@ -110,9 +115,7 @@ class LanguageModel(ABC):
         """
 
     @abstractmethod
-    def continuations(
-        self, prompt_ids: Sequence[int], ids: Sequence[int], candidates: Sequence[int]
-    ) -> list[str]:
+    def continuations(self, prompt_ids: Sequence[int], ids: Sequence[int], candidates: Sequence[int]) -> list[str]:
         """Return, for each candidate token, the completion ``decode(ids + [candidate])``; cheap.
 
         ``prompt_ids`` is the context that ``ids`` continue (some tokenizers strip a leading space

@@ -56,6 +56,7 @@ class TableModel(LanguageModel):
         self.name = name
         self.tokens = tuple(tokens)
         self.vocab_size = len(tokens)
+        self.embedding_size = self.vocab_size
         self.max_context = 1 << 20
         self.end_ids = () if end is None else (self.tokens.index(end),)
         self._ids = {token: i for i, token in enumerate(self.tokens)}
@@ -99,6 +100,10 @@ class TableModel(LanguageModel):
     def continuations(self, prompt_ids: Sequence[int], ids: Sequence[int], candidates: Sequence[int]) -> list[str]:
         prefix = self.decode(ids)
         return [prefix + self.decode((c,)) for c in candidates]
+
+    def embed(self, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """Return one-hot rows."""
+        return np.eye(self.vocab_size, dtype=np.float32)[ids]
 
     def slots(self, rows: int, length: int, k: int | None) -> TableSlots:
         most = self.vocab_size - len(self.end_ids)

@@ -18,6 +18,7 @@ from gymnasium.vector.utils import batch_space
 
 from textgen_env.env import chosen_prompt, flatten, hold_objects, observation_space, open_episodes
 from textgen_env.errors import ConfigError
+from textgen_env.language_model import LanguageModel
 from textgen_env.prompts import Prompt
 from textgen_env.render import describe, draw
 
@@ -115,6 +116,11 @@ class TextGenVectorEnv(VectorEnv[Any, Any, Any]):
         """
         self.episodes.fork(np.atleast_1d(np.asarray(src)), np.atleast_1d(np.asarray(dst)))
         return self._observation(self._all)
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model that proposes, for agents that read its embeddings."""
+        return self.episodes.model
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions are legal now, (N, k) bool."""
