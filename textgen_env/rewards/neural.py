@@ -132,7 +132,7 @@ class Fluency(Reward):
     def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:
         if self.model is not None:
             pairs = [(g.prompt, g.completion) for g in generations]
-            totals, counts = log_likelihoods(*_causal_lm(self.model), pairs)
+            totals, counts = log_likelihoods(*causal_lm(self.model), pairs)
             return totals / np.maximum(counts, 1)
         return np.array([_own_mean(generation) for generation in generations], np.float64)
 
@@ -149,7 +149,8 @@ def _own_mean(generation: Generation) -> float:
 
 
 @lru_cache(maxsize=2)
-def _causal_lm(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def causal_lm(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the causal LM and tokenizer that ``load_pretrained`` makes of ``model``, once a process."""
     import torch
 
     from textgen_env.models import load_pretrained
