@@ -451,7 +451,7 @@ def _agreeing_decoder(model: HFModel) -> Decoder:
         ModelError: none does.
     """
     kinds = (LlamaDecoder, GenericDecoder) if LlamaDecoder.fits(model.model) else (GenericDecoder,)
-    allowed = 1e-3 if model.model.dtype in (torch.float32, torch.float64) else 0.1
+    allowed = 1e-3 if model.model.dtype in (torch.float32, torch.float64) else 0.15
     for kind in kinds:
         decoder = kind(model.model)
         gap = _disagreement(model, decoder)
@@ -465,21 +465,26 @@ def _agreeing_decoder(model: HFModel) -> Decoder:
 
 @torch.inference_mode()
 def _disagreement(model: HFModel, decoder: Decoder) -> float:
-    """Return how far two short ragged rows are from the uncached forward, relative to its spread."""
-    texts = [[3, 1, 4], [1]]
-    slots = HFSlots(model, decoder, rows=2, length=5, k=None)
+    """Return how far two short ragged rows are from the uncached forward, relative to its spread.
+
+    The texts are plain language: on special tokens, half precision differs from itself.
+    """
+    ids = [*model.encode("The old man went down to the"), *range(8)][:6]
+    texts = [ids[:3], ids[:1]]
+    slots = HFSlots(model, decoder, rows=2, length=len(ids), k=None)
     rows, free = np.arange(2), np.zeros(2, bool)
     gaps = []
     try:
-        slots.start(rows, [[i % model.vocab_size for i in text] for text in texts])
-        for step in range(2):
+        slots.start(rows, texts)
+        for _ in range(3):
             found = slots.propose(rows, free).logprobs
             for row, text in enumerate(texts):
-                ids = torch.tensor([[*text, *[2] * step]], device=decoder.shape.device) % model.vocab_size
-                expected = model.model(input_ids=ids).logits[0, -1].float().log_softmax(-1).cpu().numpy()
-                spread = np.linalg.norm(expected - expected.mean())
-                gaps.append(float(np.linalg.norm(found[row] - expected) / max(spread, 1e-6)))
-            slots.advance(rows, np.array([2, 2]) % model.vocab_size)
+                uncached = model.model(input_ids=torch.tensor([text], device=decoder.shape.device))
+                expected = uncached.logits[0, -1].float().log_softmax(-1).cpu().numpy()
+                spread = float(np.linalg.norm(expected - expected.mean()))
+                gaps.append(float(np.linalg.norm(found[row] - expected)) / max(spread, 1e-6))
+            texts = [[*text, ids[len(text)]] for text in texts]
+            slots.advance(rows, np.array([text[-1] for text in texts]))
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"{type(model.model).__name__} cannot run on a cache with a row for each text: {error}"
