@@ -16,7 +16,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from textgen_env.config import EnvConfig
-from textgen_env.episode import Episodes
+from textgen_env.episode import Episodes, Snapshot
 from textgen_env.errors import ConfigError
 from textgen_env.language_model import MASKED_LOGPROB, LanguageModel
 from textgen_env.models import load_language_model
@@ -100,7 +100,7 @@ class TextGenEnv(gym.Env[Any, Any]):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Append the token that ``action`` stands for."""
-        outcome = self.episodes.act(Row, np.asarray(action).reshape(1))
+        outcome = self.episodes.act(Row, np.atleast_1d(np.asarray(action)))
         ended = bool(outcome.ended[0])
         if ended:
             self.episodes.show_end(Row)
@@ -114,22 +114,30 @@ class TextGenEnv(gym.Env[Any, Any]):
         """The model that proposes, for agents that read its embeddings."""
         return self.episodes.model
 
+    @property
+    def max_new_tokens(self) -> int:
+        """The budget of an episode: what ``budget`` is a share of."""
+        return self.episodes.config.max_new_tokens
+
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions are legal now, (k,) bool: MaskablePPO's protocol."""
         return self.episodes.state.legal[0].copy()
 
-    def snapshot(self) -> tuple[Any, ...]:
+    def snapshot(self) -> Snapshot:
         """Return the episode as it stands, model cache included: O(length of the text).
 
         The random generator is not part of it: it only draws later prompts.
+
+        Raises:
+            ResetNeeded: there was no reset yet.
         """
         return self.episodes.save(0)
 
-    def restore(self, snapshot: tuple[Any, ...]) -> Any:
+    def restore(self, snapshot: Snapshot) -> Any:
         """Go back to ``snapshot`` and return its observation.
 
         Raises:
-            ConfigError: another environment took it.
+            ConfigError: another environment took it, or it is no snapshot.
         """
         self.episodes.load(0, snapshot)
         return self._observation()
@@ -172,6 +180,11 @@ class ByReference:
         return f"ByReference({type(self.held).__name__})"
 
 
+def let_go(value: Any) -> Any:
+    """Return what ``value`` holds by reference, or ``value`` itself."""
+    return value.held if isinstance(value, ByReference) else value
+
+
 _PLAIN: tuple[type, ...] = (str, int, float, bool, type(None))
 
 
@@ -196,8 +209,8 @@ def open_episodes(model: Any, prompts: Any, reward: Any, settings: dict[str, Any
     """Return the episodes that the arguments of ``gym.make`` describe."""
     if rows < 1:
         raise ConfigError(f"num_envs must be at least 1, got {rows}")
-    model, prompts, reward = (x.held if isinstance(x, ByReference) else x for x in (model, prompts, reward))
-    config = EnvConfig.from_settings(settings)
+    model, prompts, reward = map(let_go, (model, prompts, reward))
+    config = EnvConfig.from_settings({name: let_go(value) for name, value in settings.items()})
     language_model = load_language_model(model, config.dtype, trust_remote_code=config.trust_remote_code)
     return Episodes(language_model, make_prompts(prompts), make_reward(reward), config, rows)
 

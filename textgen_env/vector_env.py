@@ -16,8 +16,8 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from textgen_env.env import chosen_prompt, flatten, hold_objects, observation_space, open_episodes
-from textgen_env.errors import ConfigError
+from textgen_env.env import chosen_prompt, flatten, hold_objects, let_go, observation_space, open_episodes
+from textgen_env.errors import ConfigError, IllegalAction
 from textgen_env.language_model import LanguageModel
 from textgen_env.prompts import Prompt
 from textgen_env.render import describe, draw
@@ -44,7 +44,7 @@ class TextGenVectorEnv(VectorEnv[Any, Any, Any]):
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         **settings: Any,
     ) -> None:
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.autoreset_mode = AutoresetMode(let_go(autoreset_mode))
         self.metadata = {
             "render_modes": ["ansi", "human", "rgb_array"],
             "render_fps": 4,
@@ -77,8 +77,10 @@ class TextGenVectorEnv(VectorEnv[Any, Any, Any]):
         """Append one token to each row; one forward serves rows that go on and rows that restart."""
         actions = np.asarray(actions)
         if actions.shape != (self.num_envs,):
-            raise ConfigError(f"actions must have shape ({self.num_envs},), got {actions.shape}")
-        restart = ~self.episodes.state.live if self.autoreset_mode == AutoresetMode.NEXT_STEP else self._none()
+            raise IllegalAction(f"actions must have shape ({self.num_envs},), got {actions.shape}")
+        restart = self._none()
+        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
+            restart = self.episodes.begun(self._all) & ~self.episodes.state.live
         acting = self._all[~restart]
         outcome = self.episodes.act(acting, actions[acting])
         rewards = np.zeros(self.num_envs)
@@ -113,6 +115,7 @@ class TextGenVectorEnv(VectorEnv[Any, Any, Any]):
 
         Raises:
             IndexError: a row out of range, or a ``dst`` named twice.
+            ResetNeeded: a ``src`` that never began.
         """
         self.episodes.fork(np.atleast_1d(np.asarray(src)), np.atleast_1d(np.asarray(dst)))
         return self._observation(self._all)
@@ -121,6 +124,11 @@ class TextGenVectorEnv(VectorEnv[Any, Any, Any]):
     def language_model(self) -> LanguageModel:
         """The model that proposes, for agents that read its embeddings."""
         return self.episodes.model
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The budget of an episode: what ``budget`` is a share of."""
+        return self.episodes.config.max_new_tokens
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions are legal now, (N, k) bool."""

@@ -1,0 +1,285 @@
+"""Whole episodes, each step stored once.
+
+A step's next state is the next row, so nothing is stored twice; hidden states are kept in half
+precision. Every environment writes into a ring of its own, which keeps episodes contiguous:
+
+    rings (N environments, L steps, ...)  ->  sample(B)  ->  EpisodeBatch (B, T, ...), padded
+
+Rewards are stored shaped by the running score where the observation has one: the potential is the
+part of the score that is not yet paid, 0 at the end. That keeps every optimum, and makes
+``reward_at="end"`` and ``"step"`` the same learning problem.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+
+from textgen_env.errors import CapacityError, ConfigError
+
+Array = npt.NDArray[Any]
+
+STORED = {
+    "hidden": np.float16,
+    "candidates": np.int32,
+    "logprobs": np.float32,
+    "action_mask": np.bool_,
+    "budget": np.float32,
+    "score": np.float32,
+    "candidate_scores": np.float32,
+}
+"""Observation keys that learning needs, and how they are kept. ``tokens`` are kept as actions."""
+
+
+@dataclass(frozen=True)
+class EpisodeBatch:
+    """B whole episodes of up to T steps, padded at the end.
+
+    ``acted`` is False for padding, and for the state after an outside time limit, which has a
+    value but no action; ``ended`` is True at the last step of a text.
+    """
+
+    observations: dict[str, torch.Tensor]  # each (B, T, ...)
+    actions: torch.Tensor  # (B, T) int64
+    tokens: torch.Tensor  # (B, T) int64, the token that each action appended
+    rewards: torch.Tensor  # (B, T) shaped
+    behaviour: torch.Tensor  # (B, T) log-probability of the action when it was taken, nats
+    ended: torch.Tensor  # (B, T) bool
+    acted: torch.Tensor  # (B, T) bool
+
+
+class EpisodeReplay(ReplayBuffer):
+    """A ring of steps for each environment, sampled by whole episodes.
+
+    Bytes: ``buffer_size`` times ``bytes_per_step(observation_space)``, allocated at once.
+
+    Raises:
+        CapacityError: that is more than the memory that is free (says both).
+    """
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Dict,
+        action_space: spaces.Discrete,
+        device: torch.device | str = "auto",
+        n_envs: int = 1,
+        optimize_memory_usage: bool = False,
+        handle_timeout_termination: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        # The base allocates rows of its own; this buffer only keeps its interface.
+        super().__init__(1, spaces.Box(0.0, 1.0, (1,)), action_space, device, n_envs=1)
+        self.n_envs = n_envs
+        self.observation_space = observation_space
+        self.keys = [key for key in STORED if key in observation_space.spaces]
+        self.ring = max(2, buffer_size // n_envs)
+        needed = self.ring * n_envs * self.bytes_per_step(observation_space)
+        free = psutil.virtual_memory().available
+        if needed > free:
+            raise CapacityError(
+                f"a replay of {buffer_size:,} steps needs {needed:,} bytes and {free:,} are free: lower buffer_size"
+            )
+        self.bytes = needed
+        shape = (n_envs, self.ring)
+        self.store: dict[str, Array] = {
+            key: np.zeros((*shape, *_shape(observation_space, key)), STORED[key]) for key in self.keys
+        } | {name: np.zeros(shape, dtype) for name, dtype in _STEP_FIELDS.items()}
+        self.rng = np.random.default_rng(seed)
+        self.reset()
+
+    @staticmethod
+    def bytes_per_step(observation_space: spaces.Dict) -> int:
+        """Return the bytes that one step takes."""
+        keys = [key for key in STORED if key in observation_space.spaces]
+        sizes = (int(np.prod(_shape(observation_space, key))) * np.dtype(STORED[key]).itemsize for key in keys)
+        return sum(sizes) + sum(np.dtype(dtype).itemsize for dtype in _STEP_FIELDS.values())
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.written = np.zeros(self.n_envs, np.int64)  # steps ever written by each environment
+        self.open = np.zeros(self.n_envs, np.int64)  # where its running episode began
+        self.unpaid = np.zeros(self.n_envs)  # the part of its running score not paid yet
+        # Finished episodes of each environment, oldest first: (first step, length).
+        self.episodes: list[deque[tuple[int, int]]] = [deque() for _ in range(self.n_envs)]
+        self.episodes_seen = 0
+
+    def size(self) -> int:
+        """Return how many steps of finished episodes can be sampled."""
+        return sum(length for episodes in self.episodes for _, length in episodes)
+
+    def add(  # type: ignore[override]
+        self,
+        obs: dict[str, Array],
+        next_obs: dict[str, Array],
+        action: Array,
+        reward: Array,
+        done: Array,
+        infos: list[dict[str, Any]],
+        behaviour: Array | None = None,
+    ) -> None:
+        """Store one step of each environment.
+
+        Args:
+            obs, next_obs: (N, ...) a key; ``next_obs`` holds the last observation of ended rows.
+            action, reward, done: (N,).
+            infos: N dicts; ``TimeLimit.truncated`` marks an end that is not the text's own.
+            behaviour: (N,) log-probability of each action when it was taken; nats.
+        """
+        envs = np.arange(self.n_envs)
+        at = self._next_rows(envs)
+        action = np.asarray(action).reshape(self.n_envs)
+        truncated = np.array([bool(info.get("TimeLimit.truncated")) for info in infos])
+        for key in self.keys:
+            self.store[key][envs, at] = _storable(key, obs[key])
+        chosen = action.astype(np.int64)
+        self.store["action"][envs, at] = chosen
+        self.store["token"][envs, at] = obs["candidates"][envs, chosen]
+        self.store["behaviour"][envs, at] = np.nan if behaviour is None else behaviour
+        self.store["reward"][envs, at] = self._shaped(obs, next_obs, np.asarray(reward), done & ~truncated)
+        self.store["ended"][envs, at] = done & ~truncated
+        self.store["acted"][envs, at] = True
+        for env in np.flatnonzero(done):
+            if truncated[env]:
+                self._store_last_state(env, next_obs)
+            self._close(env)
+
+    def sample(self, batch_size: int, env: Any = None) -> EpisodeBatch:  # type: ignore[override]
+        """Return ``batch_size`` episodes, uniformly with replacement.
+
+        Raises:
+            ConfigError: no episode has finished yet.
+        """
+        ends = np.cumsum([len(episodes) for episodes in self.episodes])
+        if ends[-1] == 0:
+            raise ConfigError("the replay holds no finished episode yet; raise learning_starts")
+        picks = self.rng.integers(ends[-1], size=batch_size)
+        envs = np.searchsorted(ends, picks, side="right")
+        return self.batch([(int(e), *self.episodes[e][int(i - ends[e])]) for e, i in zip(envs, picks, strict=True)])
+
+    def batch(self, picks: list[tuple[int, int, int]]) -> EpisodeBatch:
+        """Return the episodes ``(environment, first step, length)``, padded to the longest."""
+        envs = np.array([env for env, _, _ in picks])[:, None]
+        first = np.array([start for _, start, _ in picks])[:, None]
+        lengths = np.array([length for _, _, length in picks])[:, None]
+        offset = np.arange(lengths.max())[None]
+        inside = offset < lengths
+        at = (first + np.minimum(offset, lengths - 1)) % self.ring
+
+        def tensor(name: str) -> torch.Tensor:
+            return torch.from_numpy(self.store[name][envs, at]).to(self.device)
+
+        return EpisodeBatch(
+            observations={key: tensor(key) for key in self.keys},
+            actions=tensor("action"),
+            tokens=tensor("token").long(),
+            rewards=tensor("reward"),
+            behaviour=tensor("behaviour"),
+            ended=tensor("ended"),
+            acted=tensor("acted") & torch.from_numpy(inside).to(self.device),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the steps as safetensors, with the counters and the random state as JSON in its header."""
+        from safetensors.numpy import save_file
+
+        state = {
+            "written": self.written.tolist(),
+            "open": self.open.tolist(),
+            "unpaid": self.unpaid.tolist(),
+            "episodes": [list(episodes) for episodes in self.episodes],
+            "episodes_seen": self.episodes_seen,
+            "rng": self.rng.bit_generator.state,
+        }
+        save_file(self.store, path, metadata={"state": json.dumps(state)})
+
+    def load(self, path: str | Path) -> None:
+        """Read what ``save`` wrote, into a replay of the same shape.
+
+        Raises:
+            ConfigError: the file holds other keys or shapes.
+        """
+        from safetensors import safe_open
+
+        with safe_open(path, "np") as file:
+            state = json.loads(file.metadata()["state"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name, array in self.store.items():
+            if name not in arrays or arrays[name].shape != array.shape:
+                given = arrays[name].shape if name in arrays else None
+                raise ConfigError(f"replay file {path}: {name!r} must have shape {array.shape}, got {given}")
+            array[...] = arrays[name]
+        self.written[:] = state["written"]
+        self.open[:] = state["open"]
+        self.unpaid[:] = state["unpaid"]
+        self.episodes = [deque((first, length) for first, length in ring) for ring in state["episodes"]]
+        self.episodes_seen = state["episodes_seen"]
+        self.rng.bit_generator.state = state["rng"]
+
+    def _shaped(self, obs: dict[str, Array], next_obs: dict[str, Array], reward: Array, ended: Array) -> Array:
+        if "score" not in self.keys:
+            return reward
+        fresh = self.written == self.open + 1  # its first step has just been counted
+        self.unpaid[fresh] = obs["score"][fresh, 0]
+        unpaid = np.where(ended, 0.0, self.unpaid + (next_obs["score"] - obs["score"])[:, 0] - reward)
+        shaped = reward + unpaid - self.unpaid
+        self.unpaid = unpaid
+        return shaped
+
+    def _next_rows(self, envs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the row that each environment writes next, forgetting the episode it overwrites."""
+        at = self.written[envs] % self.ring
+        self.written[envs] += 1
+        for env in envs:
+            episodes = self.episodes[env]
+            if episodes and episodes[0][0] < self.written[env] - self.ring:
+                episodes.popleft()
+        return at
+
+    def _store_last_state(self, env: int, next_obs: dict[str, Array]) -> None:
+        at = self._next_rows(np.array([env]))[0]
+        for key in self.keys:
+            self.store[key][env, at] = _storable(key, next_obs[key][env])
+        for name in _STEP_FIELDS:
+            self.store[name][env, at] = 0
+
+    def _close(self, env: int) -> None:
+        first, length = int(self.open[env]), int(self.written[env] - self.open[env])
+        self.open[env] = self.written[env]
+        if length > self.ring:
+            raise CapacityError(
+                f"an episode of {length} steps exceeds the {self.ring} that each environment has: raise buffer_size"
+            )
+        self.episodes[env].append((first, length))
+        self.episodes_seen += 1
+
+
+_STEP_FIELDS = {
+    "action": np.int64,
+    "token": np.int32,
+    "reward": np.float32,
+    "behaviour": np.float32,
+    "ended": np.bool_,
+    "acted": np.bool_,
+}
+
+
+def _storable(key: str, value: Array) -> Array:
+    return np.clip(value, -6e4, 6e4) if STORED[key] is np.float16 else value
+
+
+def _shape(observation_space: spaces.Dict, key: str) -> tuple[int, ...]:
+    shape = observation_space[key].shape
+    if shape is None:
+        raise ConfigError(f"observation key {key!r} has no shape")
+    return shape

@@ -1,0 +1,130 @@
+"""A native vector environment as a Stable-Baselines3 ``VecEnv``.
+
+SB3 wraps lists of single environments; a Gymnasium ``VectorEnv`` steps all its rows in one call,
+here with one batched forward. This adapter keeps that: one call stays one call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvObs, VecEnvStepReturn
+
+from textgen_env.errors import ConfigError
+
+
+class SB3VecEnv(VecEnv):
+    """Step a SAME_STEP ``VectorEnv`` through SB3's interface.
+
+    ``infos[i]`` of an ended row holds what the environment said of the episode, and, as SB3
+    expects, ``terminal_observation``, ``TimeLimit.truncated`` and ``episode`` (return ``r``,
+    length ``l``, seconds ``t``).
+
+    Raises:
+        ConfigError: the environment restarts its rows in another way.
+    """
+
+    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+        mode = env.metadata.get("autoreset_mode")
+        if mode != AutoresetMode.SAME_STEP:
+            raise ConfigError(f"SB3 restarts ended rows in the same step; make the environment so, not with {mode}")
+        self.env = env
+        self._actions: npt.NDArray[Any] = np.zeros(env.num_envs, np.int64)
+        self._returns = np.zeros(env.num_envs)
+        self._lengths = np.zeros(env.num_envs, np.int64)
+        self._started = time.time()
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+
+    def reset(self) -> VecEnvObs:
+        seeds = self._seeds if any(seed is not None for seed in self._seeds) else None
+        options = next((o for o in self._options if o), None)
+        observation, _ = self.env.reset(seed=seeds, options=options)
+        self._reset_seeds()
+        self._reset_options()
+        self._returns[:] = 0.0
+        self._lengths[:] = 0
+        return observation
+
+    def step_async(self, actions: npt.NDArray[Any]) -> None:
+        self._actions = actions
+
+    def step_wait(self) -> VecEnvStepReturn:
+        observation, rewards, terminated, truncated, infos = self.env.step(self._actions)
+        self._returns += rewards
+        self._lengths += 1
+        rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        ended = terminated | truncated
+        for i in np.flatnonzero(ended):
+            rows[i] = {
+                **_of_row(infos.get("final_info", {}), i),
+                "terminal_observation": infos["final_obs"][i],
+                "TimeLimit.truncated": bool(truncated[i] and not terminated[i]),
+                "episode": {
+                    "r": float(self._returns[i]),
+                    "l": int(self._lengths[i]),
+                    "t": round(time.time() - self._started, 6),
+                },
+            }
+        self._returns[ended] = 0.0
+        self._lengths[ended] = 0
+        return observation, rewards.astype(np.float32), ended, rows
+
+    def close(self) -> None:
+        self.env.close()
+
+    def action_masks(self) -> npt.NDArray[np.bool_]:
+        """Return which actions are legal now, (N, k) bool."""
+        masks: npt.NDArray[np.bool_] = self.env.unwrapped.action_masks()  # type: ignore[attr-defined]
+        return masks
+
+    # Attributes and methods belong to the one environment behind all rows.
+
+    def has_attr(self, attr_name: str) -> bool:
+        return hasattr(self.env.unwrapped, attr_name)
+
+    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
+        return [getattr(self.env.unwrapped, attr_name)] * len(self._rows(indices))
+
+    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
+        setattr(self.env.unwrapped, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        if method_name == "action_masks":  # one mask a row, as sb3-contrib asks for it
+            masks = self.action_masks()
+            return [masks[i] for i in self._rows(indices)]
+        method: Callable[..., Any] = getattr(self.env.unwrapped, method_name)
+        return [method(*args, **kwargs)] * len(self._rows(indices))
+
+    def env_is_wrapped(self, wrapper_class: type, indices: int | Iterable[int] | None = None) -> list[bool]:
+        from stable_baselines3.common.monitor import Monitor
+
+        # It reports episodes as Monitor does, so SB3's helpers need not add one.
+        return [issubclass(wrapper_class, Monitor)] * len(self._rows(indices))
+
+    def get_images(self) -> Sequence[npt.NDArray[np.uint8] | None]:
+        images = self.env.render()
+        return list(images) if isinstance(images, tuple) else [None] * self.num_envs
+
+    def _rows(self, indices: int | Iterable[int] | None) -> list[int]:
+        return list(self._get_indices(indices))
+
+
+def _of_row(infos: dict[str, Any], row: int) -> dict[str, Any]:
+    """Return the entries of a vector environment's infos that belong to ``row``."""
+    found: dict[str, Any] = {}
+    for key, value in infos.items():
+        if key.startswith("_") or not infos.get(f"_{key}", np.ones(row + 1, bool))[row]:
+            continue
+        if isinstance(value, dict):
+            found[key] = _of_row(value, row)
+        else:
+            entry = value[row]
+            found[key] = entry.item() if isinstance(entry, np.generic) else entry
+    return found
