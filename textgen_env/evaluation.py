@@ -1,0 +1,279 @@
+"""What an agent's texts are worth: reward with an interval, KL, likelihood, variety.
+
+Only whole episodes count, and how many is settled before the first: a loop that stops after so
+many steps would favour short texts. Prompts take turns, so each gets the same number. Text ``i``
+is drawn with the ``i``-th stream of random numbers whatever the agent and however many rows the
+environment has, so two agents are compared on the same luck.
+
+    P prompts, n texts each  ->  roll_out  ->  Evaluation: (P n,) arrays, text i is of prompt i % P
+
+The reference of the KL is mu_k: the language model's distribution renormalised over the legal
+candidates, which is what the agent chooses from. At each step the KL is exact over the
+candidates; along the text it is summed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from textgen_env.env import flatten
+from textgen_env.episode import Episodes, Rows
+from textgen_env.errors import ConfigError
+from textgen_env.prompts import ListPrompts, Prompt, PromptSource
+from textgen_env.rewards.base import Generation
+from textgen_env.rewards.lexical import Repetition, split_words
+from textgen_env.vector_env import TextGenVectorEnv
+
+Floats = npt.NDArray[np.float64]
+
+DISTINCT_TEXTS = 256
+"""Distinct-n falls with the number of texts, so it is always taken over the first so many."""
+
+
+class Agent(Protocol):
+    """Stable-Baselines3's ``predict``. An agent may also have ``probabilities(observation) -> (B, k)``."""
+
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[Any, ...] | None = None,
+        episode_start: Any = None,
+        deterministic: bool = False,
+    ) -> tuple[Any, Any]:
+        """Return (B,) actions and a state (None for agents without memory)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """N = P n finished texts and what they are worth; arrays are (N,), text ``i`` is of prompt ``i % P``."""
+
+    prompts: tuple[str, ...]
+    completions: tuple[str, ...]
+    num_prompts: int  # P
+    rewards: Floats  # reward of the text
+    parts: Mapping[str, Floats]  # the named parts it is made of
+    lengths: npt.NDArray[np.int64]  # tokens
+    logprobs: Floats  # nats, of the text under the language model (whole vocabulary)
+    kl: Floats | None  # nats a text, to mu_k; None where the agent has no probabilities
+    outside: Floats  # nats a text, minus log of the candidates' mass: full-vocabulary KL is kl + outside
+
+    @property
+    def reward(self) -> float:
+        return float(self.rewards.mean())
+
+    @property
+    def mean_kl(self) -> float | None:
+        return None if self.kl is None else float(self.kl.mean())
+
+    @property
+    def likelihood(self) -> float:
+        """Log-likelihood a token under the language model, nats."""
+        return float(self.logprobs.sum() / self.lengths.sum())
+
+    @property
+    def repetition(self) -> float:
+        """Mean share of a text's word 3-grams that have occurred in it before."""
+        return float(Repetition()([Generation("", completion) for completion in self.completions]).mean())
+
+    def by_prompt(self, values: Floats) -> Floats:
+        """Return (N,) values as (P, n)."""
+        return values.reshape(-1, self.num_prompts).T
+
+    def values(self, beta: float) -> Floats | None:
+        """Return R - beta KL of each text, (N,), whose mean estimates J; None without a KL."""
+        return None if self.kl is None else self.rewards - beta * self.kl
+
+    def distinct(self, n: int) -> float:
+        """Return different word n-grams over all of them, in the first ``DISTINCT_TEXTS`` texts together."""
+        words = [split_words(completion) for completion in self.completions[:DISTINCT_TEXTS]]
+        ngrams = Counter(gram for text in words for gram in zip(*(text[i:] for i in range(n)), strict=False))
+        return len(ngrams) / ngrams.total() if ngrams else 0.0
+
+    def figures(self) -> dict[str, Any]:
+        """Return everything but the texts as plain numbers: rewards, nats, tokens, shares."""
+        low, high = bootstrap_interval(self.by_prompt(self.rewards))
+        return {
+            "texts": len(self.rewards),
+            "prompts": self.num_prompts,
+            "reward": self.reward,
+            "reward_low": low,
+            "reward_high": high,
+            "parts": {name: float(values.mean()) for name, values in self.parts.items()},
+            "kl": self.mean_kl,
+            "kl_full": None if self.kl is None else float((self.kl + self.outside).mean()),
+            "likelihood": self.likelihood,
+            **{f"distinct_{n}": self.distinct(n) for n in (1, 2, 3)},
+            "repetition": self.repetition,
+            "length": float(self.lengths.mean()),
+        }
+
+
+def evaluate(
+    agent: Agent,
+    env: TextGenVectorEnv,
+    episodes: int,
+    seed: int,
+    prompts: PromptSource | Sequence[Prompt] | None = None,
+    deterministic: bool = False,
+) -> Evaluation:
+    """Return what ``agent`` writes, the same number of texts for each prompt.
+
+    Args:
+        agent: With ``probabilities`` the texts are drawn from them here, and the KL is known;
+            otherwise its ``predict`` draws, from its own random numbers.
+        env: Used, and left without live episodes: reset it before going on.
+        episodes: Texts; rounded up to a whole number a prompt. With more prompts than
+            ``episodes``, so many of them are drawn.
+        seed: Fixes the random numbers of the texts and the prompts drawn.
+        prompts: Instead of the environment's own.
+        deterministic: Ask ``predict(deterministic=True)``; its KL is that of a point mass.
+
+    Raises:
+        ConfigError: ``episodes`` below 1, or probabilities that are none.
+    """
+    if episodes < 1:
+        raise ConfigError(f"episodes must be at least 1, got {episodes}")
+    chosen = choose_prompts(env.episodes.prompts if prompts is None else prompts, episodes, seed)
+    rounds = math.ceil(episodes / len(chosen))
+    return roll_out(agent, env, list(chosen) * rounds, seed, deterministic, num_prompts=len(chosen))
+
+
+def choose_prompts(source: PromptSource | Sequence[Prompt], most: int, seed: int) -> PromptSource:
+    """Return all prompts of ``source``, or ``most`` of them drawn without replacement, in their order."""
+    count = len(source)
+    indices: Sequence[int] = range(count)
+    if count > most:
+        indices = sorted(np.random.default_rng(seed).choice(count, most, replace=False).tolist())
+    return ListPrompts([source[index] for index in indices])
+
+
+def roll_out(
+    agent: Agent,
+    env: TextGenVectorEnv,
+    prompts: Sequence[Prompt],
+    seed: int,
+    deterministic: bool = False,
+    num_prompts: int | None = None,
+) -> Evaluation:
+    """Return one finished text for each entry of ``prompts``; see ``evaluate``.
+
+    Args:
+        num_prompts: The period of ``prompts``; all different if not given.
+    """
+    episodes, count = env.episodes, len(prompts)
+    probabilities = None if deterministic else getattr(agent, "probabilities", None)
+    numbers = np.random.default_rng(seed).random((count, episodes.config.max_new_tokens))
+    rewards, logprobs, kl, outside = np.zeros((4, count))
+    lengths = np.zeros(count, np.int64)
+    infos: list[dict[str, Any]] = [{} for _ in range(count)]
+
+    started = min(env.num_envs, count)
+    rows = np.arange(started)
+    texts = np.arange(started)  # which text each row is writing
+    episodes.begin(rows, prompts[:started])
+    while rows.size:
+        episodes.refresh(rows)
+        observation = flatten(episodes, episodes.observe(rows))
+        log_mu, log_mass = log_reference(episodes, rows)
+        steps = episodes.steps(rows)
+        if probabilities is None:
+            actions = np.asarray(agent.predict(observation, deterministic=deterministic)[0]).reshape(rows.shape)
+        else:
+            policy = _checked(probabilities(observation), episodes.state.legal[rows])
+            actions = sample(policy, numbers[texts, steps])
+            kl[texts] += kl_to(policy, log_mu)
+        outcome = episodes.act(rows, actions)
+        if probabilities is None:  # of a point mass on what was chosen, a mapped illegal action included
+            kl[texts] += log_mass - episodes.state.token_logprobs[rows, steps]
+        outside[texts] -= log_mass
+        rewards[texts] += outcome.rewards
+        ended = np.flatnonzero(outcome.ended)
+        for j in ended:
+            infos[texts[j]] = outcome.infos[j]
+            logprobs[texts[j]] = outcome.infos[j]["logprob"]
+            lengths[texts[j]] = steps[j] + 1
+        goes_on = ~outcome.ended
+        restart = ended[: count - started]
+        if restart.size:
+            texts[restart] = np.arange(started, started + restart.size)
+            started += restart.size
+            goes_on[restart] = True
+            episodes.begin(rows[restart], [prompts[i] for i in texts[restart]])
+        rows, texts = rows[goes_on], texts[goes_on]
+
+    names = list(infos[0]["reward_parts"]) if infos else []
+    return Evaluation(
+        prompts=tuple(prompt.text for prompt in prompts),
+        completions=tuple(info["completion"] for info in infos),
+        num_prompts=count if num_prompts is None else num_prompts,
+        rewards=rewards,
+        parts={name: np.array([info["reward_parts"][name] for info in infos]) for name in names},
+        lengths=lengths,
+        logprobs=logprobs,
+        kl=kl if deterministic or probabilities is not None else None,
+        outside=outside,
+    )
+
+
+def log_reference(episodes: Episodes, rows: Rows) -> tuple[Floats, Floats]:
+    """Return log mu_k over the candidates, (B, k) with -inf where masked, and their log mass, (B,)."""
+    state = episodes.state
+    return renormalise(state.logprobs[rows], state.legal[rows])
+
+
+def renormalise(logprobs: npt.ArrayLike, legal: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """Return log-probabilities (..., k) renormalised over the legal candidates, and their log mass (...)."""
+    masked = np.where(np.asarray(legal, bool), np.asarray(logprobs, np.float64), -np.inf)
+    log_mass = np.logaddexp.reduce(masked, axis=-1)
+    return masked - log_mass[..., None], log_mass
+
+
+def kl_to(policy: Floats, log_reference: Floats) -> Floats:
+    """Return KL(policy || reference) over the last axis, nats; a policy of 0 contributes nothing."""
+    positive = policy > 0
+    log_ratio = np.log(policy, where=positive, out=np.zeros_like(policy)) - np.where(positive, log_reference, 0.0)
+    return np.sum(policy * log_ratio, axis=-1)
+
+
+def sample(policy: Floats, numbers: Floats) -> npt.NDArray[np.int64]:
+    """Return one action a row of ``policy`` (B, k), given uniform ``numbers`` (B,) in [0, 1)."""
+    cumulated = np.cumsum(policy, axis=-1)
+    return np.sum(cumulated <= numbers[:, None] * cumulated[:, -1:], axis=-1)
+
+
+def bootstrap_interval(
+    values: Floats, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Return a percentile bootstrap interval for the mean of ``values`` (P, n).
+
+    Texts are redrawn within each prompt, so the interval speaks of these prompts. With one text a
+    prompt, prompts are redrawn.
+    """
+    if values.shape[1] == 1:
+        values = values.T
+    rng = np.random.default_rng(seed)
+    means = np.zeros(resamples)
+    for row in values:
+        means += row[rng.integers(row.size, size=(resamples, row.size))].mean(axis=-1)
+    low, high = np.quantile(means / len(values), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _checked(policy: Any, legal: npt.NDArray[np.bool_]) -> Floats:
+    policy = np.asarray(policy, np.float64)
+    if policy.shape != legal.shape:
+        raise ConfigError(f"the agent's probabilities must have shape {legal.shape}, got {policy.shape}")
+    wrong = (policy < 0).any(-1) | (policy * ~legal).any(-1) | ~(np.abs(policy.sum(-1) - 1) < 1e-3)
+    if wrong.any():
+        raise ConfigError(
+            "the agent's probabilities must be at least 0, 0 where action_mask is 0, and sum to 1; "
+            f"got {policy[wrong][0].tolist()} for the mask {legal[wrong][0].astype(int).tolist()}"
+        )
+    return policy
