@@ -56,15 +56,15 @@ class EnvConfig:
     render_mode: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of("reward_at", self.reward_at, ("end", "step"))
-        _one_of("on_illegal", self.on_illegal, ("raise", "last_legal"))
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("render_mode", self.render_mode, (None, *RENDER_MODES))
-        _at_least("max_new_tokens", self.max_new_tokens, 1)
-        _at_least("max_prompt_tokens", self.max_prompt_tokens, 1)
-        _at_least("min_new_tokens", self.min_new_tokens, 0)
+        check_one_of("reward_at", self.reward_at, ("end", "step"))
+        check_one_of("on_illegal", self.on_illegal, ("raise", "last_legal"))
+        check_one_of("dtype", self.dtype, DTYPES)
+        check_one_of("render_mode", self.render_mode, (None, *RENDER_MODES))
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_at_least("max_prompt_tokens", self.max_prompt_tokens, 1)
+        check_at_least("min_new_tokens", self.min_new_tokens, 0)
         if self.top_k is not None:
-            _at_least("top_k", self.top_k, 1)
+            check_at_least("top_k", self.top_k, 1)
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"min_new_tokens must be at most max_new_tokens={self.max_new_tokens}, got {self.min_new_tokens}"
@@ -79,7 +79,7 @@ class EnvConfig:
 
     def _check_observation(self) -> None:
         if isinstance(self.observation, str):
-            _one_of("observation", self.observation, ("default", "full", *FLAT_OBSERVATIONS))
+            check_one_of("observation", self.observation, ("default", "full", *FLAT_OBSERVATIONS))
             return
         keys = tuple(self.observation)
         if not keys or len(set(keys)) != len(keys):
@@ -138,11 +138,13 @@ class EnvConfig:
         return tuple(key for key in keys if key not in left_out)
 
 
-def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+def check_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise ``ConfigError`` unless ``value`` is among ``allowed``."""
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _at_least(name: str, value: object, least: int) -> None:
+def check_at_least(name: str, value: object, least: int) -> None:
+    """Raise ``ConfigError`` unless ``value`` is an integer (no bool) from ``least`` on."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")

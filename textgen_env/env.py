@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-from textgen_env.config import EnvConfig
+from textgen_env.config import EnvConfig, check_at_least
 from textgen_env.episode import Episodes, Snapshot
 from textgen_env.errors import ConfigError
 from textgen_env.language_model import MASKED_LOGPROB, LanguageModel
@@ -207,8 +207,7 @@ def hold_objects(spec: EnvSpec | None) -> EnvSpec | None:
 
 def open_episodes(model: Any, prompts: Any, reward: Any, settings: dict[str, Any], rows: int) -> Episodes:
     """Return the episodes that the arguments of ``gym.make`` describe."""
-    if rows < 1:
-        raise ConfigError(f"num_envs must be at least 1, got {rows}")
+    check_at_least("num_envs", rows, 1)
     model, prompts, reward = map(let_go, (model, prompts, reward))
     config = EnvConfig.from_settings({name: let_go(value) for name, value in settings.items()})
     language_model = load_language_model(model, config.dtype, trust_remote_code=config.trust_remote_code)

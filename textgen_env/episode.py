@@ -104,6 +104,15 @@ class Outcome:
     infos: list[dict[str, Any]]  # one a row, filled where the episode ended
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """One row at one moment. Later steps do not touch it."""
+
+    owner: Episodes
+    state: dict[str, Any]
+    slot: Any
+
+
 class Episodes:
     """N rows of text generation under one model, prompt source, reward and configuration.
 
@@ -169,7 +178,9 @@ class Episodes:
         self._slots.start(rows, encoded)
 
     def refresh(self, rows: Rows) -> None:
-        """Let the model propose what comes next in each row: at most one forward."""
+        """Let the model propose what comes next in each row: at most one forward, none for no rows."""
+        if not len(rows):
+            return
         state = self.state
         proposals = self._slots.propose(rows, self.steps(rows) < self.config.min_new_tokens)
         legal = proposals.logprobs > MASKED_LOGPROB
@@ -188,13 +199,14 @@ class Episodes:
         Raises:
             ResetNeeded: a row has no live episode.
             IllegalAction: an action that is no integer, out of range, or masked. No row has changed.
-            RewardError: see ``Reward.scored``.
+            RewardError: see ``Reward.scored``. The rows need a reset.
         """
         state = self.state
         if not state.live[rows].all():
             ended = rows[~state.live[rows]].tolist()
             raise ResetNeeded(f"rows {ended} have no live episode: call reset before the first step and after the end")
         chosen = self._legal_actions(rows, actions)
+        state.live[rows] = False  # whatever raises from here on, no row goes on with half a step
         tokens = state.candidates[rows, chosen]
         state.token_logprobs[rows, self.steps(rows)] = state.logprobs[rows, chosen]
         state.tokens[rows, state.length[rows]] = tokens
@@ -203,8 +215,7 @@ class Episodes:
         if self._keeps_text:
             self._extend_texts(rows, chosen)
         reasons = self._finish_reasons(rows, tokens)
-        ended = np.array([reason is not None for reason in reasons])
-        state.live[rows] = ~ended
+        ended = np.array([reason is not None for reason in reasons], np.bool_)
         rewards = np.zeros(len(rows), np.float64)
         if self.config.reward_at == "step":
             rewards += state.score[rows] - state.paid[rows]
@@ -215,6 +226,7 @@ class Episodes:
         if ended.any():
             self._pay_ended(rows, ended, reasons, rewards, infos)
         state.paid[rows] += rewards
+        state.live[rows] = ~ended
         return Outcome(rewards, ended, infos)
 
     def show_end(self, rows: Rows) -> None:
@@ -238,36 +250,48 @@ class Episodes:
 
         Raises:
             IndexError: a row out of range, or a ``dst`` named twice.
+            ResetNeeded: a ``src`` that never began.
         """
         for name, rows in (("src", src), ("dst", dst)):
-            if len(rows) and not (rows.min() >= 0 and rows.max() < self.rows):
+            if rows.dtype.kind not in "iu" or not ((rows >= 0) & (rows < self.rows)).all():
                 raise IndexError(f"{name} must be rows in 0..{self.rows - 1}, got {rows.tolist()}")
         if len(src) != len(dst) or len(set(dst.tolist())) != len(dst):
             raise IndexError(f"each src needs one dst, each dst named once; got src={src.tolist()}, dst={dst.tolist()}")
+        self._check_begun(src)
         self._slots.fork(src, dst)
         self.state.copy_rows(src, dst)
 
-    def save(self, row: int) -> tuple[Any, ...]:
-        """Return a copy of one row that later steps do not touch. O(row)."""
-        return self, self.state.save(row), self._slots.save(row)
+    def save(self, row: int) -> Snapshot:
+        """Return a copy of one row. O(row).
 
-    def load(self, row: int, saved: tuple[Any, ...]) -> None:
+        Raises:
+            ResetNeeded: the row never began.
+        """
+        self._check_begun(np.array([row]))
+        return Snapshot(self, self.state.save(row), self._slots.save(row))
+
+    def load(self, row: int, saved: Snapshot) -> None:
         """Put back what ``save`` returned.
 
         Raises:
-            ConfigError: another environment saved it.
+            ConfigError: another environment saved it, or it is no snapshot.
         """
-        owner, state, slot = saved
-        if owner is not self:
+        if not isinstance(saved, Snapshot):
+            raise ConfigError(f"only a snapshot can be restored, got {type(saved).__name__}")
+        if saved.owner is not self:
             raise ConfigError("the snapshot was taken in another environment; restore it where it was taken")
-        self._slots.load(row, slot)
-        self.state.load(row, state)
+        self._slots.load(row, saved.slot)
+        self.state.load(row, saved.state)
 
     def rebuild(self) -> None:
         """Forget memos and caches but the token ids, as a resumed process must."""
         self._slots.rebuild()
 
     # --- what is seen
+
+    def begun(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """Return which rows hold a text, going on or ended."""
+        return self.state.length[rows] > 0
 
     def steps(self, rows: Rows) -> npt.NDArray[np.int64]:
         """Return how many tokens each row has generated."""
@@ -303,6 +327,10 @@ class Episodes:
         return self.model.continuations(prompt, new[:-1], new[-1:])[0]
 
     # --- pieces
+
+    def _check_begun(self, rows: Rows) -> None:
+        if not self.begun(rows).all():
+            raise ResetNeeded(f"rows {rows[~self.begun(rows)].tolist()} hold no text yet: call reset first")
 
     def _encode_prompt(self, text: str) -> tuple[int, ...]:
         if not text:

@@ -6,6 +6,7 @@ The rows are those of N single environments; row ``i`` is seeded with ``seed + i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from textgen_env.config import check_one_of
 from textgen_env.env import chosen_prompt, flatten, hold_objects, let_go, observation_space, open_episodes
 from textgen_env.errors import ConfigError, IllegalAction
 from textgen_env.language_model import LanguageModel
@@ -44,7 +46,9 @@ class TextGenVectorEnv(VectorEnv[Any, Any, Any]):
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         **settings: Any,
     ) -> None:
-        self.autoreset_mode = AutoresetMode(let_go(autoreset_mode))
+        autoreset_mode = let_go(autoreset_mode)
+        check_one_of("autoreset_mode", autoreset_mode, [*AutoresetMode, *(mode.value for mode in AutoresetMode)])
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {
             "render_modes": ["ansi", "human", "rgb_array"],
             "render_fps": 4,
@@ -157,10 +161,10 @@ class TextGenVectorEnv(VectorEnv[Any, Any, Any]):
     def _none(self) -> npt.NDArray[np.bool_]:
         return np.zeros(self.num_envs, np.bool_)
 
-    def _begin(self, rows: npt.NDArray[np.int64], given: str | Sequence[str] | None) -> None:
+    def _begin(self, rows: npt.NDArray[np.int64], given: Any) -> None:
         if given is None:
             prompts = [self.episodes.draw(self._generator(row)) for row in rows]
-        elif isinstance(given, str):
+        elif not isinstance(given, list | tuple):
             prompts = [Prompt(given)] * len(rows)
         elif len(given) == self.num_envs:
             prompts = [Prompt(given[row]) for row in rows]
@@ -178,7 +182,7 @@ class TextGenVectorEnv(VectorEnv[Any, Any, Any]):
     def _seed(self, rows: npt.NDArray[np.int64], seed: int | Sequence[int | None] | None) -> None:
         if seed is None:
             return
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed)
+        seeds = [int(seed) + i for i in range(self.num_envs)] if isinstance(seed, Integral) else list(seed)
         if len(seeds) != self.num_envs:
             raise ConfigError(f"seed must be one number or {self.num_envs} of them, got {len(seeds)}")
         for row in rows:

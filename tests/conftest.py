@@ -1,0 +1,38 @@
+"""What all tests share: no network, and one tiny pretrained-like model."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # silences a warning in tests that fork
+
+import pytest
+
+WORDS = ("<end>", "<unk>", "the", "film", "was", "good", "bad", "and", "long", ".")
+
+
+@pytest.fixture(scope="session")
+def tiny_lm():
+    """A random Llama of 3,000 parameters with a tokenizer of ten words: ``(model, tokenizer)``."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<unk>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.3,  # distributions far from uniform
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval(), tokenizer
