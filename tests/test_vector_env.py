@@ -1,4 +1,4 @@
-"""The vector environment: N rows are N single environments, in every autoreset mode, whatever happens to some of them."""
+"""The vector environment: N rows are N single environments, in every autoreset mode, whatever some of them do."""
 
 from __future__ import annotations
 

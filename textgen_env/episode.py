@@ -419,7 +419,7 @@ class Episodes:
         infos: list[dict[str, Any]],
     ) -> None:
         """Replace the rewards of ended rows by what is still owed, and fill their infos."""
-        where = np.flatnonzero(ended)
+        where = np.flatnonzero(ended).tolist()
         generations = [self._generation(rows[i], reasons[i] or "") for i in where]
         scored = self.reward.scored(generations)
         rewards[where] = scored.total - self.state.paid[rows[where]]
