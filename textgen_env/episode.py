@@ -333,8 +333,6 @@ class Episodes:
             raise ResetNeeded(f"rows {rows[~self.begun(rows)].tolist()} hold no text yet: call reset first")
 
     def _encode_prompt(self, text: str) -> tuple[int, ...]:
-        if not text:
-            raise PromptError("the prompt is empty; give at least one character")
         ids = tuple(self.model.encode(text))
         if not ids:
             raise PromptError(f"the prompt {text!r} has no tokens under model {self.model.name!r}")

@@ -49,8 +49,8 @@ class TableModel(LanguageModel):
         features: Callable[[tuple[int, ...]], npt.ArrayLike] | None = None,
         name: str = "table",
     ) -> None:
-        if len(set(tokens)) != len(tokens) or not all(tokens):
-            raise ModelError(f"tokens must be distinct and non-empty, got {list(tokens)}")
+        if not tokens or len(set(tokens)) != len(tokens) or not all(tokens):
+            raise ModelError(f"tokens must be distinct and non-empty, at least one, got {list(tokens)}")
         if end is not None and end not in tokens:
             raise ModelError(f"end={end!r} must be one of the tokens {list(tokens)}, or None")
         self.name = name
@@ -62,14 +62,13 @@ class TableModel(LanguageModel):
         self._ids = {token: i for i, token in enumerate(self.tokens)}
         longest_first = sorted(self.tokens, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)), re.DOTALL)
-        self._next = table if callable(table) else _lookup(_probabilities(table, self.vocab_size))
+        self._next = _lookup(table, self.vocab_size)
         self._features = features
         self.hidden_size = self.vocab_size if features is None else np.asarray(features((0,))).shape[-1]
 
     def probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
         """Return p(next token | ids), shape (V,)."""
-        row = np.asarray(self._next(tuple(ids)), dtype=np.float64)
-        return _probabilities(row, self.vocab_size)
+        return self._next(tuple(ids))
 
     def features(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the hidden state of ``ids``, shape (d,)."""
@@ -139,7 +138,11 @@ class TableSlots(Slots):
         probabilities = np.stack([self.model.probabilities(self._ids[row]) for row in rows])
         for end in self.model.end_ids:
             probabilities[block_end, end] = 0.0
-        probabilities /= probabilities.sum(-1, keepdims=True)
+        total = probabilities.sum(-1, keepdims=True)
+        if not total.all():
+            text = self.model.decode(self._ids[rows[int(np.argmin(total))]])
+            raise ModelError(f"after {text!r} only the end is possible, and min_new_tokens forbids it")
+        probabilities /= total
         with np.errstate(divide="ignore"):
             logprobs = np.maximum(np.log(probabilities), MASKED_LOGPROB)
         if self._k is None:
@@ -170,16 +173,20 @@ class TableSlots(Slots):
         return ids
 
 
-def _probabilities(table: npt.ArrayLike, vocab: int) -> npt.NDArray[np.float64]:
+def _lookup(table: Table, vocab: int) -> Callable[[tuple[int, ...]], npt.NDArray[np.float64]]:
+    if callable(table):
+        return lambda ids: _probabilities(table(ids), (vocab,))
+    values = _probabilities(table, (vocab,), (vocab, vocab))
+    if values.ndim == 1:
+        return lambda ids: values
+    return lambda ids: values[ids[-1]]
+
+
+def _probabilities(table: npt.ArrayLike, *shapes: tuple[int, ...]) -> npt.NDArray[np.float64]:
     values = np.array(table, dtype=np.float64)
-    if values.shape not in {(vocab,), (vocab, vocab)}:
-        raise ModelError(f"a table must have shape ({vocab},) or ({vocab}, {vocab}), got {values.shape}")
-    if (values < 0).any() or not np.allclose(values.sum(-1), 1.0, atol=1e-6):
+    if values.shape not in shapes:
+        raise ModelError(f"a table must have shape {' or '.join(map(str, shapes))}, got {values.shape}")
+    if (values < 0).any() or not (np.abs(values.sum(-1) - 1.0) <= 1e-6).all():
         raise ModelError("each row of a table must be probabilities that sum to 1")
+    values.flags.writeable = False
     return values
-
-
-def _lookup(table: npt.NDArray[np.float64]) -> Callable[[tuple[int, ...]], npt.NDArray[np.float64]]:
-    if table.ndim == 1:
-        return lambda ids: table
-    return lambda ids: table[ids[-1]]
