@@ -6,9 +6,9 @@ run can be rebuilt from JSON.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from textgen_env.errors import ConfigError
@@ -59,6 +59,7 @@ class EnvConfig:
         check_one_of("reward_at", self.reward_at, ("end", "step"))
         check_one_of("on_illegal", self.on_illegal, ("raise", "last_legal"))
         check_one_of("dtype", self.dtype, DTYPES)
+        check_one_of("trust_remote_code", self.trust_remote_code, (True, False))
         check_one_of("render_mode", self.render_mode, (None, *RENDER_MODES))
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
         check_at_least("max_prompt_tokens", self.max_prompt_tokens, 1)
@@ -69,16 +70,16 @@ class EnvConfig:
             raise ConfigError(
                 f"min_new_tokens must be at most max_new_tokens={self.max_new_tokens}, got {self.min_new_tokens}"
             )
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not isinstance(self.top_p, Real) or not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        stop = (self.stop,) if isinstance(self.stop, str) or not isinstance(self.stop, Iterable) else tuple(self.stop)
         if not all(isinstance(s, str) and s for s in stop):
             raise ConfigError(f"stop must be non-empty strings, got {self.stop!r}")
         object.__setattr__(self, "stop", stop)
         self._check_observation()
 
     def _check_observation(self) -> None:
-        if isinstance(self.observation, str):
+        if isinstance(self.observation, str) or not isinstance(self.observation, Iterable):
             check_one_of("observation", self.observation, ("default", "full", *FLAT_OBSERVATIONS))
             return
         keys = tuple(self.observation)
