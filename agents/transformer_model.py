@@ -54,13 +54,14 @@ class PruningReport:
     amount: float  # asked for: share of the weights, channels, KV groups or layers
     dense_parameters: int  # before
     parameters: int  # after
-    zeros: int  # of the prunable weights, after
+    dense_zeros: int  # of the prunable weights, before
+    zeros: int  # the same, after
     sparsity: Mapping[str, float]  # share of zeros in each prunable weight, after
 
     @property
     def removed(self) -> float:
-        """Share of the dense parameters that are gone: cut away or zero."""
-        return 1 - (self.parameters - self.zeros) / self.dense_parameters
+        """Share of the parameters that are gone, cut away or zero; those that were zero before don't count."""
+        return 1 - (self.parameters - self.zeros) / (self.dense_parameters - self.dense_zeros)
 
     def __str__(self) -> str:
         return (
@@ -131,8 +132,8 @@ class PrunedTransformerModel(nn.Module):
 
     def sparsity(self) -> float:
         """Return the share of zeros among the prunable weights, as they are now."""
-        weights = [_rows(linear) for linear in _linears(self.model).values()]
-        return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+        zeros, sizes = zip(*_zeros(self.model).values(), strict=True)
+        return float(sum(zeros) / sum(sizes))
 
     def report(self) -> PruningReport:
         """Return what was pruned when this model was made."""
@@ -181,18 +182,18 @@ def prune_(
     check_pruning(method, amount)
     if model.config.is_encoder_decoder:
         raise ModelError(f"{type(model).__name__} is an encoder-decoder; give an encoder or a causal decoder")
-    dense_parameters = model.num_parameters()
+    dense_parameters, dense = model.num_parameters(), _zeros(model)
     if amount > 0:
         METHODS[method](model, amount, lambda: _calibration(model, calibration, tokenizer, seed))
-    weights = {name: _rows(linear) for name, linear in _linears(model).items()}
-    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    pruned = _zeros(model)
     return model, PruningReport(
         method=method,
         amount=amount,
         dense_parameters=dense_parameters,
         parameters=model.num_parameters(),
-        zeros=sum(zeros.values()),
-        sparsity={name: zeros[name] / weight.numel() for name, weight in weights.items()},
+        dense_zeros=sum(zeros for zeros, _ in dense.values()),
+        zeros=sum(zeros for zeros, _ in pruned.values()),
+        sparsity={name: zeros / size for name, (zeros, size) in pruned.items()},
     )
 
 
@@ -417,6 +418,12 @@ def _rows(linear: Linear) -> torch.Tensor:
     """The weight as (out, in); GPT-2 keeps it transposed."""
     weight = linear.weight.data
     return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def _zeros(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Zeros and size of every prunable weight."""
+    weights = {name: _rows(linear) for name, linear in _linears(model).items()}
+    return {name: (weight.numel() - int(weight.count_nonzero()), weight.numel()) for name, weight in weights.items()}
 
 
 def _has(block: nn.Module, *names: str) -> bool:
