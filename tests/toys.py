@@ -88,7 +88,7 @@ class Worth(Reward):
 
 
 class PlainEpisode:
-    """The decision process of one text under ``letters`` and ``worth``."""
+    """The decision process of one text under ``letters``, or another table for its tokens, and ``worth``."""
 
     def __init__(
         self,
@@ -101,9 +101,10 @@ class PlainEpisode:
         max_prompt_tokens=4,
         stop=(),
         reward_at="end",
+        table=TABLE,
     ):
         self.prompt = letters().encode(prompt)
-        self.ids = []
+        self.ids, self.table = [], table
         self.top_k, self.top_p, self.stop, self.reward_at = top_k, top_p, stop, reward_at
         self.most, self.least, self.room = max_new_tokens, min_new_tokens, max_prompt_tokens + max_new_tokens
         self.finish_reason = None
@@ -115,7 +116,7 @@ class PlainEpisode:
 
     def candidates(self):
         """(token, log-probability, allowed) of each action."""
-        p = dict(enumerate(TABLE[(self.prompt + self.ids)[-1]]))
+        p = dict(enumerate(self.table[(self.prompt + self.ids)[-1]]))
         if len(self.ids) < self.least:
             p[TOKENS.index("<end>")] = 0.0
         total = sum(p.values())

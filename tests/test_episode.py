@@ -1,0 +1,267 @@
+"""The rules of an episode on random models and settings, with real rewards, and against kept episodes."""
+
+from __future__ import annotations
+
+import json
+
+import golden
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import TABLE, TOKENS, PlainEpisode, Worth, assert_same, letters
+
+from textgen_env import Prompt, Reward, TableModel, TextGenEnv, TextGenVectorEnv, make_reward
+from textgen_env.errors import ModelError, PromptError
+
+WORDS = (" good", " bad", " not", "!", " awful", " the", "ly", " sun", " rain", ".", "\n", "<end>")
+
+REWARDS = {
+    "sentiment": "sentiment",
+    "keywords": {"name": "keywords", "words": ["sun", "rain", "good"]},
+    "length": {"name": "length", "target": 3},
+    "repetition": "repetition",
+    "distinct": "distinct",
+    "readability": "readability",
+    "rouge": "rouge",
+    "mix": [["sentiment", 1.0], ["repetition", -0.5]],
+    "a mix with a part that no prefix shows": [["sentiment", 1.0], [lambda text: len(text) % 7, 0.25]],
+    "shaped": {"name": "shaped", "reward": {"name": "regex", "pattern": "sun"}, "potential": "sentiment"},
+}
+NO_PREFIX_SHOWS_ALL = ("a mix with a part that no prefix shows", "shaped")
+
+
+def words_env(reward, **changes):
+    table = np.full(len(WORDS), 1 / len(WORDS))
+    prompts = [Prompt(" the sun", reference="The sun is good.")]
+    arguments = {"top_k": 11, "max_new_tokens": 8, "observation": "full", "min_new_tokens": 3} | changes
+    return TextGenEnv(TableModel(WORDS, table), prompts, make_reward(reward), **arguments)
+
+
+# --- rewards on the way
+
+
+@pytest.mark.parametrize("name", REWARDS)
+@settings(max_examples=15, deadline=None)
+@given(actions=st.lists(st.integers(0, 10), min_size=8, max_size=8))
+def test_the_increments_sum_to_the_reward_of_the_text(name, actions):
+    env = words_env(REWARDS[name], reward_at="step")
+    observation, _ = env.reset(seed=0)
+    total, ended = 0.0, False
+    for action in actions:
+        observation, reward, ended, _, _ = env.step(action)
+        total += reward
+        if ended:
+            break
+        assert total == pytest.approx(observation["score"][0], abs=1e-5)
+    assert ended
+    once = words_env(REWARDS[name], reward_at="end")
+    once.reset(seed=0)
+    paid = [once.step(action)[1] for action in actions[: observation["length"][0] - 2]]
+    assert total == pytest.approx(paid[-1], abs=1e-6)
+    assert not any(paid[:-1])
+
+
+@pytest.mark.parametrize("name", REWARDS)
+@settings(max_examples=10, deadline=None)
+@given(actions=st.lists(st.integers(0, 8), min_size=4, max_size=4), data=st.data())
+def test_a_candidate_s_score_is_the_score_after_taking_it(name, actions, data):
+    env = words_env(REWARDS[name])
+    observation, _ = env.reset(seed=0)
+    for action in actions:
+        promised = observation["candidate_scores"]
+        snapshot = env.snapshot()
+        for other in data.draw(st.lists(st.integers(0, 10), max_size=2)):
+            assert env.step(other)[0]["score"][0] == pytest.approx(promised[other], abs=1e-6)
+            env.restore(snapshot)
+        observation, _, ended, _, _ = env.step(action)
+        assert observation["score"][0] == pytest.approx(promised[action], abs=1e-6)
+        if ended:
+            break
+
+
+@pytest.mark.parametrize("name", sorted(set(REWARDS) - set(NO_PREFIX_SHOWS_ALL)))
+def test_the_last_score_is_the_reward(name):
+    env = words_env(REWARDS[name], min_new_tokens=8)
+    env.reset(seed=0)
+    for action in (0, 2, 1, 4, 3, 8, 0, 7):
+        observation, reward, *_ = env.step(action)
+    assert observation["budget"] == [0.0]
+    assert reward == pytest.approx(observation["score"][0], abs=1e-6)
+
+
+# --- random models and settings
+
+
+@st.composite
+def tables(draw):
+    """Six rows of probabilities over ``TOKENS``, with many ties and zeros, and always more than the end."""
+    weights = draw(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=6, max_size=6))
+    table = np.array(weights, float)
+    table[:, 0] += table[:, :5].sum(-1) == 0
+    return table / table.sum(-1, keepdims=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    table=tables(),
+    rules=st.fixed_dictionaries(
+        {
+            "top_k": st.sampled_from([1, 2, 4, 5, None]),
+            "top_p": st.sampled_from([0.113, 0.317, 0.513, 0.739, 1.0]),  # no sum of the tables' fractions
+            "min_new_tokens": st.integers(0, 4),
+            "reward_at": st.sampled_from(["end", "step"]),
+            "stop": st.sampled_from([(), ("ab",), ("bb", " ")]),
+        }
+    ),
+    prompt=st.sampled_from(["a", "ab", "b.", "   a"]),
+    choices=st.lists(st.integers(0, 5), min_size=4, max_size=4),
+)
+def test_any_model_under_any_rules_follows_the_plain_telling(table, rules, prompt, choices):
+    rules = rules | {"max_new_tokens": 4}
+    env = TextGenEnv(TableModel(TOKENS, table), [prompt], Worth(), observation="full", max_prompt_tokens=4, **rules)
+    plain = PlainEpisode(prompt, table=table, **rules)
+    observation, _ = env.reset(seed=0)
+    for choice in choices:
+        assert env.observation_space.contains(observation)
+        assert_same(observation, plain.observation())
+        legal = np.flatnonzero(observation["action_mask"])
+        assert len(legal)
+        action = legal[choice % len(legal)]
+        observation, reward, ended, _, _ = env.step(action)
+        assert reward == plain.step(action)
+        assert ended == (plain.finish_reason is not None)
+        if ended:
+            break
+    assert_same(observation, plain.observation())
+
+
+# --- by hand
+
+
+def hand(**changes):
+    return TextGenEnv(letters(), ["b"], Worth(), **({"top_k": None, "max_new_tokens": 6} | changes))
+
+
+def finish(env, *tokens):
+    """Append ``tokens`` after "b" and return how many the text took, and the last info."""
+    env.reset()
+    for count, token in enumerate(tokens, 1):
+        *_, ended, _, info = env.step(TOKENS.index(token))
+        if ended:
+            return count, info
+    raise AssertionError(f"{tokens} did not end the text")
+
+
+@pytest.mark.parametrize(
+    ("stop", "tokens", "count", "reason"),
+    [
+        (("ab",), ["b", "ab", "a"], 2, "stop"),  # within a token
+        (("ab",), ["a", "b", "a"], 2, "stop"),  # across two
+        (("bab",), ["b", "ab"], 2, "stop"),  # across a token and a half
+        (("b",), ["a", "ab"], 2, "stop"),  # inside of a token
+        (("ba",), ["a", "a", "<end>"], 3, "eos"),  # the prompt's b does not count
+        (("aaaa",), ["a"] * 6, 4, "stop"),
+        ((), ["a"] * 6, 6, "length"),
+        (("aaaaaa",), ["a"] * 6, 6, "stop"),  # both at once: the text says so
+        (("a", "b"), ["<end>"], 1, "eos"),
+    ],
+)
+def test_how_texts_end(stop, tokens, count, reason):
+    got, info = finish(hand(stop=stop), *tokens)
+    assert (got, info["finish_reason"]) == (count, reason)
+    assert info["completion"] == "".join(tokens[:count]).replace("<end>", "")
+
+
+def test_the_state_is_token_ids_and_never_decoded_and_encoded_again():
+    env = hand(top_k=5)
+    observation, _ = env.reset(options={"prompt": "ab"})
+    assert observation["tokens"][:1].tolist() == [2]
+    for token in (0, 1):  # "a", "b": the text of one token in two
+        observation, *_ = env.step(observation["candidates"].tolist().index(token))
+    assert observation["tokens"][:3].tolist() == [2, 0, 1]
+    np.testing.assert_allclose(np.exp(observation["logprobs"]), sorted(TABLE[1], reverse=True)[:5], rtol=1e-6)
+
+
+def test_a_reward_is_told_everything_about_the_text():
+    told = []
+
+    class Listener(Reward):
+        name = "listener"
+
+        def __call__(self, generations):
+            told.extend(generations)
+            return np.zeros(len(generations))
+
+    prompt = Prompt("ab", reference="abb", metadata={"topic": 1})
+    env = TextGenEnv(letters(), [prompt], Listener(), top_k=5, max_new_tokens=2)
+    env.reset(seed=0)
+    env.step(1)  # b, of probability 0.2
+    env.step(0)  # a, of 0.4
+    (text,) = told
+    assert (text.prompt, text.completion, text.text, text.finish_reason) == ("ab", "ba", "abba", "length")
+    assert (text.prompt_ids, text.ids, text.reference, text.metadata) == ((2,), (1, 0), "abb", {"topic": 1})
+    assert np.exp(text.logprobs) == pytest.approx([0.2, 0.4])
+
+
+def test_log_probabilities_are_those_of_the_blocked_distribution():
+    _, info = finish(hand(min_new_tokens=6), *"ababab")
+    after_b = TABLE[1] / 0.9
+    after_a = TABLE[0] / 0.9
+    assert info["logprob"] == pytest.approx(3 * np.log(after_b[0]) + 3 * np.log(after_a[1]), rel=1e-5)
+
+
+def test_rewards_of_rows_that_end_together_are_asked_for_once():
+    batches = []
+
+    class Batches(Worth):
+        def __call__(self, generations):
+            batches.append(len(generations))
+            return super().__call__(generations)
+
+    env = TextGenVectorEnv(3, letters(), ["a"], Batches(), top_k=4, max_new_tokens=2, min_new_tokens=2)
+    env.reset(seed=0)
+    for _ in range(4):
+        env.step(np.zeros(3, int))
+    assert batches == [3, 3]
+
+
+def test_a_prompt_without_tokens_is_refused():
+    class Mute(TableModel):
+        def encode(self, text):
+            return []
+
+    env = TextGenEnv(Mute(TOKENS, TABLE), ["a"], Worth(), top_k=4)
+    with pytest.raises(PromptError, match="'a' has no tokens"):
+        env.reset()
+
+
+def test_a_text_that_can_only_end_says_so_where_it_must_go_on():
+    table = TABLE.copy()
+    table[0] = [0, 0, 0, 0, 0, 1]
+    env = TextGenEnv(TableModel(TOKENS, table), ["b"], Worth(), top_k=4, min_new_tokens=3)
+    env.reset()
+    with pytest.raises(ModelError, match="only the end is possible"):
+        env.step(0)
+
+
+# --- kept episodes
+
+
+def assert_close(got, kept, where=""):
+    if isinstance(kept, dict):
+        assert set(got) == set(kept), where
+        for key, value in kept.items():
+            assert_close(got[key], value, f"{where}/{key}")
+    elif isinstance(kept, list):
+        assert len(got) == len(kept), where
+        for i, value in enumerate(kept):
+            assert_close(got[i], value, f"{where}/{i}")
+    elif isinstance(kept, float):
+        assert got == pytest.approx(kept, abs=2e-6), where
+    else:
+        assert got == kept, where
+
+
+def test_episodes_are_what_they_were():
+    assert_close(golden.episodes(), json.loads(golden.PATH.read_text()))
