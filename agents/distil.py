@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from agents.transformer_model import Linear, PrunedTransformerModel, Text, self_written, token_batches
+from agents.transformer_model import (
+    Linear,
+    PrunedTransformerModel,
+    PruningReport,
+    Text,
+    load_transformer,
+    self_written,
+    token_batches,
+)
 from textgen_env.errors import ConfigError, ModelError, RunFolderError
 
 CHECKPOINT = "distil.pt"
@@ -118,6 +127,40 @@ def distil(
     return run.losses
 
 
+def prune_and_heal(
+    name: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    method: str,
+    amount: float,
+    steps: int = 0,
+    *,
+    texts: Text | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    progress: bool = True,
+) -> PruningReport:
+    """Prune the model called ``name``, heal it for ``steps``, and save it in the folder ``out``.
+
+    The texts serve calibration and healing. Called again after a stop, it goes on healing; the
+    checkpoints in ``out`` are gone once the model is there.
+
+    Raises:
+        RunFolderError: ``out`` holds a model already, or the checkpoint of a different run.
+        ConfigError, ModelError: as ``PrunedTransformerModel`` and ``distil`` do.
+    """
+    folder, checkpoints = Path(out), Path(out) / "healing"
+    if (folder / "config.json").exists():
+        raise RunFolderError(f"{str(folder)!r} holds a model already; choose another folder")
+    student = PrunedTransformerModel(name, amount, method, calibration=texts, dtype=dtype, seed=seed)
+    if steps:
+        teacher, _ = load_transformer(name, dtype)
+        distil(student, teacher, texts, steps, seed=seed, folder=checkpoints, progress=progress)
+    student.save_pretrained(folder)
+    if checkpoints.is_dir():
+        shutil.rmtree(checkpoints)
+    return student.report()
+
+
 class _Run:
     """The student's weights under training: float32 masters, optimiser, losses so far."""
 
@@ -143,8 +186,9 @@ class _Run:
 
     def update(self, loss: torch.Tensor, learning_rate: float) -> None:
         """One step down ``loss``, with gradients of a norm of at most 1."""
-        if not math.isfinite(loss.item()):
-            raise ModelError(f"the KL became {loss.item()} at step {len(self.losses)}; lower the learning rate")
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ModelError(f"the KL became {value} at step {len(self.losses)}; lower the learning rate")
         loss.backward()
         for weight, master in zip(self.weights, self.masters, strict=True):
             master.grad = None if weight.grad is None else weight.grad.float()
@@ -156,7 +200,7 @@ class _Run:
             for master, zero in self.holes:
                 master.masked_fill_(zero, 0.0)
         self._write_back()
-        self.losses.append(loss.item())
+        self.losses.append(value)
 
     def _write_back(self) -> None:
         with torch.no_grad():

@@ -239,22 +239,26 @@ def self_written(model: PreTrainedModel, rows: int, length: int, seed: int) -> t
 
     Source: data-free calibration of LLM-QAT, Liu et al. 2023, arXiv:2305.17888.
     """
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+    generate: Any = model.generate
+    written = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        first = torch.randint(model.config.vocab_size, (rows, 1), device=model.device)
-        generate: Any = model.generate
-        written: torch.Tensor = generate(
-            input_ids=first,
-            attention_mask=torch.ones_like(first),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_new_tokens=length - 1,
-            max_new_tokens=length - 1,
-            pad_token_id=0,  # never used: no row ends early
-        )
-    return written.clone()  # a normal tensor: one made under inference mode could not be trained on
+        openings = torch.randint(model.config.vocab_size, (rows, 1)).to(model.device)
+        for first in openings.split(64):  # bounds the cache
+            written.append(
+                generate(
+                    input_ids=first,
+                    attention_mask=torch.ones_like(first),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    min_new_tokens=length - 1,
+                    max_new_tokens=length - 1,
+                    pad_token_id=0,  # never used: no row ends early
+                )
+            )
+    return torch.cat(written)
 
 
 # ---------------------------------------------------------------- zeroing weights, shapes unchanged

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from agents.distil import distil
+from agents.distil import distil, prune_and_heal
 from agents.transformer_model import PrunedTransformerModel, prune_
 from textgen_env.errors import ConfigError, ModelError, RunFolderError
 
@@ -200,3 +200,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(ids):
 
     with pytest.raises(ModelError, match="lower the learning rate"):
         distil(student, model(0), ids, progress=False)
+
+
+def stop(*args):
+    raise Stopped
+
+
+def test_from_a_folder_to_a_healed_folder_and_on_after_a_stop(tmp_path, monkeypatch):
+    model(0).save_pretrained(tmp_path / "dense")
+    options = {"method": "ffn", "amount": 0.25, "steps": 4, "progress": False}
+    report = prune_and_heal(tmp_path / "dense", tmp_path / "straight", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(PrunedTransformerModel, "save_pretrained", stop)
+        with pytest.raises(Stopped):
+            prune_and_heal(tmp_path / "dense", tmp_path / "stopped", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("agents.distil._Run.update", stop)  # not one step is done again
+        assert prune_and_heal(tmp_path / "dense", tmp_path / "stopped", **options) == report
+
+    straight, resumed = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("straight", "stopped"))
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    assert straight.config.intermediate_size == 18
+    assert not (tmp_path / "stopped" / "healing").exists()
+    with pytest.raises(RunFolderError, match="holds a model already"):
+        prune_and_heal(tmp_path / "dense", tmp_path / "stopped", **options)
