@@ -135,8 +135,10 @@ def test_a_stopped_run_goes_on_to_the_same_weights(dtype, ids, tmp_path, monkeyp
 def test_a_checkpoint_of_another_run_is_refused(ids, tmp_path):
     distil(model(1), model(0), ids, steps=2, folder=tmp_path, progress=False)
 
-    with pytest.raises(RunFolderError, match="another run"):
-        distil(model(1), model(0), ids, steps=3, folder=tmp_path, progress=False)
+    for student, text, steps in ((model(1), ids, 3), (model(2), ids, 2), (model(1), ids.flip(0), 2)):
+        with pytest.raises(RunFolderError, match="another run"):
+            distil(student, model(0), text, steps=steps, folder=tmp_path, progress=False)
+        assert all(p.requires_grad for p in student.parameters())
 
 
 def test_without_text_the_teacher_writes_it_once(tmp_path):
