@@ -204,6 +204,26 @@ def check_pruning(method: str, amount: float) -> None:
         raise ConfigError(f"the pruning amount must be in [0, 1), the share to remove; got {amount}")
 
 
+def parse_pruning(text: str) -> list[tuple[str, float]]:
+    """Read ``METHOD:AMOUNT``, or several joined by ``+``, as cuts to make one after the other.
+
+    >>> parse_pruning("layers:0.1+ffn:0.23")
+    [('layers', 0.1), ('ffn', 0.23)]
+
+    Raises:
+        ConfigError: another form, an unknown method, or an amount outside [0, 1).
+    """
+    cuts = []
+    for part in text.split("+"):
+        method, _, amount = part.partition(":")
+        try:
+            cuts.append((method, float(amount)))
+        except ValueError as error:
+            raise ConfigError(f"a pruning is METHOD:AMOUNT, such as ffn:0.2, got {part!r}") from error
+        check_pruning(*cuts[-1])
+    return cuts
+
+
 def load_transformer(name: str | os.PathLike[str], dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     """Return the model (causal where its checkpoint is) and tokenizer of a name, folder or hub id.
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from agents.distil import distil
-from agents.transformer_model import METHODS, prune_
+from agents.transformer_model import METHODS, parse_pruning, prune_
 from textgen_env.device import pick_dtype
 from textgen_env.errors import ConfigError, ModelError
 from textgen_env.hf_model import HFModel
@@ -77,7 +77,6 @@ def run(
     text_file: Path | None,
     documents: int,
     heal: int,
-    learning_rate: float,
     out: Path,
     agent_return: AgentReturn | None = None,
 ) -> list[Row]:
@@ -119,13 +118,12 @@ def run(
     for cut in cuts:
         pruned, _ = load_pretrained(model, pick_dtype("auto"))
         try:
-            for step in cut.split("+"):
-                method, _, amount = step.partition(":")
-                prune_(pruned, method, float(amount), calibration=text.calibration)
+            for method, amount in parse_pruning(cut):
+                prune_(pruned, method, amount, calibration=text.calibration)
         except (ConfigError, ModelError) as error:
             add(Row(cut, note=str(error)))
             continue
-        minutes = _heal(pruned, dense, tokenizer, text, heal, learning_rate, out / cut) if heal else None
+        minutes = _heal(pruned, dense, tokenizer, text.healing, heal, out / cut) if heal else None
         add(measure(cut, pruned, minutes))
     (out / "table.md").write_text("\n".join([HEADER, *(_line(row) for row in rows)]) + "\n")
     (out / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
@@ -134,18 +132,11 @@ def run(
 
 
 def _heal(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    tokenizer: Any,
-    text: Text,
-    steps: int,
-    learning_rate: float,
-    folder: Path,
+    student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any, texts: list[str], steps: int, folder: Path
 ) -> float:
     """Distil in place, keep the healed model in ``folder``, and return the minutes of this call."""
     started = time.perf_counter()
-    options = {"tokenizer": tokenizer, "batch_size": 4, "length": 256, "learning_rate": learning_rate}
-    distil(student, teacher, text.healing, steps, folder=folder, **options)
+    distil(student, teacher, texts, steps, tokenizer=tokenizer, folder=folder)
     student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return (time.perf_counter() - started) / 60
@@ -281,10 +272,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cuts", nargs="+", metavar="METHOD:AMOUNT[+...]", help="instead of every method")
     parser.add_argument("--text", type=Path, help="a text file with one document a line")
     parser.add_argument("--heal", type=int, default=0, metavar="STEPS", help="distil every cut, 1,024 tokens a step")
-    parser.add_argument("--learning-rate", type=float, default=4e-4, help="of healing")
     parser.add_argument("--out", type=Path, default=Path("out/pruning"), help="for table, plot and healed models")
     parser.add_argument("--quick", action="store_true", help="each method once, on little text")
     options = parser.parse_args(arguments)
+    for cut in options.cuts or ():
+        parse_pruning(cut)  # a typing error should not wait for the cuts before it
     transformers_logging.disable_progress_bar()
     amounts = (0.3,) if options.quick else AMOUNTS
     run(
@@ -293,7 +285,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.text,
         documents=12 if options.quick else 60,
         heal=options.heal,
-        learning_rate=options.learning_rate,
         out=options.out,
     )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from agents.transformer_model import METHODS, PrunedTransformerModel, PruningReport, prune_, self_written
+from agents.transformer_model import METHODS, PrunedTransformerModel, PruningReport, parse_pruning, prune_, self_written
 from textgen_env.errors import ConfigError, ModelError
 
 VOCAB = 61
@@ -331,6 +331,19 @@ def test_an_amount_outside_its_range_is_refused(amount):
 def test_an_unknown_method_gets_a_suggestion():
     with pytest.raises(LookupError, match="Did you mean 'wanda'"):
         prune_(tiny("llama"), "wnada", 0.2)
+
+
+def test_cuts_are_read_from_text():
+    assert parse_pruning("wanda:0.5") == [("wanda", 0.5)]
+    assert parse_pruning("layers:0.1+ffn:0.23") == [("layers", 0.1), ("ffn", 0.23)]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "ffn", "ffn:", "ffn:much", "fnn:0.2", "ffn:1.0", "ffn:0.2+", "ffn:0.2,layers:0.1"]
+)
+def test_text_that_names_no_cut_is_refused(text):
+    with pytest.raises(ConfigError):
+        parse_pruning(text)
 
 
 @pytest.mark.parametrize(
