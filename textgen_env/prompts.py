@@ -92,7 +92,8 @@ class PromptSource(ABC):
         into depends on its hash only, so neither order nor seed matter. Reads every prompt once.
 
         Raises:
-            PromptError: an unknown part, or too few templates to give it one.
+            UnknownName: no such part.
+            PromptError: too few templates to give every part one, or no end to them.
         """
         if part not in SPLITS:
             raise unknown_name("split", part, SPLITS)
@@ -363,6 +364,9 @@ class _Mapped(PromptSource):
 
     def draw(self, rng: np.random.Generator) -> Prompt:
         return self._function(self._source.draw(rng))
+
+    def split(self, part: str) -> PromptSource:
+        return _Mapped(self._source.split(part), self._function)
 
 
 def _from_string(spec: str) -> PromptSource:

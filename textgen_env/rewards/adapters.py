@@ -87,7 +87,8 @@ def reference_of(generation: Generation, reward: str) -> str:
 class PipelineReward(Reward):
     """The probability that a ``transformers`` text-classification pipeline gives to one label.
 
-    Range: 0 to 1, softmax over the labels (sigmoid for models with several labels at a time).
+    Range: 0 to 1, softmax over the labels (sigmoid for models with several labels at a time). A
+    blank completion gets 0.
     Cost: one batched forward of the classifier.
     How it is gamed: classifiers are brittle off their training data; keep a second one to look with.
 
@@ -109,10 +110,16 @@ class PipelineReward(Reward):
         self.batch_size = batch_size
 
     def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:
-        texts = [generation.completion for generation in generations]
+        values = np.zeros(len(generations))
+        # Tokenizers without special tokens make no tokens of a blank text, and models choke on none.
+        written = [i for i, generation in enumerate(generations) if generation.completion.strip()]
+        if not written:
+            return values
+        texts = [generations[i].completion for i in written]
         answers: Any = self.pipeline(texts, top_k=None, truncation=True, batch_size=self.batch_size)
-        by_label = [{score["label"]: score["score"] for score in scores} for scores in answers]
-        return np.array([scores[self.label] for scores in by_label], np.float64)
+        for i, scores in zip(written, answers, strict=True):
+            values[i] = next(score["score"] for score in scores if score["label"] == self.label)
+        return values
 
 
 @REWARDS.register("transformers")
