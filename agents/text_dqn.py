@@ -32,6 +32,7 @@ from agents.replay import EpisodeReplay
 from agents.sb3_vec import SB3VecEnv
 from agents.targets import TRACES, lambda_targets, log_policy
 from textgen_env.errors import ConfigError
+from textgen_env.evaluation import kl_to, renormalise, sample
 from textgen_env.language_model import LanguageModel
 from textgen_env.models import load_language_model
 
@@ -152,7 +153,7 @@ class TextDQN(DQN):
         self.advantage_penalty = advantage_penalty
         self.model_name: str | None = None
         self._rng = np.random.default_rng(seed)
-        self._behaviour_logprobs: npt.NDArray[np.float32] | None = None
+        self._behaviour_logprobs: npt.NDArray[np.float64] | None = None
         TRACES[target]  # an unknown name is refused here, with a suggestion
         if steps_per_update < 1:
             raise ConfigError(f"steps_per_update must be at least 1, got {steps_per_update}")
@@ -198,10 +199,10 @@ class TextDQN(DQN):
     ) -> tuple[npt.NDArray[np.int64], tuple[npt.NDArray[Any], ...] | None]:
         """Return one action a row: sampled from the policy, or its most probable one."""
         logprobs, single = self._log_policy(observation, self.beta)
-        actions = logprobs.argmax(-1) if deterministic else _sample(logprobs, self._rng)
+        actions = logprobs.argmax(-1) if deterministic else self._draw(np.exp(logprobs))
         return (actions[0] if single else actions), state
 
-    def probabilities(self, observation: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+    def probabilities(self, observation: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.float64]:
         """Return pi over the candidates, (B, k), or (k,) for a single observation."""
         logprobs, single = self._log_policy(observation, self.beta)
         return np.exp(logprobs[0] if single else logprobs)
@@ -212,21 +213,27 @@ class TextDQN(DQN):
         share = 1.0 if self.exploration_fraction <= 0 else min(1.0, done / self.exploration_fraction)
         return float(self.beta_start * (self.beta / self.beta_start) ** share)
 
-    def _log_policy(self, observation: Any, beta: float) -> tuple[npt.NDArray[np.float32], bool]:
+    def _draw(self, policy: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        """Return one action a row, each drawn with a random number of its own."""
+        return sample(policy, self._rng.random(len(policy)))
+
+    def _log_policy(self, observation: Any, beta: float) -> tuple[npt.NDArray[np.float64], bool]:
+        """Return log pi at temperature ``beta``, (B, k), and whether the observation was a single one."""
         tensors, vectorized = self.policy.obs_to_tensor(observation)
         with torch.inference_mode():
             logprobs = log_policy(prior(tensors), self.q_net_target(tensors), beta)  # type: ignore[arg-type]
-        return logprobs.cpu().numpy(), not vectorized
+        return logprobs.double().cpu().numpy(), not vectorized
 
     def _sample_action(
         self, learning_starts: int, action_noise: Any = None, n_envs: int = 1
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         assert isinstance(self._last_obs, dict)  # check_observation_space has seen to it
         logprobs, _ = self._log_policy(self._last_obs, self.behaviour_beta())
-        actions = _sample(logprobs, self._rng)
-        self._behaviour_logprobs = np.take_along_axis(logprobs, actions[:, None], -1)[:, 0]
-        kl = (np.exp(logprobs) * (logprobs - prior_of(self._last_obs))).sum(-1).mean()
-        self.logger.record_mean("rollout/kl_per_token", float(kl))
+        policy = np.exp(logprobs)
+        actions = self._draw(policy)
+        self._behaviour_logprobs = logprobs[np.arange(n_envs), actions]
+        log_mu, _ = renormalise(self._last_obs["logprobs"], self._last_obs["action_mask"])
+        self.logger.record_mean("rollout/kl_per_token", float(kl_to(policy, log_mu).mean()))
         return actions, actions
 
     # --- learning
@@ -375,19 +382,6 @@ class TextDQN(DQN):
         """Read what ``save_replay_buffer`` wrote; the buffer's shape must be the same."""
         assert isinstance(self.replay_buffer, EpisodeReplay)
         self.replay_buffer.load(path)
-
-
-def prior_of(observation: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-    """Return log mu of a numpy observation, (B, k)."""
-    tensors = {key: torch.from_numpy(np.asarray(observation[key])) for key in ("logprobs", "action_mask")}
-    return prior(tensors).numpy()
-
-
-def _sample(logprobs: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Draw one action a row, each with a random number of its own."""
-    cumulative = np.cumsum(np.exp(logprobs.astype(np.float64)), axis=-1)
-    drawn = rng.random((len(logprobs), 1)) * cumulative[:, -1:]
-    return (cumulative > drawn).argmax(-1)
 
 
 def _positive(name: str, value: float) -> float:
