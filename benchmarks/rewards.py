@@ -152,9 +152,8 @@ def accuracies(rated: Sequence[tuple[float, str, str]]) -> None:
     vader = make_reward("sentiment")(generations) > 0
     positive = np.array([rated[i][0] > 0 for i in held_out])
     sources = np.array([rated[i][2] for i in held_out])
-    print(
-        f"{len(rated)} sentences, {len(held_out)} held out\n| source | held out | classifier | VADER |\n|---|---|---|---|"
-    )
+    print(f"{len(rated)} sentences, {len(held_out)} held out")
+    print("| source | held out | classifier | VADER |\n|---|---|---|---|")
     for source in (None, *np.unique(sources)):
         where = np.ones(len(sources), bool) if source is None else sources == source
         shares = [float((answer == positive)[where].mean()) for answer in (classifier, vader)]

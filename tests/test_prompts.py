@@ -55,7 +55,7 @@ def test_a_list_may_mix_strings_prompts_and_dicts():
     assert make_prompts(source) is source
 
 
-def test_a_dataset_gives_prompts_references_and_metadata(tmp_path):
+def test_a_dataset_gives_prompts_references_and_metadata():
     from datasets import Dataset
 
     rows = {"prompt": ["a", "b"], "reference": ["c", "d"], "year": [1, 2]}
@@ -63,6 +63,8 @@ def test_a_dataset_gives_prompts_references_and_metadata(tmp_path):
     assert source[1] == Prompt("b", "d", {"year": 2})
     with pytest.raises(PromptError, match="no column 'prompt' of prompts; it has text"):
         make_prompts(Dataset.from_dict({"text": ["a"]}))
+    with pytest.raises(PromptError, match="streaming"):
+        make_prompts(Dataset.from_dict(rows).to_iterable_dataset())
     with pytest.raises(PromptError, match="no rows"):
         make_prompts(Dataset.from_dict({"prompt": []}))
 

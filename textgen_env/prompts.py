@@ -249,6 +249,8 @@ class DatasetPrompts(PromptSource):
             raise PromptError(f"the dataset has no column {prompt!r} of prompts; it has {', '.join(columns)}")
         if reference not in columns and reference != "reference":
             raise PromptError(f"the dataset has no column {reference!r}; it has {', '.join(columns)}")
+        if not hasattr(dataset, "__len__"):
+            raise PromptError("a streaming dataset has no length; load it without streaming=True")
         if not len(dataset):
             raise PromptError("the dataset of prompts has no rows")
         self._dataset = dataset

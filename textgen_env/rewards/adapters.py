@@ -90,6 +90,7 @@ class PipelineReward(Reward):
     Range: 0 to 1, softmax over the labels (sigmoid for models with several labels at a time). A
     blank completion gets 0.
     Cost: one batched forward of the classifier.
+    Running score: no.
     How it is gamed: classifiers are brittle off their training data; keep a second one to look with.
 
     Args:
@@ -125,10 +126,12 @@ class PipelineReward(Reward):
 @REWARDS.register("transformers")
 @dataclass(frozen=True)
 class TransformersClassifier(Reward):
-    """A ``transformers`` sequence classifier from a folder or a hub id: the probability of a label.
+    """The probability of a label under a ``transformers`` sequence classifier, from a folder or the hub.
 
-    Range, cost and gaming as ``PipelineReward``, which does the work; the model loads with the
-    first batch and once a process.
+    Range: 0 to 1. A blank completion gets 0.
+    Cost: one batched forward of the classifier, which loads with the first batch, once a process.
+    Running score: no.
+    How it is gamed: classifiers are brittle off their training data; keep a second one to look with.
 
     Args:
         model: A folder in Hugging Face form, or a hub id.

@@ -155,6 +155,8 @@ class Shaped(Reward):
     shaping with potential 0 at the end, which keeps the optimal policy.
 
     Range: that of ``reward``.
+    Running score: that of ``potential`` times ``weight``.
+    How it is gamed: as ``reward`` is; the potential earns nothing in the end.
 
     Args:
         reward: Anything that ``make_reward`` takes.
