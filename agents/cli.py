@@ -1,0 +1,376 @@
+"""``textgen``: train an agent, let it write, measure it, and see what there is to choose from.
+
+What a user got wrong is answered in one line on stderr, with exit code 2; Ctrl-C ends with 130.
+Heavy imports wait until a command needs them, so ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from textgen_env.errors import ConfigError, TextGenError
+
+if TYPE_CHECKING:
+    from agents.train import RunConfig
+    from textgen_env.evaluation import Agent
+    from textgen_env.vector_env import TextGenVectorEnv
+
+INTERRUPTED = 130
+
+
+class _Group(TyperGroup):
+    """Deliberate errors end in one line, not in a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TextGenError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Text generation as a reinforcement learning environment: train, generate, evaluate.",
+)
+
+
+def main() -> None:
+    """Run the command line: the console script ``textgen``."""
+    app()
+
+
+Prompts = Annotated[
+    str | None,
+    typer.Option(help="openings, one of its topics, or a .txt or .jsonl file; see 'textgen list prompts'."),
+]
+Texts = Annotated[int | None, typer.Option(help="Texts to measure each agent on.", min=1, show_default="512")]
+Samples = Annotated[
+    int | None,
+    typer.Option(help="Samples a prompt to estimate the best possible policy from.", min=2, show_default="64"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+
+
+@app.command()
+def train(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the run; must be new or empty.", show_default="runs/AGENT")
+    ] = None,
+    agent: Annotated[
+        str | None, typer.Option(help="See 'textgen list agents'.", show_default="text_dqn", metavar="NAME")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Language model: a name, folder, hub id, or .gguf file.", show_default="smollm2"),
+    ] = None,
+    prune: Annotated[
+        str | None,
+        typer.Option(
+            help="Prune the language model once: METHOD:AMOUNT, the share to remove, or none.",
+            show_default="l1_unstructured:0.1",
+        ),
+    ] = None,
+    prompts: Prompts = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="A name, or JSON: '{\"sentiment\": 1, \"repetition\": -0.5}'. See 'textgen list rewards'.",
+            show_default="sentiment",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Environment steps to learn from, one token each.", min=1, show_default="100000")
+    ] = None,
+    envs: Annotated[int | None, typer.Option(help="Texts written at a time.", min=1, show_default="64")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of prompts, agent and evaluation.", show_default="0")] = None,
+    beta: Annotated[float | None, typer.Option(help="Price of KL, in reward units a nat.", show_default="0.1")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Candidates a step: the number of actions.", min=1, show_default="16")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Length limit of a text, in tokens.", min=1, show_default="20")
+    ] = None,
+    min_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="No end of text before so many tokens.", min=0, show_default="as --max-new-tokens"),
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Length limit of a prompt, in tokens.", min=1, show_default="64")
+    ] = None,
+    candidate_scores: Annotated[
+        bool, typer.Option("--candidate-scores", help="Let the agent see what each candidate would score.")
+    ] = False,
+    texts: Texts = None,
+    samples: Samples = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Start from the config.json of another run; other options go over it.")
+    ] = None,
+) -> None:
+    """Train an agent, measure it on prompts that it has not seen, and keep the run in a folder.
+
+    Without options SmolLM2-135M, pruned by 10%, learns to write positive texts of 20 tokens (VADER's
+    compound score, -1 to 1).
+    """
+    from agents import train as runs
+    from agents.report import table
+
+    console = Console()
+    settings = _changed(
+        runs.RunConfig.from_json(_read(config)) if config else runs.RunConfig(),
+        agent=agent,
+        model=model,
+        prune=prune,
+        prompts=prompts,
+        reward=_reward(reward),
+        steps=steps,
+        envs=envs,
+        seed=seed,
+        beta=beta,
+        eval_texts=texts,
+        eval_samples=samples,
+    )
+    env: dict[str, Any] = {"top_k": top_k, "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
+    env["min_new_tokens"] = max_new_tokens if min_new_tokens is None else min_new_tokens
+    env["observation"] = (*runs.OBSERVATION, "candidate_scores") if candidate_scores else None
+    given = {name: value for name, value in env.items() if value is not None}
+    settings = replace(settings, env={**settings.env, **given})
+    folder = out or _free_folder(Path("runs"), settings.agent)
+    result = runs.train(settings, folder, console=console)
+    if result.report is not None:
+        console.print(table(result.report))
+    state = "finished" if result.finished else "stopped early: what there is was saved"
+    console.print(f"{state}. {result.steps:,} steps in {result.seconds:.0f} s of training. Everything is in {folder}/")
+    if not result.finished:
+        raise typer.Exit(INTERRUPTED)
+    console.print(f'try: textgen generate {folder} --prompt "The movie was"')
+
+
+@app.command()
+def generate(
+    run: Annotated[Path | None, typer.Argument(help="A folder that 'textgen train' made.", metavar="[RUN]")] = None,
+    prompt: Annotated[str, typer.Option(help="How the texts begin.", metavar="TEXT")] = "The movie was",
+    num: Annotated[int, typer.Option(help="Texts.", min=1)] = 4,
+    model: Annotated[str | None, typer.Option(help="Without RUN: sample this language model itself.")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="Without RUN: what to score the texts with.", show_default="sentiment")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Without RUN: length limit of a text, in tokens.", min=1, show_default="32")
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            help="Acting temperature, in reward units a nat: smaller for more reward and more KL.",
+            show_default="the run's",
+        ),
+    ] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the most probable token at every step.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write texts with a trained agent, or with a language model itself.
+
+    With --json: a list of objects with prompt, completion, reward, and logprob (nats, of the
+    completion under the language model).
+    """
+    from textgen_env.evaluation import roll_out
+    from textgen_env.prompts import Prompt
+
+    if (run is None) == (model is None):
+        raise ConfigError("give either the folder of a run, or --model for the language model itself")
+    start = Prompt(prompt)
+    if run is None:
+        agent, env = _language_model(model, reward, max_new_tokens or 32, rows=min(num, 64))
+        if beta is not None:
+            raise ConfigError("--beta is the temperature of a trained agent; the language model itself has none")
+    else:
+        agent, env = _trained(run, reward, max_new_tokens, beta)
+    texts = roll_out(agent, env, [start] * num, seed, deterministic=greedy)
+    written = [
+        {"prompt": prompt, "completion": completion, "reward": float(value), "logprob": float(logprob)}
+        for completion, value, logprob in zip(texts.completions, texts.rewards, texts.logprobs, strict=True)
+    ]
+    if as_json:
+        typer.echo(json.dumps(written, indent=2, ensure_ascii=False))
+        return
+    for text in written:
+        typer.echo(f"{text['reward']:+.3f}  {text['prompt']}|{text['completion']}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A folder that 'textgen train' made.", metavar="RUN")],
+    prompts: Prompts = None,
+    texts: Texts = None,
+    samples: Samples = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the evaluation's random numbers.", show_default="the run's")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the figures.", show_default="RUN/evaluation")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a trained agent again: the table, and the reward-KL plane as a picture.
+
+    On the run's own test prompts, or on all of --prompts (at most 32 of them).
+    """
+    from agents.report import draw_plane, samples_page, table
+    from agents.train import load_run
+    from textgen_env.evaluation import choose_prompts
+    from textgen_env.prompts import make_prompts
+
+    console = Console(stderr=as_json)
+    with console.status("loading"):
+        opened = load_run(run)
+    opened = replace(opened, config=_changed(opened.config, eval_texts=texts, eval_samples=samples, seed=seed))
+    if prompts is not None:
+        chosen = choose_prompts(make_prompts(prompts), opened.config.eval_prompts, opened.config.seed)
+        note = f"Prompts: {len(chosen)} of {prompts}."
+        opened = replace(opened, test_prompts=chosen, notes=(*opened.notes[:-1], note))
+    with console.status("measuring") as status:
+        yardstick = opened.yardstick(lambda what: status.update(f"measuring: {what}"))
+        evaluations = opened.evaluate(lambda what: status.update(f"measuring: {what}"))
+    report = yardstick.report(opened.agent_name, evaluations, opened.notes)
+    folder = out or run / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = json.dumps(report.as_dict(), indent=2, ensure_ascii=False)
+    (folder / "summary.json").write_text(figures + "\n", encoding="utf-8")
+    page = samples_page(yardstick.samples, evaluations[0], opened.notes)
+    (folder / "samples.md").write_text(page, encoding="utf-8")
+    draw_plane(report, folder / "plane.png")
+    if as_json:
+        typer.echo(figures)
+    else:
+        console.print(table(report))
+        console.print(f"Figures, picture and texts are in {folder}/")
+
+
+@app.command("list")
+def list_names(
+    what: Annotated[
+        str | None, typer.Argument(help="agents, models, prompts, pruning or rewards; all unless said.")
+    ] = None,
+) -> None:
+    """List the names that the other commands take."""
+    from textgen_env.registry import unknown_name
+
+    known = ("agents", "models", "prompts", "pruning", "rewards")
+    if what is not None and what not in known:
+        raise unknown_name("list", what, known)
+    console = Console()
+    for kind in known if what is None else (what,):
+        grid = Table("name", "what it is", title=kind, title_justify="left", box=None)
+        for name, about in _names(kind):
+            grid.add_row(name, about)
+        console.print(grid, "")
+
+
+def _names(kind: str) -> Iterator[tuple[str, str]]:
+    """Yield name and description of everything of a kind."""
+    if kind == "models":
+        from textgen_env.models import MODEL_NAMES
+
+        yield from MODEL_NAMES.items()
+    elif kind == "prompts":
+        from textgen_env.openings import OPENINGS
+        from textgen_env.prompts import make_prompts
+
+        yield "openings", f"all {len(make_prompts('openings'))} openings in the box"
+        for topic in OPENINGS:
+            yield topic, f"{len(make_prompts(topic))} of them, such as: {make_prompts(topic)[0].text}"
+    elif kind == "rewards":
+        from textgen_env.rewards import REWARDS
+
+        yield from ((name, _first_line(REWARDS[name])) for name in sorted(REWARDS))
+    elif kind == "pruning":
+        from agents.transformer_model import METHODS
+
+        yield from ((name, _first_line(METHODS[name])) for name in METHODS)
+    else:
+        from agents.search import SEARCH_AGENTS
+        from agents.train import AGENTS
+
+        yield from ((name, _first_line(AGENTS[name])) for name in AGENTS)
+        yield from ((name, f"{_first_line(SEARCH_AGENTS[name])} (no learning)") for name in SEARCH_AGENTS)
+
+
+def _first_line(documented: object) -> str:
+    return (documented.__doc__ or "").strip().splitlines()[0]
+
+
+def _changed(config: RunConfig, **options: Any) -> RunConfig:
+    """Return ``config`` with the options that were given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if given.get("prune") == "none":
+        given["prune"] = None
+    return replace(config, **given)
+
+
+def _reward(text: str | None) -> Any:
+    """Return a reward's name, or what its JSON says."""
+    if text is None or not text.lstrip().startswith(("{", "[")):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--reward looks like JSON but is none: {error}") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {str(path)!r}: {error}") from error
+
+
+def _free_folder(parent: Path, name: str) -> Path:
+    """Return the first of ``parent/name``, ``parent/name-2``, ... that does not exist."""
+    names = (name if n == 1 else f"{name}-{n}" for n in range(1, sys.maxsize))
+    return next(parent / free for free in names if not (parent / free).exists())
+
+
+def _language_model(
+    model: str | None, reward: str | None, new_tokens: int, rows: int
+) -> tuple[Agent, TextGenVectorEnv]:
+    from agents.search import SampleAgent
+    from textgen_env.models import load_language_model
+    from textgen_env.vector_env import TextGenVectorEnv
+
+    loaded = load_language_model(model)
+    room = max(1, min(512, loaded.max_context - new_tokens))  # for the prompt
+    env = TextGenVectorEnv(
+        rows, loaded, None, _reward(reward) or "sentiment", max_new_tokens=new_tokens, max_prompt_tokens=room
+    )
+    return SampleAgent(), env
+
+
+def _trained(
+    run: Path, reward: str | None, new_tokens: int | None, beta: float | None
+) -> tuple[Agent, TextGenVectorEnv]:
+    from agents.train import load_run
+
+    if reward is not None or new_tokens is not None:
+        raise ConfigError("--reward and --max-new-tokens are those that the run was trained with; leave them out")
+    opened = load_run(run)
+    if beta is not None:
+        if not hasattr(opened.agent, "beta"):
+            raise ConfigError(f"agent {opened.config.agent!r} has no acting temperature; leave --beta out")
+        opened.agent.beta = beta
+    return opened.agent, opened.env
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,545 @@
+"""One run: a configuration in, a folder with everything that came of it out.
+
+    RunConfig -> language model (pruned) -> environment -> agent.learn() -> evaluation -> folder
+
+    config.json    what was asked for: enough to repeat the run
+    agent.zip      the agent, as Stable-Baselines3 saves it
+    metrics.csv    the course of the training; also as TensorBoard events in tensorboard/
+    learning.png   the same as a picture
+    summary.json   every figure of the table
+    plane.png      reward against KL: the agent, what needs no learning, the best possible
+    samples.md     texts before and after
+
+Learning and measuring use different prompts, split by template.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+
+from agents.report import Report, Yardstick, draw_learning, draw_plane, evaluate_agent, samples_page
+from agents.sb3_vec import SB3VecEnv
+from agents.text_dqn import TextDQN
+from textgen_env.config import EnvConfig
+from textgen_env.errors import ConfigError, PromptError, RunFolderError
+from textgen_env.evaluation import Evaluation, choose_prompts
+from textgen_env.language_model import LanguageModel
+from textgen_env.models import load_language_model, load_pretrained
+from textgen_env.prompts import ListPrompts, PromptSource, make_prompts
+from textgen_env.registry import Registry, unknown_name
+from textgen_env.rewards import make_reward, reward_spec
+from textgen_env.vector_env import TextGenVectorEnv
+
+OBSERVATION = ("tokens", "length", "budget", "candidates", "logprobs", "score", "action_mask", "hidden")
+"""What agents see unless said: everything but ``candidate_scores``."""
+
+FEWEST_TO_SPLIT = 20
+"""With fewer prompts, there would be no saying anything about the test prompts."""
+
+CONFIG_FILE = "config.json"
+AGENT_FILE = "agent.zip"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on, as plain data. The defaults are those of ``textgen train``.
+
+    Raises:
+        ConfigError: a value outside its range, or an unknown name.
+    """
+
+    agent: str = "text_dqn"  # a name in AGENTS
+    agent_settings: Mapping[str, Any] = field(default_factory=dict)  # keywords of the agent's class
+    model: str | None = "smollm2"  # see textgen_env.models.load_language_model; None: an object
+    prune: str | None = "l1_unstructured:0.1"  # METHOD:AMOUNT, applied to the language model once
+    prompts: Any = None  # see textgen_env.prompts.make_prompts; None: the openings in the box, or an object
+    reward: Any = "sentiment"  # see textgen_env.rewards.make_reward; None: an object
+    env: Mapping[str, Any] = field(default_factory=dict)  # fields of EnvConfig, over those of ENV_SETTINGS
+    steps: int = 100_000  # environment steps to learn from: one token each
+    envs: int = 64  # texts written at a time
+    seed: int = 0
+    beta: float = 0.1  # price of KL, reward units a nat, in the agent's objective and in the report
+    eval_prompts: int = 32  # at most; held out where there are enough
+    eval_texts: int = 512  # for each agent measured
+    eval_samples: int = 64  # of the language model, for each prompt, to estimate the best possible policy
+    objects: tuple[str, ...] = ()  # of model, prompts and reward: those that were given as Python objects
+
+    def __post_init__(self) -> None:
+        AGENTS[self.agent]
+        for name in ("steps", "envs", "eval_prompts", "eval_texts"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        if not isinstance(self.eval_samples, int) or self.eval_samples < 2:
+            raise ConfigError(f"eval_samples must be a whole number of at least 2, got {self.eval_samples!r}")
+        if not self.beta > 0:
+            raise ConfigError(f"beta must be above 0 (reward units a nat), got {self.beta!r}")
+        if self.prune is not None:
+            parse_pruning(self.prune)
+        object.__setattr__(self, "objects", tuple(self.objects))
+        self.env_config()
+
+    def env_config(self) -> EnvConfig:
+        """Return the environment's settings, checked."""
+        settings = {**ENV_SETTINGS, **self.env}
+        if self.agent != "text_dqn":  # the others know no mask
+            settings = {"on_illegal": "last_legal", **settings}
+        return EnvConfig.from_settings(settings)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> RunConfig:
+        """Return what ``to_json`` wrote.
+
+        Raises:
+            ConfigError: not JSON, not an object, or a field that does not exist (with a suggestion).
+        """
+        try:
+            read = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"a run's configuration must be JSON: {error}") from error
+        if not isinstance(read, dict):
+            raise ConfigError(f"a run's configuration must be a JSON object, got {type(read).__name__}")
+        known = [f.name for f in fields(cls)]
+        for name in read:
+            if name not in known:
+                raise unknown_name("field", name, known)
+        return cls(**read)
+
+
+ENV_SETTINGS: Mapping[str, Any] = {
+    "top_k": 16,
+    "max_new_tokens": 20,
+    "min_new_tokens": 20,
+    "observation": OBSERVATION,
+}
+"""Settings of a run's environment unless said: texts of 20 tokens."""
+
+
+# --- agents by name
+
+Recipe = Callable[[RunConfig], tuple[type[BaseAlgorithm], dict[str, Any]]]
+
+AGENTS: Registry[Recipe] = Registry("agent")
+"""Agents that learn, by name: their class and the settings that a run starts from."""
+
+
+@AGENTS.register("text_dqn")
+def _text_dqn(config: RunConfig) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
+    """Soft Q-learning over the candidates, with the language model as prior."""
+    return TextDQN, {"policy": "CandidatePolicy", "beta": config.beta}
+
+
+@AGENTS.register("dqn")
+def _dqn(config: RunConfig) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
+    """Stable-Baselines3's DQN, on the language model's hidden state."""
+    return DQN, {
+        **_on_hidden_states(),
+        "buffer_size": min(config.steps, 20_000),
+        "learning_starts": min(config.steps // 10, 2_000),
+        "batch_size": 256,
+        "train_freq": 1,
+        "gradient_steps": 4,
+        "target_update_interval": 2_000,
+        "exploration_fraction": 0.3,
+    }
+
+
+@AGENTS.register("qrdqn")
+def _qrdqn(config: RunConfig) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
+    """Quantile regression DQN of sb3-contrib, on the language model's hidden state."""
+    try:
+        from sb3_contrib import QRDQN
+    except ImportError as error:
+        raise ConfigError("agent 'qrdqn' comes in the package sb3-contrib: pip install sb3-contrib") from error
+    return QRDQN, _dqn(config)[1]
+
+
+@AGENTS.register("ppo")
+def _ppo(config: RunConfig) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
+    """Stable-Baselines3's PPO, on the language model's hidden state."""
+    return PPO, {
+        **_on_hidden_states(),
+        "n_steps": 2 * config.env_config().max_new_tokens,
+        "batch_size": 256,
+    }
+
+
+def _on_hidden_states() -> dict[str, Any]:
+    from agents.extractor import PrunedTransformerExtractor
+
+    features = {"features_extractor_class": PrunedTransformerExtractor}
+    return {
+        "policy": "MultiInputPolicy",
+        "gamma": 1.0,
+        "policy_kwargs": {**features, "features_extractor_kwargs": {"source": "hidden"}},
+    }
+
+
+# --- what a run is made of
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration with everything that it names, opened."""
+
+    config: RunConfig
+    env: TextGenVectorEnv  # what the agent learns in, on the training prompts
+    agent: BaseAlgorithm
+    test_prompts: PromptSource
+    notes: tuple[str, ...]  # what a reader of the results has to know
+
+    def yardstick(self, say: Callable[[str], None]) -> Yardstick:
+        """Measure what needs no learning on the test prompts."""
+        config, reward = self.env.episodes.config, self.env.episodes.reward
+        keys = ["logprobs", "action_mask"]
+        if reward.running() is not None and config.top_k is not None:
+            keys += ["score", "candidate_scores"]
+        env = open_env(self.config, self.env.language_model, self.test_prompts, reward, tuple(keys))
+        return Yardstick.measure(
+            env,
+            self.test_prompts,
+            beta=self.config.beta,
+            texts=self.config.eval_texts,
+            samples=self.config.eval_samples,
+            seed=self.config.seed,
+            say=say,
+        )
+
+    def evaluate(self, say: Callable[[str], None]) -> list[Evaluation]:
+        """Measure the agent on the test prompts: at its own temperature, then at others."""
+        return evaluate_agent(
+            self.agent,
+            self.env,
+            self.test_prompts,
+            texts=self.config.eval_texts,
+            seed=self.config.seed,
+            # Without probabilities of its own, what a Q-learner draws is exploration.
+            deterministic=not hasattr(self.agent, "probabilities") and hasattr(self.agent, "exploration_rate"),
+            say=say,
+        )
+
+    @property
+    def agent_name(self) -> str:
+        return f"{self.config.agent}, trained"
+
+
+def open_run(
+    config: RunConfig, *, model: Any = None, prompts: Any = None, reward: Any = None, load: Path | None = None
+) -> Run:
+    """Return the run that ``config`` describes, its agent untrained, or as saved in ``load``.
+
+    Args:
+        model, prompts, reward: Python objects in place of what the configuration names.
+
+    Raises:
+        TextGenError: something that cannot be used; the message says what can.
+    """
+    language_model, note = open_language_model(config) if model is None else (load_language_model(model), None)
+    train_prompts, test_prompts, split = split_prompts(
+        config.prompts if prompts is None else prompts, config.eval_prompts, config.seed
+    )
+    env = open_env(config, language_model, train_prompts, config.reward if reward is None else reward)
+    kind, settings = AGENTS[config.agent](config)
+    sb3_env = SB3VecEnv(env)
+    if load is None:
+        try:
+            agent = kind(env=sb3_env, seed=config.seed, **{**settings, **config.agent_settings})
+        except TypeError as error:
+            raise ConfigError(f"agent {config.agent!r} refuses its settings: {error}") from error
+    else:
+        agent = kind.load(load, env=sb3_env)
+    return Run(config, env, agent, test_prompts, tuple(filter(None, (note, split))))
+
+
+def load_run(folder: str | os.PathLike[str], *, model: Any = None, prompts: Any = None, reward: Any = None) -> Run:
+    """Return the run in ``folder``, with its trained agent.
+
+    Args:
+        model, prompts, reward: The Python objects that the run was made with, if it was.
+
+    Raises:
+        RunFolderError: the folder holds no run, no trained agent, or needs objects that are not given.
+    """
+    path = Path(folder)
+    if not (path / CONFIG_FILE).is_file():
+        raise RunFolderError(f"{str(path)!r} holds no {CONFIG_FILE}: not a folder that 'textgen train' made")
+    if not (path / AGENT_FILE).is_file():
+        raise RunFolderError(f"{str(path)!r} holds no {AGENT_FILE}: the run was stopped before it had learned anything")
+    config = RunConfig.from_json((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    given = {"model": model, "prompts": prompts, "reward": reward}
+    missing = [name for name in config.objects if given[name] is None]
+    if missing:
+        raise RunFolderError(
+            f"the run in {str(path)!r} was made with Python objects that no folder can hold ({', '.join(missing)}); "
+            f"open it in Python: load_run({str(path)!r}, {', '.join(f'{name}=...' for name in missing)})"
+        )
+    return open_run(config, **given, load=path / AGENT_FILE)
+
+
+def open_language_model(config: RunConfig) -> tuple[LanguageModel, str | None]:
+    """Return the configuration's language model, pruned once if it says so, and a line about that."""
+    env = config.env_config()
+    if config.prune is None:
+        return load_language_model(config.model, env.dtype, trust_remote_code=env.trust_remote_code), None
+    from agents.transformer_model import prune_
+    from textgen_env.hf_model import HFModel, resolve_dtype
+
+    method, amount = parse_pruning(config.prune)
+    model, tokenizer = load_pretrained(str(config.model), resolve_dtype(env.dtype), env.trust_remote_code)
+    model, report = prune_(model, method, amount, tokenizer=tokenizer, seed=config.seed)
+    return HFModel(
+        model, tokenizer, name=f"{config.model}, {config.prune}"
+    ), f"Language model {config.model}: {report}."
+
+
+def open_env(
+    config: RunConfig, model: LanguageModel, prompts: PromptSource, reward: Any, observation: Any = None
+) -> TextGenVectorEnv:
+    """Return a vector environment of the run, on a language model that is loaded already."""
+    settings = {f.name: getattr(config.env_config(), f.name) for f in fields(EnvConfig)}
+    if observation is not None:
+        settings["observation"] = observation
+    return TextGenVectorEnv(config.envs, model, prompts, reward, **settings)
+
+
+def split_prompts(spec: Any, most: int, seed: int) -> tuple[PromptSource, PromptSource, str]:
+    """Return the prompts to learn from, at most ``most`` others to measure on, and a line that says which."""
+    source = make_prompts(spec)
+    try:
+        count = len(source)
+    except PromptError:  # a function's prompts never end
+        fixed = ListPrompts([source[index] for index in range(most)])
+        return source, fixed, f"Prompts: made by a function; measured on {most} fixed ones."
+    too_few = f"Prompts: {count}, too few to hold some back, so learning and measuring use the same."
+    if count < FEWEST_TO_SPLIT:
+        return source, choose_prompts(source, most, seed), too_few
+    try:
+        train, test = source.split("train"), choose_prompts(source.split("test"), most, seed)
+    except PromptError:  # too few templates
+        return source, choose_prompts(source, most, seed), too_few
+    return train, test, f"Prompts: {len(train)} to learn from, {len(test)} others, of other templates, to measure on."
+
+
+def parse_pruning(text: str) -> tuple[str, float]:
+    """Return method and amount of ``METHOD:AMOUNT``.
+
+    Raises:
+        ConfigError: another form, an unknown method, or an amount outside [0, 1).
+    """
+    from agents.transformer_model import check_pruning
+
+    method, _, amount = text.partition(":")
+    try:
+        share = float(amount)
+    except ValueError as error:
+        raise ConfigError(f"pruning must be METHOD:AMOUNT, like l1_unstructured:0.1; got {text!r}") from error
+    check_pruning(method, share)
+    return method, share
+
+
+# --- a run from start to end
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What became of a run."""
+
+    folder: Path
+    finished: bool  # False: stopped by Ctrl-C
+    steps: int
+    seconds: float  # of training
+    report: Report | None  # None where the run was stopped before the agent was measured
+
+
+def train(
+    config: RunConfig,
+    out: str | os.PathLike[str],
+    *,
+    model: Any = None,
+    prompts: Any = None,
+    reward: Any = None,
+    console: Console | None = None,
+) -> RunResult:
+    """Train an agent, measure it, and leave everything in the folder ``out``.
+
+    Ctrl-C ends the run: what there is by then is saved, and the result says so.
+
+    Args:
+        config: What to do.
+        out: A folder that does not exist yet, or is empty.
+        model, prompts, reward: Python objects in place of what the configuration names.
+        console: Shows progress. None: silence.
+
+    Raises:
+        RunFolderError: ``out`` holds something already; nothing is ever overwritten.
+        TextGenError: something that cannot be used. Nothing was written.
+    """
+    folder, console = Path(out), console or Console(quiet=True)
+    check_free(folder)
+    with console.status("loading the language model"):
+        run = open_run(config, model=model, prompts=prompts, reward=reward)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = _storable(config, model=model, prompts=prompts, reward=reward)
+    with (folder / CONFIG_FILE).open("x", encoding="utf-8") as file:
+        file.write(stored.to_json())
+    for note in run.notes:
+        console.print(note)
+
+    log = RunLog(folder, config.steps, console)
+    yardstick: Yardstick | None = None
+    report: Report | None = None
+    try:
+        with console.status("measuring") as status:
+            yardstick = run.yardstick(lambda what: status.update(f"measuring: {what}"))
+        _learn(run, log, folder)
+        draw_learning(log.rows, yardstick.samples.reward, folder / "learning.png")
+        with console.status("measuring") as status:
+            evaluations = run.evaluate(lambda what: status.update(f"measuring: {what}"))
+        report = yardstick.report(run.agent_name, evaluations, run.notes)
+        draw_plane(report, folder / "plane.png")
+        page = samples_page(yardstick.samples, evaluations[0], run.notes)
+        (folder / "samples.md").write_text(page, encoding="utf-8")
+    except KeyboardInterrupt:
+        console.print("stopped by Ctrl-C")
+    finally:
+        write_summary(folder / "summary.json", log, report)
+    return RunResult(folder, report is not None, log.steps, log.seconds, report)
+
+
+def check_free(folder: Path) -> None:
+    """Raise ``RunFolderError`` unless ``folder`` is new or empty."""
+    if (folder / CONFIG_FILE).exists():
+        raise RunFolderError(f"{str(folder)!r} already holds a run; choose another folder, or delete this one")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(f"{str(folder)!r} exists and is not an empty folder; choose another one")
+
+
+class RunLog(BaseCallback):
+    """The course of the training: ``metrics.csv``, TensorBoard events, and a progress bar.
+
+    A row is written a hundred times in a run and at its end. It holds steps, seconds of training,
+    episodes, mean reward and length of the latest episodes, and whatever the agent records.
+    """
+
+    def __init__(self, folder: Path, total: int, console: Console) -> None:
+        super().__init__()
+        self.rows: list[dict[str, float]] = []
+        self.steps = 0
+        self.seconds = 0.0
+        self.episodes = 0
+        self._folder = folder
+        self._total = total
+        self._next_row = 0
+        self._latest: deque[tuple[float, float]] = deque(maxlen=256)
+        self._progress = Progress(
+            TextColumn("learning"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps, reward of recent texts {task.fields[reward]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("", total=total, reward="–")
+
+    def __enter__(self) -> RunLog:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+        if self.steps:
+            self._write_row()
+            self.logger.close()
+
+    def _on_training_start(self) -> None:
+        self.model.set_logger(Logger(None, [TensorBoardOutputFormat(str(self._folder / "tensorboard"))]))
+        self._started = time.perf_counter()
+
+    def _on_step(self) -> bool:
+        ended = [info["episode"] for info in self.locals["infos"] if "episode" in info]
+        self.episodes += len(ended)
+        self._latest.extend((episode["r"], episode["l"]) for episode in ended)
+        self.steps = self.num_timesteps
+        self.seconds = time.perf_counter() - self._started
+        if self.steps >= self._next_row and self._latest:
+            self._next_row = self.steps + self._total // 100
+            self._write_row()
+        self._progress.update(self._task, completed=min(self.steps, self._total))
+        return True
+
+    def _write_row(self) -> None:
+        row = {"steps": float(self.steps), "seconds": self.seconds, "episodes": float(self.episodes)}
+        if self._latest:
+            reward, length = np.mean(self._latest, axis=0).tolist()
+            row |= {"reward": reward, "length": length}
+            self._progress.update(self._task, reward=f"{reward:.2f}")
+            self.logger.record("run/reward", reward)
+            self.logger.record("run/length", length)
+        for name, value in self.logger.name_to_value.items():
+            if isinstance(value, int | float | np.number):
+                row[name.rpartition("/")[2]] = float(value)
+        self.logger.dump(self.steps)
+        self.rows.append(row)
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        half_written = self._folder / ".metrics.csv"
+        with half_written.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in self.rows)
+        half_written.replace(self._folder / "metrics.csv")
+
+
+def _learn(run: Run, log: RunLog, folder: Path) -> None:
+    """Train the agent, and save it whatever happens."""
+    try:
+        with log:
+            run.agent.learn(run.config.steps, callback=log, log_interval=sys.maxsize)
+    finally:
+        run.agent.save(folder / AGENT_FILE)
+
+
+def write_summary(path: Path, log: RunLog, report: Report | None) -> None:
+    """Write what became of the run, and with which versions."""
+    packages = ("textgen-env", "torch", "transformers", "stable-baselines3", "gymnasium", "numpy")
+    summary = {
+        "finished": report is not None,
+        "steps": log.steps,
+        "episodes": log.episodes,
+        "seconds_of_training": log.seconds,
+        "report": None if report is None else report.as_dict(),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+    }
+    path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _storable(config: RunConfig, **given: Any) -> RunConfig:
+    """Return ``config`` with what was given as objects: as plain data where there is any, else by mention."""
+    objects = {name: value for name, value in given.items() if value is not None}
+    if "reward" in objects and (spec := reward_spec(make_reward(objects["reward"]))) is not None:
+        del objects["reward"]
+        config = replace(config, reward=spec)
+    changes: dict[str, Any] = dict.fromkeys(objects)
+    if "model" in objects:
+        changes["prune"] = None
+    return replace(config, **changes, objects=tuple(objects))
