@@ -30,7 +30,7 @@ def tiny_lm():
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
         initializer_range=0.3,  # distributions far from uniform
         bos_token_id=None,
         eos_token_id=0,

