@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from toys import PROMPTS, CountingModel, PlainEpisode, Worth, assert_same, letters, worth
 
+from textgen_env import TableModel
 from textgen_env.config import EnvConfig
 from textgen_env.env import TextGenEnv
 from textgen_env.errors import (
@@ -518,6 +519,14 @@ def test_rgb_array_draws_the_text():
     assert (first < 128).any()
     env.step(0)
     assert (env.render() != first).any()
+
+
+def test_rgb_array_has_letters_for_accents():
+    env = make(model=TableModel(["é", "ö"], [0.5, 0.5], end=None), prompts=["é"], top_k=1, render_mode="rgb_array")
+    env.reset(options={"prompt": "é"})
+    first = env.render()
+    env.reset(options={"prompt": "ö"})
+    assert (env.render() != first).any()  # a font without them draws the same box for both
 
 
 def test_human_prints_every_state_once(capsys):

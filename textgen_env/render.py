@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import textwrap
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from textgen_env.episode import Episodes
 
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
+
 BAR = 20  # characters of the bar that stands for probability 1
 SHOWN = 16  # candidates listed
+COLUMNS = 86  # characters a line of the image
 
 
 def describe(episodes: Episodes, row: int) -> str:
@@ -38,10 +45,19 @@ def describe(episodes: Episodes, row: int) -> str:
 
 def draw(episodes: Episodes, row: int) -> npt.NDArray[np.uint8]:
     """Return ``describe`` drawn in black on white, (420, 640, 3) uint8."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (640, 420), "white")
-    lines = [part for line in describe(episodes, row).splitlines() for part in textwrap.wrap(line, 90) or [""]]
-    font = ImageFont.load_default(size=13)
-    ImageDraw.Draw(image).multiline_text((10, 10), "\n".join(lines).replace("│", "|"), fill="black", font=font)
+    wrapped = (textwrap.wrap(line, COLUMNS, drop_whitespace=False) for line in describe(episodes, row).splitlines())
+    text = "\n".join(part for parts in wrapped for part in parts or [""])
+    ImageDraw.Draw(image).multiline_text((10, 10), text, fill="black", font=_font())
     return np.asarray(image, dtype=np.uint8).copy()
+
+
+@cache
+def _font() -> FreeTypeFont:
+    """Return the monospaced font that comes with Matplotlib: it has accents and bars, Pillow's own has neither."""
+    from matplotlib import get_data_path
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf"), size=12)
