@@ -1,0 +1,39 @@
+"""Plain Stable-Baselines3: a DQN picks the next token of a language model.
+
+    python examples/sb3_dqn.py
+
+The task is undiscounted, so gamma is 1 (SB3's default is 0.99). The features are the hidden state
+that the environment's own forward has computed.
+"""
+
+import gymnasium as gym
+from stable_baselines3 import DQN
+
+import textgen_env  # noqa: F401  registers the environment
+from agents.extractor import PrunedTransformerExtractor
+
+
+def main() -> None:
+    env = gym.make("TextGen-v0", reward="sentiment", observation="full", max_new_tokens=12)
+    agent = DQN(
+        "MultiInputPolicy",
+        env,
+        gamma=1.0,
+        buffer_size=5_000,
+        learning_starts=500,
+        policy_kwargs={
+            "features_extractor_class": PrunedTransformerExtractor,
+            "features_extractor_kwargs": {"source": "hidden"},
+        },
+    )
+    agent.learn(3_000)
+    observation, _ = env.reset(options={"prompt": "The movie was"})
+    ended = False
+    while not ended:
+        action, _ = agent.predict(observation, deterministic=True)
+        observation, reward, ended, _, info = env.step(action)
+    print(f"{reward:+.2f}  {info['text']}")
+
+
+if __name__ == "__main__":
+    main()
