@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from toys import TABLE, TOKENS, PlainEpisode, Worth, assert_same, letters
 
 from textgen_env import Prompt, Reward, TableModel, TextGenEnv, TextGenVectorEnv, make_reward
-from textgen_env.errors import ModelError, PromptError
+from textgen_env.errors import ModelError, PromptError, ResetNeeded, RewardError
 
 WORDS = (" good", " bad", " not", "!", " awful", " the", "ly", " sun", " rain", ".", "\n", "<end>")
 
@@ -243,6 +243,18 @@ def test_a_text_that_can_only_end_says_so_where_it_must_go_on():
     env.reset()
     with pytest.raises(ModelError, match="only the end is possible"):
         env.step(0)
+    with pytest.raises(ResetNeeded):  # rather than go on with the candidates of the prefix before
+        env.step(0)
+
+
+def test_a_running_score_that_cannot_start_leaves_the_running_episode_as_it_is():
+    prompt = Prompt("a", metadata={"keywords": ["b"]})
+    env = TextGenEnv(letters(), [prompt], make_reward("keywords"), top_k=4)
+    before, _ = env.reset(seed=0)
+    with pytest.raises(RewardError, match='has no "keywords"'):
+        env.reset(options={"prompt": "ab"})
+    after, *_ = env.step(0)
+    assert after["tokens"][:2].tolist() == [before["tokens"][0], before["candidates"][0]]
 
 
 # --- kept episodes

@@ -25,7 +25,7 @@ from textgen_env.config import EnvConfig
 from textgen_env.errors import ConfigError, IllegalAction, PromptError, ResetNeeded
 from textgen_env.language_model import MASKED_LOGPROB, LanguageModel
 from textgen_env.prompts import Prompt, PromptSource
-from textgen_env.rewards.base import Generation, Reward
+from textgen_env.rewards.base import Generation, Reward, ScoreState
 
 Rows = npt.NDArray[np.int64]
 Observation = dict[str, npt.NDArray[Any]]
@@ -158,19 +158,20 @@ class Episodes:
         """Start a new episode in each row. No forward.
 
         Raises:
-            PromptError: a prompt is empty, or longer than ``max_prompt_tokens``. No row has changed.
+            PromptError: a prompt without tokens, or longer than ``max_prompt_tokens``. No row has changed.
+            RewardError: the running score cannot start on a prompt. No row has changed.
         """
         encoded = [self._encode(prompt.text) for prompt in prompts]
+        scores = [self._start_score(prompt) for prompt in prompts]
         state = self.state
-        for row, prompt, ids in zip(rows, prompts, encoded, strict=True):
+        for row, prompt, ids, score in zip(rows, prompts, encoded, scores, strict=True):
             state.prompt[row] = prompt
             state.tokens[row] = 0
             state.tokens[row, : len(ids)] = ids
             state.length[row] = state.prompt_length[row] = len(ids)
             state.completion[row] = ""
-            if self._scores and self._running is not None:
-                state.score_state[row] = self._running.start(prompt.text, prompt.reference, prompt.metadata)
-                state.score[row] = state.score_state[row].value
+            state.score_state[row] = score
+            state.score[row] = 0.0 if score is None else score.value
         state.token_logprobs[rows] = 0.0
         state.live[rows] = True
         state.paid[rows] = 0.0
@@ -182,6 +183,7 @@ class Episodes:
         if not len(rows):
             return
         state = self.state
+        state.live[rows] = False  # a model that fails leaves no row with the candidates of another prefix
         proposals = self._slots.propose(rows, self.steps(rows) < self.config.min_new_tokens)
         legal = proposals.logprobs > MASKED_LOGPROB
         if self.config.top_p < 1.0:
@@ -192,6 +194,7 @@ class Episodes:
         state.hidden[rows] = proposals.hidden
         if "candidate_scores" in self.keys:
             self._look_ahead(rows)
+        state.live[rows] = True
 
     def act(self, rows: Rows, actions: npt.ArrayLike) -> Outcome:
         """Append ``candidates[row, action]`` to each row and pay its reward. No forward.
@@ -343,6 +346,12 @@ class Episodes:
                 f"has {self.model.max_context} tokens of context for prompt and completion)"
             )
         return ids
+
+    def _start_score(self, prompt: Prompt) -> ScoreState | None:
+        if not self._scores or self._running is None:
+            return None
+        state: ScoreState = self._running.start(prompt.text, prompt.reference, prompt.metadata)
+        return state
 
     def _nucleus(self, logprobs: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
         if self.config.top_k is not None:
