@@ -107,39 +107,31 @@ def nucleus(logprobs: npt.NDArray[np.float32], top_p: float) -> npt.NDArray[np.b
     return legal
 
 
-def _top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact top k of (b, V) float32: ids (b, k) int64 and values (b, k); ties to the smaller id."""
+def _top_k(logprobs: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact top k of (b, V) log-probabilities: ids (b, k) and values (b, k), ties to the smaller id."""
     import torch
 
-    rows, vocab = values.shape
+    rows, vocab = logprobs.shape
     blocks = vocab // BLOCK
+    ids = torch.arange(vocab, device=logprobs.device)
     if blocks <= k:
-        best = _ordered_keys(values, torch.arange(vocab, device=values.device)).topk(k).values
-        return _unpack(best)
-    whole = blocks * BLOCK
-    maxima = values[:, :whole].unflatten(1, (blocks, BLOCK)).amax(-1)  # (b, V / 64)
-    chosen, _ = _unpack(_ordered_keys(maxima, torch.arange(blocks, device=values.device)).topk(k, sorted=False).values)
-    inside = torch.arange(BLOCK, device=values.device)
-    ids = (chosen[:, :, None] * BLOCK + inside).flatten(1)  # (b, 64 k)
-    if whole < vocab:  # the ragged last block always takes part
-        rest = torch.arange(whole, vocab, device=values.device).expand(rows, -1)
-        ids = torch.cat([ids, rest], dim=1)
-    return _unpack(_ordered_keys(values.gather(1, ids), ids).topk(k).values)
+        ids = ids.expand(rows, -1)
+    else:
+        whole, rest = ids[: blocks * BLOCK].view(blocks, BLOCK), ids[blocks * BLOCK :]
+        maxima = logprobs[:, : blocks * BLOCK].view(rows, blocks, BLOCK).amax(-1)  # (b, V / 64)
+        chosen = _keys(maxima, ids[:blocks]).topk(k, largest=False, sorted=False).indices
+        # The rest, less than a block, always takes part.
+        ids = torch.cat([whole[chosen].flatten(1), rest.expand(rows, -1)], dim=1)  # (b, 64 k + rest)
+        logprobs = logprobs.gather(1, ids)
+    best = _keys(logprobs, ids).topk(k, largest=False).indices
+    return ids.gather(1, best), logprobs.gather(1, best)
 
 
-def _ordered_keys(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Pack float32 values and ids into int64: larger value first, then smaller id."""
+def _keys(logprobs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Pack log-probabilities and ids into int64 keys, the best one smallest, no two equal.
+
+    The bits of floats that are not negative are ordered like the floats themselves.
+    """
     import torch
 
-    bits = (values + 0.0).view(torch.int32)  # -0.0 becomes 0.0, its equal
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats order backwards as integers
-    return (ordered.long() << 32) | (0xFFFFFFFF - ids)
-
-
-def _unpack(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undo ``_ordered_keys``."""
-    import torch
-
-    ids = 0xFFFFFFFF - (keys & 0xFFFFFFFF)
-    ordered = (keys >> 32).int()
-    return ids, (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return (logprobs.abs().view(torch.int32).long() << 32) | ids

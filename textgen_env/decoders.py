@@ -42,24 +42,49 @@ class CacheShape:
 
 
 class KeyValues:
-    """Keys (L, R, H, T, Dk) and values (L, R, H, T, Dv) of R rows of up to T tokens in L layers.
+    """Keys (L, R, H, reach, Dk) and values (L, R, H, reach, Dv) of R rows in L layers.
 
-    ``time_last`` stores keys so that a head's time axis is contiguous: the product of a query
-    with all of them then reads memory in order, twice as fast on a CPU.
+    Storage for ``length`` tokens a row is allocated once. Of it, ``reach`` tokens a row are in use:
+    as many as the longest row has needed, rounded up to ``STEP``. So a layer's keys are contiguous,
+    and enter a matrix product without being copied; to grow moves the rows apart, once in ``STEP``
+    tokens. Places that a row has not written hold zeros or old numbers, and are masked.
+
+    ``time_last`` puts the numbers of one key ``reach`` apart, so that the product of a query with
+    all keys of a head reads them in order: twice as fast on a CPU.
     """
 
+    STEP = 32
+
     def __init__(self, shape: CacheShape, rows: int, length: int, time_last: bool) -> None:
-        where: dict[str, Any] = {"dtype": shape.dtype, "device": shape.device}
-        front = (shape.layers, rows, shape.heads)
-        if time_last:
-            self.keys = torch.zeros(*front, shape.key_size, length, **where).transpose(-1, -2)
-        else:
-            self.keys = torch.zeros(*front, length, shape.key_size, **where)
-        self.values = torch.zeros(*front, length, shape.value_size, **where)
+        self._front = (shape.layers, rows, shape.heads)
+        self._sizes = (shape.key_size, shape.value_size)
+        self._time_last = time_last
+        tokens = rows * shape.heads * self.rounded(length)
+        self._storage = [
+            torch.zeros(shape.layers, tokens * size, dtype=shape.dtype, device=shape.device) for size in self._sizes
+        ]
+        self.reach = 0
+        self.keys, self.values = self._views()
+
+    @classmethod
+    def rounded(cls, length: int) -> int:
+        """Return ``length`` in whole steps, as it is allocated."""
+        return -(-length // cls.STEP) * cls.STEP
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return sum(storage.nbytes for storage in self._storage)
+
+    def grow(self, length: int) -> None:
+        """Make room for rows of ``length`` tokens."""
+        if length <= self.reach:
+            return
+        before, kept = self.reach, (self.keys, self.values)
+        self.reach = self.rounded(length)
+        self.keys, self.values = self._views()
+        for old, new in zip(kept, (self.keys, self.values), strict=True):
+            for layer in range(len(old)):  # old and new share their storage
+                new[layer, :, :, :before] = old[layer].clone()
 
     def read(self, rows: Any, length: int) -> tuple[Tensor, Tensor]:
         """Return a copy of the first ``length`` tokens of a row, or of several."""
@@ -68,8 +93,19 @@ class KeyValues:
     def write(self, rows: Any, saved: tuple[Tensor, Tensor]) -> None:
         """Put back what ``read`` returned."""
         length = saved[0].shape[-2]
+        self.grow(length)
         self.keys[:, rows, :, :length] = saved[0]
         self.values[:, rows, :, :length] = saved[1]
+
+    def _views(self) -> tuple[Tensor, Tensor]:
+        used = self._front[1] * self._front[2] * self.reach
+        keys, values = (store[:, : used * size] for store, size in zip(self._storage, self._sizes, strict=True))
+        size = self._sizes[0]
+        if self._time_last:
+            return keys.view(*self._front, size, self.reach).transpose(-1, -2), values.view(
+                *self._front, self.reach, self._sizes[1]
+            )
+        return keys.view(*self._front, self.reach, size), values.view(*self._front, self.reach, self._sizes[1])
 
 
 @dataclass(frozen=True)
@@ -81,7 +117,8 @@ class Group:
 
     tokens: Tensor | None  # (b, q) places in the batch; None: all N of them, one a row
     rows: Tensor | None  # (b,) rows of the cache; None: all of them in order
-    mask: Tensor  # (b, q, upto) added to the scores: 0, or the lowest number for later positions
+    mask: Tensor  # (b, q, reach) added to the scores: 0, or the lowest number for later positions
+    kept: Tensor | None = None  # which of the b rows are meant; None: all of them
 
 
 @dataclass(frozen=True)
@@ -153,8 +190,8 @@ class LlamaDecoder:
         )
 
     def __call__(self, batch: Batch, cache: KeyValues) -> tuple[Tensor, Tensor]:
-        cos, sin = self._rotation(batch.positions, cache.keys.shape[3])
-        groups = [self._attention(group, len(batch.ids), cache) for group in batch.groups]
+        cos, sin = self._rotation(batch.positions, cache.reach)
+        groups = [self._attention(group) for group in batch.groups]
         x = F.embedding(batch.ids, self._embed)  # (N, d)
         heads, size = self._heads, self.shape.key_size
         turned = heads * (self._groups + 1)
@@ -165,7 +202,7 @@ class LlamaDecoder:
             keys[batch.rows, :, batch.positions] = qk[:, -heads:]
             values[batch.rows, :, batch.positions] = qkv[:, turned:]
             query = qk[:, :-heads].view(len(x), heads, self._groups, size)
-            mixed = torch.empty_like(query) if len(groups) > 1 else query
+            mixed = torch.empty_like(query)
             for attend in groups:
                 mixed = attend(query, keys, values, mixed)
             x = x.add_(layer.out(mixed.reshape(len(x), -1)))
@@ -176,26 +213,27 @@ class LlamaDecoder:
         hidden = _normed(x, self._norm)
         return self._head(hidden), hidden
 
-    def _attention(self, group: Group, tokens: int, cache: KeyValues) -> Any:
+    def _attention(self, group: Group) -> Any:
         """Return a function that mixes the values for the queries of ``group``, in every layer alike."""
-        places, rows, mask = group.tokens, group.rows, group.mask
-        b, q, upto = mask.shape
-        total = cache.keys.shape[1]
+        places, rows, kept = group.tokens, group.rows, group.kept
+        written = places if places is None or kept is None else places[kept]
+        b, q, reach = group.mask.shape
         size, heads, folded = self.shape.key_size, self._heads, self._groups
         # Grouped queries fold into the query axis: one product serves all that share a key head.
-        mask = mask[:, None, :, None].expand(b, 1, q, folded, upto).reshape(b, 1, q * folded, upto)
+        mask = group.mask[:, None, :, None].expand(b, 1, q, folded, reach).reshape(b, 1, q * folded, reach)
 
         def attend(query: Tensor, keys: Tensor, values: Tensor, mixed: Tensor) -> Tensor:
             if places is not None:
                 query = query[places].transpose(1, 2).reshape(b, heads, q * folded, size)
-            keys, values = keys[:, :, :upto], values[:, :, :upto]
+            keys = keys.transpose(-1, -2)
             if rows is not None:
-                keys, values = keys.transpose(-1, -2)[rows].transpose(-1, -2), values[rows]
-            scores = torch.add(mask, query @ keys.transpose(-1, -2), alpha=self._scale)
+                keys, values = keys[rows], values[rows]
+            scores = torch.add(mask, query @ keys, alpha=self._scale)
             found = torch.softmax(scores, -1) @ values  # (b, H, q G, D)
             if places is None:
                 return found
-            mixed[places] = found.view(b, heads, q, folded, size).transpose(1, 2)
+            found = found.view(b, heads, q, folded, size).transpose(1, 2)
+            mixed[written] = found if kept is None else found[kept]
             return mixed
 
         return attend
@@ -225,20 +263,25 @@ class _LlamaLayer:
 class Projection:
     """Linear layers that read the same input, as one: (N, d) -> (N, sum of outputs)."""
 
+    SMALL = 1 << 20  # multiplications in float32 below which oneDNN's set-up costs more than it saves
+
     def __init__(self, linears: Sequence[nn.Linear], pack: bool) -> None:
         self._linears = linears
         self._packed: Tensor | None = None
         if pack:
             weight = torch.cat([linear.weight for linear in linears])
-            biases = [linear.bias for linear in linears]
+            biases: list[Tensor] = [linear.bias for linear in linears]
             self._bias = None if biases[0] is None else torch.cat(biases)
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+            self._plain = weight if weight.dtype == torch.float32 and weight.numel() < self.SMALL else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        found = [F.linear(x, linear.weight, linear.bias) for linear in self._linears]
-        return found[0] if len(found) == 1 else torch.cat(found, -1)
+        if self._packed is None:
+            found = [F.linear(x, linear.weight, linear.bias) for linear in self._linears]
+            return found[0] if len(found) == 1 else torch.cat(found, -1)
+        if self._plain is not None and len(x) * self._plain.numel() < self.SMALL:
+            return F.linear(x, self._plain, self._bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
 
 
 def _can_pack(weight: Tensor) -> bool:
@@ -309,8 +352,10 @@ class GenericDecoder:
         places = (
             torch.arange(len(batch.ids), device=batch.ids.device).view(shape) if group.tokens is None else group.tokens
         )
-        view = _View(batch.rows[places], batch.positions[places], group.rows, group.mask.shape[2])
-        layers = [_SlotLayer(view, keys, values) for keys, values in zip(cache.keys, cache.values, strict=True)]
+        view = _View(batch.rows[places], batch.positions[places], group.rows)
+        layers: list[Any] = [
+            _SlotLayer(view, keys, values) for keys, values in zip(cache.keys, cache.values, strict=True)
+        ]
         head = self._model.get_output_embeddings()
         kept: list[Tensor] = []
 
@@ -335,15 +380,14 @@ class GenericDecoder:
 
 @dataclass(frozen=True)
 class _View:
-    """Where the tokens of one generic forward go, and how far it looks."""
+    """Where the tokens of one generic forward go, and which rows they see."""
 
     rows: Tensor  # (b, q)
     positions: Tensor  # (b, q)
     read: Tensor | None  # (b,) rows to attend to; None: all in order
-    upto: int
 
 
-class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+class _SlotLayer(CacheLayerMixin):
     """Our storage, in the shape in which transformers asks for a layer of cache."""
 
     is_compileable = False
@@ -351,7 +395,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, view: _View, keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        self._view, self.keys, self.values = view, keys, values
+        self._view, self._keys, self._values = view, keys, values
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -359,16 +403,17 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         view = self._view
-        self.keys[view.rows, :, view.positions] = key_states.transpose(1, 2)
-        self.values[view.rows, :, view.positions] = value_states.transpose(1, 2)
-        keys, values = self.keys[:, :, : view.upto], self.values[:, :, : view.upto]
-        return (keys, values) if view.read is None else (keys[view.read], values[view.read])
+        self._keys[view.rows, :, view.positions] = key_states.transpose(1, 2)
+        self._values[view.rows, :, view.positions] = value_states.transpose(1, 2)
+        if view.read is None:
+            return self._keys, self._values
+        return self._keys[view.read], self._values[view.read]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._view.upto, 0
+        return self.get_max_length(), 0
 
     def get_seq_length(self) -> int:
         return 0
 
     def get_max_length(self) -> int:
-        return int(self.keys.shape[2])
+        return self._keys.shape[2]

@@ -44,7 +44,8 @@ def pick_dtype(requested: str | None = "auto", device: torch.device | None = Non
     if requested not in (None, *DTYPES):
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {requested!r}")
     if requested not in (None, "auto"):
-        return getattr(torch, requested)  # type: ignore[no-any-return]
+        chosen: torch.dtype = getattr(torch, requested)
+        return chosen
     device = device or pick_device()
     if device.type == "cuda":
         multiplies_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -69,14 +69,15 @@ class HFModel(LanguageModel):
             raise ModelError(f"model {self.name!r} has no tokenizer; pass the one it was trained with")
         if memo_bytes < 0:
             raise ConfigError(f"memo_bytes must not be negative, got {memo_bytes}")
-        head = model.get_output_embeddings()
+        head: Any = model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{type(model).__name__} has no output embedding: a causal language model is needed")
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.memo_bytes = memo_bytes
         self.vocab_size, self.hidden_size = head.weight.shape
-        self._embeddings = model.get_input_embeddings().weight
+        embedding: Any = model.get_input_embeddings()
+        self._embeddings: torch.Tensor = embedding.weight
         self.embedding_size = self._embeddings.shape[-1]
         self.max_context = _max_context(model.config.get_text_config())
         self.end_ids = _end_ids(model, tokenizer)
@@ -92,7 +93,7 @@ class HFModel(LanguageModel):
         return list(self.tokenizer(text)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
     def continuations(self, prompt_ids: Sequence[int], ids: Sequence[int], candidates: Sequence[int]) -> list[str]:
@@ -133,7 +134,7 @@ class HFModel(LanguageModel):
         """Return the bytes that ``slots(rows, length, k)`` takes at most."""
         shape = self.decoder.shape
         logits = rows * self.vocab_size * shape.dtype.itemsize
-        return rows * length * shape.token_bytes + logits + (8 << 20) + self.memo_bytes
+        return rows * KeyValues.rounded(length) * shape.token_bytes + logits + (8 << 20) + self.memo_bytes
 
 
 @dataclass(frozen=True)
@@ -312,6 +313,7 @@ class HFSlots(Slots):
         """Pack what the cache lacks of ``rows``."""
         first, end = self._cached[rows], self._held[rows]
         counts = end - first
+        self.cache.grow(int(end.max()))
         if (counts == 1).all():
             group = self._group(None, rows, first)
             ids = self._ids[rows, first].astype(np.int64)
@@ -337,15 +339,25 @@ class HFSlots(Slots):
         return Batch(self._tensor(ids), self._tensor(owners), self._tensor(positions), self._tensor(stops - 1), groups)
 
     def _group(self, places: npt.NDArray[np.int64] | None, rows: Rows, positions: npt.NDArray[np.int64]) -> Group:
-        every = len(rows) == self.rows and bool((rows == np.arange(self.rows)).all())
-        dtype = self._decoder.shape.dtype
         positions = positions.reshape(len(rows), -1)
-        later = np.arange(positions.max() + 1) > positions[..., None]
-        mask = torch.zeros(later.shape, dtype=dtype).masked_fill_(torch.from_numpy(later), torch.finfo(dtype).min)
+        kept = None
+        every = np.array_equal(rows, np.arange(self.rows))
+        if not every and self._decoder.splits and positions.shape[1] == 1 and 2 * len(rows) > self.rows:
+            # Most rows attend: to let the others attend too, to no effect, costs less than to copy
+            # the cache of those that take part.
+            some = np.arange(len(rows)) if places is None else places[:, 0]
+            kept, places = rows, np.zeros((self.rows, 1), np.int64)
+            places[kept, 0] = some
+            positions, given = np.zeros((self.rows, 1), np.int64), positions
+            positions[kept] = given
+        dtype = self._decoder.shape.dtype
+        later = torch.from_numpy(np.arange(self.cache.reach) > positions[..., None])
+        mask = torch.zeros(later.shape, dtype=dtype).masked_fill_(later, torch.finfo(dtype).min)
         return Group(
             None if places is None else self._tensor(places),
-            None if every else self._tensor(rows),
+            None if every or kept is not None else self._tensor(rows),
             mask.to(self._decoder.shape.device),
+            None if kept is None else self._tensor(kept),
         )
 
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
@@ -368,13 +380,13 @@ class HFSlots(Slots):
     # --- checks
 
     def _check_rows(self, rows: Rows, started: bool = False) -> None:
-        if len(rows) and not (0 <= rows.min() and rows.max() < self.rows):
+        if len(rows) and (rows.min() < 0 or rows.max() >= self.rows):
             raise ConfigError(f"rows must be in 0..{self.rows - 1}, got {rows.tolist()}")
         if started and not self._held[rows].all():
             raise ResetNeeded(f"rows {rows[self._held[rows] == 0].tolist()} hold no text: start them first")
 
     def _check_ids(self, ids: npt.NDArray[np.int64]) -> None:
-        if len(ids) and not (0 <= ids.min() and ids.max() < self.model.vocab_size):
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.model.vocab_size):
             raise ModelError(f"token ids must be in 0..{self.model.vocab_size - 1}, got {ids.tolist()}")
 
 
