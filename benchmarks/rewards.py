@@ -85,7 +85,7 @@ def random_texts(rng: np.random.Generator) -> list[str]:
     plain = sorted({word for prompt in make_prompts() for word in prompt.text.split()})
     charged = ["good", "great", "bad", "sad", "love", "terrible", "happy", "awful", "nice", "not", "very", "but"]
     words = [*rng.choice(plain, 9 * BATCH * TOKENS), *rng.choice(charged, BATCH * TOKENS)]
-    ends = rng.choice(["", "", "", "", "", ",", ".", "!"], len(words))
+    ends = rng.choice(["", "", "", "", "", ",", ".", "!", ".\n"], len(words))
     pieces = rng.permutation([f" {word}{end}" for word, end in zip(words, ends, strict=True)])
     return ["".join(pieces[i * 26 : (i + 1) * 26]) for i in range(BATCH)]
 

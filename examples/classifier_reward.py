@@ -3,9 +3,10 @@
     python examples/classifier_reward.py                 # half a minute on 2 cores
     python examples/classifier_reward.py reviews.tsv     # lines of label<TAB>text
 
-Without a file it learns from the two dozen lines below: whether a sentence is about people or about
-things. It then writes with a look at what each candidate token would earn, beside the model's own
-first choice. The score of the prefix is cheap, so looking costs no forward of the model.
+Without a file it learns from the openings in the box which of them are about food, and then finishes
+openings about the weather. Each token is chosen by its log-probability plus what the text would be
+worth with it, beside the model's own first choice. A classifier of words scores a prefix quickly, so
+looking one token ahead costs no forward of the model.
 """
 
 from __future__ import annotations
@@ -18,33 +19,8 @@ import gymnasium as gym
 import numpy as np
 
 import textgen_env  # noqa: F401  registers the environment
+from textgen_env.prompts import make_prompts
 from textgen_env.rewards.classifier import read_examples, train_classifier
-
-PEOPLE = """my sister called her friends
-the children and their teacher were singing
-he met his brother and his wife
-a young man helped the old woman
-she told her mother about the boy
-our neighbours invited the whole family
-the girl asked her father
-they were friends of my parents
-a group of people thanked the man
-his daughter and her husband came
-the woman smiled at the children
-my friend and I talked to the people"""
-
-THINGS = """the engine needs a new battery
-a table with a broken leg
-the road is made of stone
-this phone has a large screen
-the roof and the windows were new
-an old car with two doors
-the box was full of paper
-the machine has a metal handle
-the water in the pipe was cold
-a house with a wooden floor
-the clock on the wall stopped
-the bridge is made of iron"""
 
 
 def main() -> None:
@@ -55,21 +31,20 @@ def main() -> None:
     if chosen.lines:
         examples, label = read_examples(chosen.lines), chosen.label
     else:
-        examples = [("people", line) for line in PEOPLE.splitlines()]
-        examples += [("things", line) for line in THINGS.splitlines()]
-        label = "people"
+        examples = [(str(prompt.metadata["topic"]), prompt.text) for prompt in make_prompts()]
+        label = "food"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "classifier.json"
-        print(train_classifier(examples, file, label))
+        print(train_classifier(examples, file, label, min_count=1))
         reward = {"name": "classifier", "file": str(file)}
-        for weight in (0.0, 5.0):
+        for weight in (0.0, 20.0):
             write(reward, weight)
 
 
 def write(reward: dict[str, str], weight: float) -> None:
     """Finish eight texts, each token by its log-probability plus ``weight`` times the score it leads to."""
     keys = ("logprobs", "candidate_scores")
-    envs = gym.make_vec("TextGen-v0", num_envs=8, reward=reward, observation=keys, max_new_tokens=16)
+    envs = gym.make_vec("TextGen-v0", num_envs=8, prompts="weather", reward=reward, observation=keys, max_new_tokens=16)
     observation, _ = envs.reset(seed=0)
     finished: dict[int, tuple[float, str]] = {}
     while len(finished) < envs.num_envs:
