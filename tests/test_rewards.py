@@ -403,6 +403,7 @@ def test_a_mix_goes_to_json_and_back():
         ("sentimnt", "Did you mean 'sentiment'"),
         ({"name": "length", "goal": 3}, "'goal'.*it takes target"),
         ({"name": 3}, "name must be a string"),
+        ({"name": "readability", "target": "high"}, "reward 'readability'.*it takes target"),
         ({"name": "regex"}, "missing a required argument: 'pattern'"),
         ({"sentiment": "high"}, "weight of reward 'sentiment' must be a finite number, got 'high'"),
         ({"sentiment": float("nan")}, "finite number, got nan"),

@@ -257,6 +257,8 @@ def test_rhyme_counts_the_lines_that_are_due_and_end_in_the_completion():
     assert score("rhyme", "blue\nso sweet\nare you", prompt="Roses are red\nviolets are ", scheme="ABCB") == 1
     assert score("rhyme", "a cat", prompt="One\ntwo\nthree") == 0  # the third line has no partner yet
     assert score("rhyme", "hat\n", prompt="cat\n\n") == 1  # empty lines are none
+    assert score("rhyme", "\nthe dog", prompt="A cat\nthe hat") == 0  # the rhyme is the prompt's
+    assert score("rhyme", "at\nthe dog", prompt="A cat\nthe h") == 1
 
 
 # --- references

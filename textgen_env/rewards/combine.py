@@ -92,10 +92,10 @@ def _named(name: Any, **settings: Any) -> Reward:
     signature = inspect.signature(factory)
     try:
         signature.bind(**settings)
-    except TypeError as error:
+        return factory(**settings)
+    except TypeError as error:  # an unknown or missing setting, or one of the wrong type
         takes = ", ".join(map(str, signature.parameters.values())) or "no settings"
         raise ConfigError(f"reward {name!r}: {error}; it takes {takes}") from error
-    return factory(**settings)
 
 
 @dataclass(frozen=True)

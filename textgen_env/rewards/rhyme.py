@@ -2,7 +2,7 @@
 
 There is no pronouncing dictionary in the box (the common one has a wrapper under the GPL), so a
 word's sound from its last full vowel on is guessed from its letters: a silent e lengthens a vowel,
-"ai", "ay" and "eigh" are one sound, "ck" is "k", and some fifty frequent words are listed because
+"ai", "ay" and "eigh" are one sound, "ck" is "k", and a hundred and fifty frequent words are listed because
 no rule gets them right. English spelling being what it is, this stays a guess; ``docs/rewards.md``
 says how often it agrees with a pronouncing dictionary.
 """
@@ -51,7 +51,10 @@ class Rhyme(Reward):
         return np.array([self._one(generation) for generation in generations], np.float64)
 
     def _one(self, generation: Generation) -> float:
-        finished = len(_line_ends(generation.prompt.rpartition("\n")[0]))
+        before = generation.prompt
+        if split_words(generation.completion.partition("\n")[0]):
+            before = before.rpartition("\n")[0]  # the prompt's last line ends in the completion
+        finished = len(_line_ends(before))
         ends = _line_ends(generation.text)
         due = rhymed = 0
         for line in range(finished, len(ends)):
