@@ -11,7 +11,7 @@ import pytest
 
 from textgen_env.errors import PromptError, UnknownName
 from textgen_env.openings import OPENINGS
-from textgen_env.prompts import PROMPT_NAMES, SPLITS, Prompt, chat, make_prompts
+from textgen_env.prompts import PROMPT_NAMES, SPLITS, DatasetPrompts, Prompt, chat, make_prompts
 
 
 def write(path, text):
@@ -61,6 +61,9 @@ def test_a_dataset_gives_prompts_references_and_metadata():
     rows = {"prompt": ["a", "b"], "reference": ["c", "d"], "year": [1, 2]}
     source = make_prompts(Dataset.from_dict(rows))
     assert source[1] == Prompt("b", "d", {"year": 2})
+    assert DatasetPrompts(Dataset.from_dict(rows), prompt="reference", reference="prompt")[0] == Prompt(
+        "c", "a", {"year": 1}
+    )
     with pytest.raises(PromptError, match="no column 'prompt' of prompts; it has text"):
         make_prompts(Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(PromptError, match="streaming"):
@@ -79,6 +82,8 @@ def test_a_dataset_by_name_with_its_own_columns(tmp_path, monkeypatch):
         make_prompts({"dataset": str(tmp_path / "nowhere")})
     with pytest.raises(PromptError, match="no column 'summary'"):
         make_prompts(spec | {"reference": "summary"})
+    with pytest.raises(UnknownName, match="Did you mean 'split'"):
+        make_prompts(spec | {"splits": "train"})
 
 
 def test_a_function_makes_prompts_without_end():

@@ -142,6 +142,10 @@ def make_prompts(spec: Any = None) -> PromptSource:
         source, colon, part = spec.rpartition(":")
         return _from_string(source).split(part) if colon and part in SPLITS else _from_string(spec)
     if isinstance(spec, Mapping) and "dataset" in spec:
+        settings = ("dataset", "split", "prompt", "reference")
+        for name in spec:
+            if name not in settings:
+                raise unknown_name("setting of a dataset of prompts", name, settings)
         return load_dataset_prompts(**spec)
     if isinstance(spec, Sequence):
         return ListPrompts([_as_prompt(item, f"prompt {index}") for index, item in enumerate(spec)])
@@ -254,14 +258,16 @@ class DatasetPrompts(PromptSource):
         if not len(dataset):
             raise PromptError("the dataset of prompts has no rows")
         self._dataset = dataset
-        self._columns = {prompt: "prompt", reference: "reference"}
+        self._prompt = prompt
+        self._reference = reference
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Prompt:
-        row = {self._columns.get(key, key): value for key, value in self._dataset[index].items()}
-        return _as_prompt(row, f"row {index} of the dataset")
+        metadata = dict(self._dataset[index])
+        text, reference = metadata.pop(self._prompt), metadata.pop(self._reference, None)
+        return _as_prompt({**metadata, "prompt": text, "reference": reference}, f"row {index} of the dataset")
 
 
 class FunctionPrompts(PromptSource):
@@ -289,7 +295,7 @@ def load_dataset_prompts(
     """Return the prompts of a ``datasets`` dataset, by what ``datasets.load_dataset`` takes.
 
     Args:
-        dataset: A hub name, a folder of data files, or a folder that ``save_to_disk`` wrote.
+        dataset: A hub name, or a folder of data files (JSONL, CSV, Parquet ...).
         split: The dataset's own split.
         prompt: The column of the prompts.
         reference: The column of the references.

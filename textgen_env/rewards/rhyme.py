@@ -2,9 +2,9 @@
 
 There is no pronouncing dictionary in the box (the common one has a wrapper under the GPL), so a
 word's sound from its last full vowel on is guessed from its letters: a silent e lengthens a vowel,
-"ai", "ay" and "eigh" are one sound, "ck" is "k", and a hundred and fifty frequent words are listed because
-no rule gets them right. English spelling being what it is, this stays a guess; ``docs/rewards.md``
-says how often it agrees with a pronouncing dictionary.
+"ai", "ay" and "eigh" are one sound, "ck" is "k", and a hundred and fifty frequent words are listed
+because no rule gets them right. English spelling being what it is, this stays a guess;
+``docs/rewards.md`` says how often it agrees with a pronouncing dictionary.
 """
 
 from __future__ import annotations
