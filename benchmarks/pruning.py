@@ -6,7 +6,7 @@ dense model is timed again beside every cut, so a busy machine slows both.
 
     python -m benchmarks.pruning --quick                                   # each method once, about 3 minutes
     python -m benchmarks.pruning                                           # each method at 10, 20, 30, 50%
-    python -m benchmarks.pruning --cuts layers:0.1+ffn:0.23 --heal 150     # one combination, healed
+    python -m benchmarks.pruning --cuts layers:0.1+ffn:0.23 --heal 180     # one combination, healed
 
 The text is the Python language reference that every Python carries, or ``--text`` (one document a
 line). Every third document is held out; the others calibrate and heal.
