@@ -55,6 +55,7 @@ class KeyValues:
 
     STEP = 32
 
+    @torch.inference_mode()
     def __init__(self, shape: CacheShape, rows: int, length: int, time_last: bool) -> None:
         self._front = (shape.layers, rows, shape.heads)
         self._sizes = (shape.key_size, shape.value_size)
@@ -75,6 +76,7 @@ class KeyValues:
     def nbytes(self) -> int:
         return sum(storage.nbytes for storage in self._storage)
 
+    @torch.inference_mode()
     def grow(self, length: int) -> None:
         """Make room for rows of ``length`` tokens."""
         if length <= self.reach:
@@ -86,10 +88,12 @@ class KeyValues:
             for layer in range(len(old)):  # old and new share their storage
                 new[layer, :, :, :before] = old[layer].clone()
 
+    @torch.inference_mode()
     def read(self, rows: Any, length: int) -> tuple[Tensor, Tensor]:
         """Return a copy of the first ``length`` tokens of a row, or of several."""
         return self.keys[:, rows, :, :length].clone(), self.values[:, rows, :, :length].clone()
 
+    @torch.inference_mode()
     def write(self, rows: Any, saved: tuple[Tensor, Tensor]) -> None:
         """Put back what ``read`` returned."""
         length = saved[0].shape[-2]
@@ -292,12 +296,11 @@ def _can_pack(weight: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _has_bf16()))
+        and (
+            weight.dtype == torch.float32
+            or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
     )
-
-
-def _has_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:
@@ -352,9 +355,9 @@ class GenericDecoder:
         places = (
             torch.arange(len(batch.ids), device=batch.ids.device).view(shape) if group.tokens is None else group.tokens
         )
-        view = _View(batch.rows[places], batch.positions[places], group.rows)
+        written = batch.rows[places], batch.positions[places]
         layers: list[Any] = [
-            _SlotLayer(view, keys, values) for keys, values in zip(cache.keys, cache.values, strict=True)
+            _SlotLayer(written, group.rows, keys, values) for keys, values in zip(cache.keys, cache.values, strict=True)
         ]
         head = self._model.get_output_embeddings()
         kept: list[Tensor] = []
@@ -369,7 +372,7 @@ class GenericDecoder:
             found = self._model(
                 input_ids=batch.ids[places],
                 attention_mask=group.mask[:, None],
-                position_ids=view.positions,
+                position_ids=written[1],
                 past_key_values=Cache(layers=layers),
                 use_cache=True,
             )
@@ -378,36 +381,27 @@ class GenericDecoder:
         return found.logits[:, 0], kept[0][:, 0]
 
 
-@dataclass(frozen=True)
-class _View:
-    """Where the tokens of one generic forward go, and which rows they see."""
-
-    rows: Tensor  # (b, q)
-    positions: Tensor  # (b, q)
-    read: Tensor | None  # (b,) rows to attend to; None: all in order
-
-
 class _SlotLayer(CacheLayerMixin):
     """Our storage, in the shape in which transformers asks for a layer of cache."""
 
     is_compileable = False
     is_sliding = False
 
-    def __init__(self, view: _View, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, written: tuple[Tensor, Tensor], rows: Tensor | None, keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        self._view, self._keys, self._values = view, keys, values
+        self._written, self._rows, self._keys, self._values = written, rows, keys, values
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The storage is there already."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        view = self._view
-        self._keys[view.rows, :, view.positions] = key_states.transpose(1, 2)
-        self._values[view.rows, :, view.positions] = value_states.transpose(1, 2)
-        if view.read is None:
+        rows, positions = self._written  # (b, q) each
+        self._keys[rows, :, positions] = key_states.transpose(1, 2)
+        self._values[rows, :, positions] = value_states.transpose(1, 2)
+        if self._rows is None:
             return self._keys, self._values
-        return self._keys[view.read], self._values[view.read]
+        return self._keys[self._rows], self._values[self._rows]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_max_length(), 0

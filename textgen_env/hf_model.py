@@ -162,8 +162,7 @@ class HFSlots(Slots):
         self._prompt = np.zeros(rows, np.int64)  # how many of them are the prompt
         self._memo: _Bounded[npt.NDArray[np.float32]] = _Bounded(model.memo_bytes // 2)
         self._prompts: _Bounded[tuple[torch.Tensor, torch.Tensor]] = _Bounded(model.memo_bytes // 2)
-        with torch.inference_mode():
-            self.cache = KeyValues(decoder.shape, rows, length, decoder.time_last)
+        self.cache = KeyValues(decoder.shape, rows, length, decoder.time_last)
 
     # --- bookkeeping
 
@@ -182,7 +181,7 @@ class HFSlots(Slots):
             self._cached[row] = 0
             known = self._prompts.get(self._key(row, len(ids)))
             if known is not None:
-                self._write(row, known)
+                self.cache.write(row, known)
                 self._cached[row] = len(ids)
 
     def advance(self, rows: Rows, tokens: npt.NDArray[np.int64]) -> None:
@@ -197,14 +196,14 @@ class HFSlots(Slots):
     def fork(self, src: Rows, dst: Rows) -> None:
         self._check_rows(src, started=True)
         self._check_rows(dst)
-        for array in (self._ids, self._held, self._cached, self._prompt):
+        for array in (self._ids, self._held, self._prompt):
             array[dst] = array[src]
-        self._write(dst, self._read(src))
+        self._copy(src, dst)
 
     def save(self, row: int) -> SavedRow:
         self._check_rows(np.array([row]), started=True)
         ids = self._ids[row, : self._held[row]].copy()
-        return SavedRow(self.model, ids, int(self._prompt[row]), self._read(row))
+        return SavedRow(self.model, ids, int(self._prompt[row]), self.cache.read(row, self._cached[row]))
 
     def load(self, row: int, saved: SavedRow) -> None:
         self._check_rows(np.array([row]))
@@ -216,7 +215,7 @@ class HFSlots(Slots):
         self._ids[row, : len(saved.ids)] = saved.ids
         self._held[row], self._prompt[row] = len(saved.ids), saved.prompt_length
         self._cached[row] = saved.key_values[0].shape[-2]
-        self._write(row, saved.key_values)
+        self.cache.write(row, saved.key_values)
 
     def rebuild(self) -> None:
         self._memo.clear()
@@ -233,50 +232,40 @@ class HFSlots(Slots):
             for row, flag in zip(rows, block_end, strict=True)
         ]
         known = [self._memo.get(key) for key in keys]
-        hit = np.array([entry is not None for entry in known])
+        hit = np.array([entry is not None for entry in known], bool)
         # A row that lacks one token rides along in the forward for almost nothing, and stays in
         # step. So it is left out only if half of the rows are; rows that lack more always are.
-        lagging = self._held[rows] - self._cached[rows] > 1
         if 2 * hit.sum() < len(rows):
-            hit &= lagging
-        new = np.flatnonzero(~hit)
-        width = 2 * self.k if self.k is not None else self.model.vocab_size
-        table = np.empty((len(rows), width + self.model.hidden_size), np.float32)
-        if len(new):
-            table[new] = self._forward(rows[new], block_end[new])
-            if self._memo.limit:
-                for i in new:
-                    self._memo.put(keys[i], table[i].copy(), table[i].nbytes + len(keys[i]))
+            hit &= self._held[rows] - self._cached[rows] > 1
+        k = self.k or self.model.vocab_size
+        table = np.empty((len(rows), 2 * k + self.model.hidden_size), np.float32)
         for i in np.flatnonzero(hit):
             table[i] = known[i]
-        return self._unpacked(table)
+        new = np.flatnonzero(~hit)
+        if len(new):
+            table[new] = self._forward(rows[new], block_end[new])
+            for i in new:
+                self._memo.put(keys[i], table[i].copy(), table[i].nbytes + len(keys[i]))
+        ids = table[:, :k].copy().view(np.int32)
+        return Proposals(ids, table[:, k : 2 * k].copy(), table[:, 2 * k :].copy())
 
     @torch.inference_mode()
     def _forward(self, rows: Rows, block_end: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-        """Catch up with ``rows`` and return their proposals, one packed row each."""
+        """Catch up with ``rows`` and return a row (ids as bits, logprobs, hidden) for each."""
         # A prefix whose last token is cached, but whose proposals are not, feeds that token again.
         self._cached[rows] = np.minimum(self._cached[rows], self._held[rows] - 1)
         leaders, leader_of = self._same_starts(rows)
-        fresh = self._cached[leaders] == 0
+        fresh = leaders[self._cached[leaders] == 0]
         logits, hidden = self._decoder(self._batch(leaders), self.cache)
         self._cached[leaders] = self._held[leaders]
-        for row in leaders[fresh]:
+        for row in fresh:
             self._remember_prompt(row)
         if len(leaders) < len(rows):
-            self._copy_starts(leaders, rows, leader_of)
+            followers = rows != leaders[leader_of]
+            self._copy(leaders[leader_of[followers]], rows[followers])
             logits, hidden = logits[leader_of], hidden[leader_of]
         ids, logprobs = top_candidates(logits, self.k, self.model.end_ids, block_end)
-        parts = [logprobs, hidden.float().cpu().numpy()]
-        return np.concatenate(parts if self.k is None else [ids.view(np.float32), *parts], axis=1)
-
-    def _unpacked(self, table: npt.NDArray[np.float32]) -> Proposals:
-        if self.k is None:
-            vocab = self.model.vocab_size
-            ids = np.tile(np.arange(vocab, dtype=np.int32), (len(table), 1))
-            return Proposals(ids, table[:, :vocab].copy(), table[:, vocab:].copy())
-        k = self.k
-        ids = table[:, :k].copy().view(np.int32)
-        return Proposals(ids, table[:, k : 2 * k].copy(), table[:, 2 * k :].copy())
+        return np.concatenate([ids.view(np.float32), logprobs, hidden.float().cpu().numpy()], axis=1)
 
     def _same_starts(self, rows: Rows) -> tuple[Rows, npt.NDArray[np.int64]]:
         """Return one row for each text among the rows that start from nothing, and all other rows;
@@ -294,11 +283,10 @@ class HFSlots(Slots):
             leader_of[i] = places[key]
         return np.array(leaders), leader_of
 
-    def _copy_starts(self, leaders: Rows, rows: Rows, leader_of: npt.NDArray[np.int64]) -> None:
-        followers = rows != leaders[leader_of]
-        src, dst = leaders[leader_of[followers]], rows[followers]
+    def _copy(self, src: Rows, dst: Rows) -> None:
+        """Copy what is cached of rows to other rows."""
+        self.cache.write(dst, self.cache.read(src, self._cached[src].max()))
         self._cached[dst] = self._cached[src]
-        self._write(dst, self._read(src))
 
     def _remember_prompt(self, row: int) -> None:
         length = int(self._prompt[row])
@@ -314,65 +302,55 @@ class HFSlots(Slots):
         first, end = self._cached[rows], self._held[rows]
         counts = end - first
         self.cache.grow(int(end.max()))
-        if (counts == 1).all():
-            group = self._group(None, rows, first)
-            ids = self._ids[rows, first].astype(np.int64)
-            return Batch(self._tensor(ids), self._tensor(rows), self._tensor(first), None, [group])
         stops = np.cumsum(counts)
-        offsets = np.arange(stops[-1]) - np.repeat(stops - counts, counts)
         owners = np.repeat(rows, counts)
-        positions = np.repeat(first, counts) + offsets
+        positions = np.arange(stops[-1]) - np.repeat(stops - end, counts)
+        single = counts == 1
 
         def group_of(some: npt.NDArray[np.bool_]) -> Group:
-            width = counts[some].max()
-            places = np.minimum((stops - counts)[some][:, None] + np.arange(width), stops[some][:, None] - 1)
+            places = (stops - counts)[some][:, None] + np.arange(counts[some].max())
+            places = np.minimum(places, stops[some][:, None] - 1)
             return self._group(places, rows[some], positions[places])
 
-        single = counts == 1
-        if self._decoder.splits:
+        if self._decoder.splits and not single.all():
             groups = [group_of(some) for some in (single, ~single) if some.any()]
-        elif len(rows) * counts.max() <= 2 * len(owners):
-            groups = [group_of(np.ones(len(rows), bool))]
-        else:  # padding would cost more than to let each token attend for itself
+        elif single.all() or len(rows) * counts.max() > 2 * len(owners):
+            # Each token attends for itself: padding would cost more.
             groups = [self._group(None, owners, positions)]
-        ids = self._ids[owners, positions].astype(np.int64)
-        return Batch(self._tensor(ids), self._tensor(owners), self._tensor(positions), self._tensor(stops - 1), groups)
+        else:
+            groups = [group_of(single | True)]
+        return Batch(
+            ids=self._tensor(self._ids[owners, positions].astype(np.int64)),
+            rows=self._tensor(owners),
+            positions=self._tensor(positions),
+            last=None if single.all() else self._tensor(stops - 1),
+            groups=groups,
+        )
 
     def _group(self, places: npt.NDArray[np.int64] | None, rows: Rows, positions: npt.NDArray[np.int64]) -> Group:
         positions = positions.reshape(len(rows), -1)
-        kept = None
         every = np.array_equal(rows, np.arange(self.rows))
+        kept = None
         if not every and self._decoder.splits and positions.shape[1] == 1 and 2 * len(rows) > self.rows:
-            # Most rows attend: to let the others attend too, to no effect, costs less than to copy
+            # Most rows attend. To let the others attend too, to no effect, costs less than to copy
             # the cache of those that take part.
-            some = np.arange(len(rows)) if places is None else places[:, 0]
-            kept, places = rows, np.zeros((self.rows, 1), np.int64)
-            places[kept, 0] = some
-            positions, given = np.zeros((self.rows, 1), np.int64), positions
-            positions[kept] = given
+            every, kept = True, rows
+            given = np.arange(len(rows))[:, None] if places is None else places
+            spread = np.zeros((2, self.rows, 1), np.int64)
+            spread[:, kept] = given, positions
+            places, positions = spread
         dtype = self._decoder.shape.dtype
         later = torch.from_numpy(np.arange(self.cache.reach) > positions[..., None])
         mask = torch.zeros(later.shape, dtype=dtype).masked_fill_(later, torch.finfo(dtype).min)
         return Group(
-            None if places is None else self._tensor(places),
-            None if every or kept is not None else self._tensor(rows),
-            mask.to(self._decoder.shape.device),
-            None if kept is None else self._tensor(kept),
+            tokens=None if places is None else self._tensor(places),
+            rows=None if every else self._tensor(rows),
+            mask=mask.to(self._decoder.shape.device),
+            kept=None if kept is None else self._tensor(kept),
         )
 
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._decoder.shape.device)
-
-    @torch.inference_mode()
-    def _read(self, rows: int | Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cache.read(self._index(rows), int(np.max(self._cached[rows])))
-
-    @torch.inference_mode()
-    def _write(self, rows: int | Rows, saved: tuple[torch.Tensor, torch.Tensor]) -> None:
-        self.cache.write(self._index(rows), saved)
-
-    def _index(self, rows: int | Rows) -> int | torch.Tensor:
-        return self._tensor(rows) if isinstance(rows, np.ndarray) else int(rows)
 
     def _key(self, row: int, length: int) -> bytes:
         return self._ids[row, :length].tobytes()
@@ -406,6 +384,8 @@ class _Bounded(Generic[T]):
         return entry[0]
 
     def put(self, key: bytes, value: T, size: int) -> None:
+        if size > self.limit:
+            return
         if key in self._entries:
             self.size -= self._entries.pop(key)[1]
         self._entries[key] = (value, size)
