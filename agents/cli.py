@@ -164,7 +164,9 @@ def generate(
     run: Annotated[Path | None, typer.Argument(help="A folder that 'textgen train' made.", metavar="[RUN]")] = None,
     prompt: Annotated[str, typer.Option(help="How the texts begin.", metavar="TEXT")] = "The movie was",
     num: Annotated[int, typer.Option(help="Texts.", min=1)] = 4,
-    model: Annotated[str | None, typer.Option(help="Without RUN: sample this language model itself.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Without RUN: sample this language model itself, from its 16 likeliest tokens.")
+    ] = None,
     reward: Annotated[
         str | None, typer.Option(help="Without RUN: what to score the texts with.", show_default="sentiment")
     ] = None,
@@ -350,11 +352,12 @@ def _language_model(
     from textgen_env.vector_env import TextGenVectorEnv
 
     loaded = load_language_model(model)
-    room = max(1, min(512, loaded.max_context - new_tokens))  # for the prompt
-    env = TextGenVectorEnv(
-        rows, loaded, None, _reward(reward) or "sentiment", max_new_tokens=new_tokens, max_prompt_tokens=room
-    )
-    return SampleAgent(), env
+    settings: dict[str, Any] = {
+        "top_k": min(16, loaded.vocab_size - len(loaded.end_ids)),
+        "max_new_tokens": new_tokens,
+        "max_prompt_tokens": max(1, min(512, loaded.max_context - new_tokens)),
+    }
+    return SampleAgent(), TextGenVectorEnv(rows, loaded, None, _reward(reward) or "sentiment", **settings)
 
 
 def _trained(

@@ -34,7 +34,7 @@ ACTING_FACTORS = (0.5, 2.0)
 """A tilted policy is drawn on the plane at its own temperature and at these multiples of it."""
 
 BEST = "best possible policy"
-BEST_OF_N = "best of n samples"
+BEST_OF_N = "best of n samples, KL at most"
 LOOKAHEAD = "score lookahead, no learning"
 
 Curve = list[tuple[float, float]]
@@ -215,14 +215,7 @@ def table(report: Report) -> Table:
 
     grid = Table(caption="\n".join(report.notes), caption_justify="left")
     grid.add_column("policy")
-    for heading in (
-        "reward (95%)",
-        "KL, nats/text",
-        "log-lik/token",
-        "distinct-2",
-        f"J at {report.beta:g}",
-        "of optimum",
-    ):
+    for heading in ("reward (95%)", "KL, nats/text", "log-lik/token", "distinct-2", "J", "of optimum"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
         interval = "" if row.reward_low is None else f" ({row.reward_low:.2f} to {row.reward_high:.2f})"
@@ -269,7 +262,7 @@ def draw_learning(metrics: Sequence[Mapping[str, float]], reference: float | Non
         axes.plot([row[key] for row in metrics], [row.get("reward", math.nan) for row in metrics], color="tab:blue")
         if reference is not None:
             axes.axhline(reference, color="black", linestyle=":", label="language model, new prompts")
-            axes.legend(loc="lower right", frameon=False)
+            axes.legend(frameon=False)
         axes.set_xlabel(label)
         axes.set_ylabel("reward of recent texts")
         axes.grid(alpha=0.3)

@@ -52,6 +52,14 @@ from textgen_env.vector_env import TextGenVectorEnv
 OBSERVATION = ("tokens", "length", "budget", "candidates", "logprobs", "score", "action_mask", "hidden")
 """What agents see unless said: everything but ``candidate_scores``."""
 
+ENV_SETTINGS: Mapping[str, Any] = {
+    "top_k": 16,
+    "max_new_tokens": 20,
+    "min_new_tokens": 20,
+    "observation": OBSERVATION,
+}
+"""Settings of a run's environment unless said: texts of 20 tokens."""
+
 FEWEST_TO_SPLIT = 20
 """With fewer prompts, there would be no saying anything about the test prompts."""
 
@@ -73,7 +81,7 @@ class RunConfig:
     prune: str | None = "l1_unstructured:0.1"  # METHOD:AMOUNT, applied to the language model once
     prompts: Any = None  # see textgen_env.prompts.make_prompts; None: the openings in the box, or an object
     reward: Any = "sentiment"  # see textgen_env.rewards.make_reward; None: an object
-    env: Mapping[str, Any] = field(default_factory=dict)  # fields of EnvConfig, over those of ENV_SETTINGS
+    env: Mapping[str, Any] = field(default_factory=dict)  # fields of EnvConfig; those of ENV_SETTINGS are added
     steps: int = 100_000  # environment steps to learn from: one token each
     envs: int = 64  # texts written at a time
     seed: int = 0
@@ -95,14 +103,14 @@ class RunConfig:
         if self.prune is not None:
             parse_pruning(self.prune)
         object.__setattr__(self, "objects", tuple(self.objects))
+        env = {**ENV_SETTINGS, **self.env}  # kept whole: a stored run outlives these defaults
+        object.__setattr__(self, "env", {k: list(v) if isinstance(v, tuple) else v for k, v in env.items()})
         self.env_config()
 
     def env_config(self) -> EnvConfig:
         """Return the environment's settings, checked."""
-        settings = {**ENV_SETTINGS, **self.env}
-        if self.agent != "text_dqn":  # the others know no mask
-            settings = {"on_illegal": "last_legal", **settings}
-        return EnvConfig.from_settings(settings)
+        maps_illegal = {} if self.agent == "text_dqn" else {"on_illegal": "last_legal"}  # the others know no mask
+        return EnvConfig.from_settings({**maps_illegal, **self.env})
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -125,15 +133,6 @@ class RunConfig:
             if name not in known:
                 raise unknown_name("field", name, known)
         return cls(**read)
-
-
-ENV_SETTINGS: Mapping[str, Any] = {
-    "top_k": 16,
-    "max_new_tokens": 20,
-    "min_new_tokens": 20,
-    "observation": OBSERVATION,
-}
-"""Settings of a run's environment unless said: texts of 20 tokens."""
 
 
 # --- agents by name
@@ -172,7 +171,9 @@ def _qrdqn(config: RunConfig) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
         from sb3_contrib import QRDQN
     except ImportError as error:
         raise ConfigError("agent 'qrdqn' comes in the package sb3-contrib: pip install sb3-contrib") from error
-    return QRDQN, _dqn(config)[1]
+    settings = _dqn(config)[1]
+    settings["policy_kwargs"]["n_quantiles"] = 50
+    return QRDQN, settings
 
 
 @AGENTS.register("ppo")
@@ -180,8 +181,8 @@ def _ppo(config: RunConfig) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
     """Stable-Baselines3's PPO, on the language model's hidden state."""
     return PPO, {
         **_on_hidden_states(),
-        "n_steps": 2 * config.env_config().max_new_tokens,
-        "batch_size": 256,
+        "n_steps": 2 * config.env_config().max_new_tokens,  # two texts a row
+        "batch_size": 2 * config.envs,
     }
 
 

@@ -147,7 +147,8 @@ def test_the_stored_configuration_repeats_the_run(run, tmp_path):
 def test_every_agent_runs_and_loads(agent, tmp_path):
     if agent == "qrdqn":
         pytest.importorskip("sb3_contrib")
-    config = replace(CONFIG, agent=agent, agent_settings={}, steps=200, eval_texts=8, eval_samples=8)
+    settings = {} if agent == "ppo" else {"batch_size": 16, "gradient_steps": 1}
+    config = replace(CONFIG, agent=agent, agent_settings=settings, steps=200, eval_texts=8, eval_samples=8)
     result = train(config, tmp_path / "run", model=weather())
     assert f"{agent}, trained" in [row.name for row in result.report.rows]
     opened = load_run(tmp_path / "run", model=weather())
