@@ -15,7 +15,7 @@ Token embeddings are the language model's own: read from it when needed, never c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +68,14 @@ def shifted(vectors: torch.Tensor) -> torch.Tensor:
     return functional.pad(vectors, (0, 0, 1, 0))[:, :-1]
 
 
+class LookedUp(NamedTuple):
+    """Token embeddings: the distinct vectors, and which of them each candidate and each token has."""
+
+    vectors: torch.Tensor  # (U, e)
+    candidates: torch.Tensor  # (..., k) int64 rows of ``vectors``
+    tokens: torch.Tensor  # (B, t) int64
+
+
 class CandidateHead(nn.Module):
     """One value a candidate. Its last layer starts at zero, so before learning all are equal.
 
@@ -108,6 +116,12 @@ class CandidateHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
+
+    def embedded(self, looked_up: LookedUp) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the vectors of the candidates (..., k, 64) and of the tokens (B, t, 64)."""
+        vectors = self.embed(looked_up.vectors)
+        # Not vectors[index]: the gradient of plain indexing sums in an order that changes from run to run.
+        return functional.embedding(looked_up.candidates, vectors), functional.embedding(looked_up.tokens, vectors)
 
     def contributions(self, tokens: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         """Return what each token adds to the memory after its predecessor: (..., 64) twice to (..., m)."""
@@ -192,11 +206,15 @@ class CandidateQNetwork(BasePolicy):
 
     def forward(self, observations: Tensors) -> torch.Tensor:
         """Return Q of single states, (B, k)."""
-        generated, inside = self._embed_generated(observations)  # (B, t, e), (B, t, 1)
-        candidates = self._embed(observations["candidates"])
+        tokens, length = observations["tokens"].long(), observations["length"].long()  # (B, T), (B, 1)
+        generated = ((1.0 - observations["budget"].float()) * self.max_new_tokens).round().long()  # (B, 1)
+        offset = torch.arange(-max(1, int(generated.max())), 0, device=tokens.device)  # (t,), right-aligned
+        inside = (offset >= -generated).unsqueeze(-1)  # (B, t, 1)
+        looked_up = self.look_up(observations["candidates"], tokens.gather(1, (length + offset).clamp(min=0)))
         values = []
         for head in self.heads:
-            vectors = head.embed(generated)
+            candidates, vectors = head.embedded(looked_up)
+            vectors = vectors * inside
             memory = (head.contributions(vectors, shifted(vectors)) * inside).sum(-2)
             values.append(self._head(head, observations, candidates, memory, vectors[:, -1]))
         return torch.stack(values).mean(0)
@@ -206,23 +224,40 @@ class CandidateQNetwork(BasePolicy):
         values: torch.Tensor = self(observation)
         return values.argmax(-1)
 
-    def episode_values(self, observations: Tensors, tokens: torch.Tensor) -> torch.Tensor:
+    def episode_values(self, observations: Tensors, looked_up: LookedUp) -> torch.Tensor:
         """Return Q of every step of whole episodes, for each head: (heads, B, T, k).
 
         Args:
             observations: Each (B, T, ...).
-            tokens: (B, T) the token appended at each step.
+            looked_up: What ``look_up`` answers for the candidates (B, T, k) and the token
+                appended at each step (B, T).
         """
-        candidates = self._embed(observations["candidates"])
-        generated = self._embed(tokens)  # (B, T, e)
         values = []
         for head in self.heads:
-            vectors = head.embed(generated)
+            candidates, vectors = head.embedded(looked_up)
             last = shifted(vectors)  # the token before each step
             added = head.contributions(vectors, last)
             memory = added.cumsum(1) - added  # of the tokens before each step
             values.append(self._head(head, observations, candidates, memory, last))
         return torch.stack(values)
+
+    def look_up(self, candidates: torch.Tensor, tokens: torch.Tensor) -> LookedUp:
+        """Return the normalised embeddings of all these tokens, each read once.
+
+        Raises:
+            ModelError: no language model is bound.
+        """
+        if self._language_model is None:
+            raise ModelError("no language model to read embeddings from: call bind, or pass env= to load")
+        ids = torch.cat([candidates.long().flatten(), tokens.long().flatten()])
+        distinct, index = torch.unique(ids, return_inverse=True)
+        vectors = torch.from_numpy(self._language_model.embed(distinct.cpu().numpy())).to(self.device)
+        of_candidates, of_tokens = index.split([candidates.numel(), tokens.numel()])
+        return LookedUp(
+            functional.layer_norm(vectors, vectors.shape[-1:]),
+            of_candidates.view(candidates.shape),
+            of_tokens.view(tokens.shape),
+        )
 
     def _head(
         self,
@@ -242,27 +277,9 @@ class CandidateQNetwork(BasePolicy):
         learned: torch.Tensor = head(
             observations["hidden"],
             torch.cat(scalars, -1),
-            head.embed(candidates),
+            candidates,
             torch.stack(candidate_scalars, -1),
             memory,
             last,
         )
         return learned if known is None else learned + known
-
-    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return normalised token embeddings, (..., e)."""
-        if self._language_model is None:
-            raise ModelError("no language model to read embeddings from: call bind, or pass env= to load")
-        vectors = torch.from_numpy(self._language_model.embed(ids.cpu().numpy().astype(np.int64)))
-        return functional.layer_norm(vectors, vectors.shape[-1:]).to(self.device)
-
-    def _embed_generated(self, observations: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the embeddings of the generated tokens, right-aligned, and where there are any.
-
-        Shapes (B, t, e), zero where there is no token, and (B, t, 1) bool; t is at least 1.
-        """
-        tokens, length = observations["tokens"].long(), observations["length"].long()  # (B, T), (B, 1)
-        generated = ((1.0 - observations["budget"].float()) * self.max_new_tokens).round().long()  # (B, 1)
-        offset = torch.arange(-max(1, int(generated.max())), 0, device=tokens.device)  # (t,)
-        inside = (offset >= -generated).unsqueeze(-1)
-        return self._embed(tokens.gather(1, (length + offset).clamp(min=0))) * inside, inside

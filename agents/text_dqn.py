@@ -257,8 +257,9 @@ class TextDQN(DQN):
 
     def _update(self, replay: EpisodeReplay, batch_size: int) -> float:
         batch = replay.sample(batch_size)
+        looked_up = self.q_net.look_up(batch.observations["candidates"], batch.tokens)
         with torch.no_grad():
-            slow = self.q_net_target.episode_values(batch.observations, batch.tokens).mean(0)  # (B, T, k)
+            slow = self.q_net_target.episode_values(batch.observations, looked_up).mean(0)  # (B, T, k)
             target = lambda_targets(
                 batch,
                 slow,
@@ -267,7 +268,7 @@ class TextDQN(DQN):
                 trace_lambda=self.trace_lambda,
                 gamma=self.gamma,
             )
-        values = self.q_net.episode_values(batch.observations, batch.tokens)  # (heads, B, T, k)
+        values = self.q_net.episode_values(batch.observations, looked_up)  # (heads, B, T, k)
         taken = batch.actions.expand(values.shape[0], -1, -1).unsqueeze(-1)
         error = (values.gather(-1, taken).squeeze(-1) - target) ** 2
         loss = error[:, batch.acted].mean()
@@ -294,13 +295,13 @@ class TextDQN(DQN):
     # --- what SB3 calls
 
     def _setup_model(self) -> None:
+        language_model = self._find_language_model()
         if self.gamma != 1.0 and "score" in getattr(self.observation_space, "spaces", {}):
             raise ConfigError(
                 f"gamma must be 1 where the observation has running scores, got {self.gamma}: their increments keep "
                 "the optimum only undiscounted; leave gamma out, or make the environment without 'score'"
             )
         check_observation_space(self.observation_space)
-        language_model = self._find_language_model()
         self.model_name = language_model.name
         kwargs = dict(self.policy_kwargs.get("q_net_kwargs", {}))
         kwargs.setdefault("embedding_size", language_model.embedding_size)
