@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -16,7 +17,7 @@ from gymnasium.utils.env_match import check_environments_match
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from toys import PROMPTS, CountingModel, PlainEpisode, Worth, assert_same, letters, worth
+from toys import PROMPTS, CountingModel, PlainEpisode, Worth, assert_same, by_sum, letters, worth
 
 from textgen_env import TableModel
 from textgen_env.config import EnvConfig
@@ -247,7 +248,7 @@ def test_only_a_live_prefix_costs_a_forward():
 
 
 def test_snapshot_wander_restore_equals_never_having_left():
-    env, steady = (make(observation="full", reward_at="step") for _ in range(2))
+    env, steady = (make(model=letters(by_sum), observation="full", reward_at="step") for _ in range(2))
     for e in (env, steady):
         e.reset(seed=1, options={"prompt": "ab"})
         e.step(0)
@@ -293,7 +294,7 @@ class SingleMachine(RuleBasedStateMachine):
     @initialize(data=st.data(), rules=st.sampled_from(RULES))
     def open(self, data, rules):
         self.rules = {"top_k": 4, "max_new_tokens": 5, "reward_at": "step"} | rules
-        self.env = make(observation="full", **self.rules).unwrapped
+        self.env = make(model=letters(by_sum), observation="full", **self.rules).unwrapped
         self.plain = None
         self.snapshots = []
         with pytest.raises(ResetNeeded):
@@ -301,7 +302,8 @@ class SingleMachine(RuleBasedStateMachine):
 
     @rule(prompt=st.sampled_from(PROMPTS))
     def reset(self, prompt):
-        self.check(self.env.reset(options={"prompt": prompt})[0], PlainEpisode(prompt, **self.rules))
+        plain = PlainEpisode(prompt, table=by_sum, **self.rules)
+        self.check(self.env.reset(options={"prompt": prompt})[0], plain)
 
     @precondition(lambda self: self.plain is not None)
     @rule(action=st.integers(-1, 6))
@@ -314,31 +316,28 @@ class SingleMachine(RuleBasedStateMachine):
             with pytest.raises(IllegalAction):
                 self.env.step(action)
         else:
-            observation, reward, ended, _, _ = self.env.step(action)
-            after = self.copy_of(self.plain)
-            assert reward == after.step(action)
-            assert ended == (after.finish_reason is not None)
-            self.check(observation, after)
+            observation, reward, ended, _, info = self.env.step(action)
+            assert reward == self.plain.step(action)
+            assert ended == (self.plain.finish_reason is not None)
+            if ended:
+                assert info["completion"] == self.plain.text
+                assert info["logprob"] == pytest.approx(self.plain.logprob, rel=1e-5)
+            self.check(observation, self.plain)
 
     @precondition(lambda self: self.plain is not None)
     @rule()
     def snapshot(self):
-        self.snapshots.append((self.env.snapshot(), self.copy_of(self.plain)))
+        self.snapshots.append((self.env.snapshot(), copy.deepcopy(self.plain)))
 
     @precondition(lambda self: self.plain is not None and self.snapshots)
     @rule(data=st.data())
     def restore(self, data):
         snapshot, plain = data.draw(st.sampled_from(self.snapshots))
-        self.check(self.env.restore(snapshot), self.copy_of(plain))
+        self.check(self.env.restore(snapshot), copy.deepcopy(plain))
 
     def check(self, observation, plain):
         assert_same(observation, plain.observation())
         self.plain = plain
-
-    def copy_of(self, plain):
-        twin = PlainEpisode("a", **self.rules)
-        twin.__dict__ |= {**plain.__dict__, "ids": list(plain.ids)}
-        return twin
 
 
 SingleMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from toys import PROMPTS, CountingModel, PlainEpisode, Worth, assert_same, letters, worth
+from toys import PROMPTS, CountingModel, PlainEpisode, Worth, assert_same, by_sum, letters, worth
 
 from textgen_env.errors import ConfigError, IllegalAction, PromptError, ResetNeeded, RewardError
 from textgen_env.vector_env import TextGenVectorEnv
@@ -220,15 +220,15 @@ def test_a_forked_row_goes_on_as_its_source_would_have(reward_at):
 
 
 def test_rows_can_be_swapped_and_shuffled_in_one_call():
-    env = make(observation="full").unwrapped
+    env = make(model=letters(by_sum), observation="full", autoreset_mode="Disabled").unwrapped
     before, _ = env.reset(options={"prompt": ["a", "b", "ab", "b a"]})
     after = env.fork([1, 0, 0, 2], [0, 1, 2, 3])
     for dst, src in enumerate([1, 0, 0, 2]):
         assert data_equivalence(row(after, dst), row(before, src), exact=True)
-    env.step(np.zeros(N, int))  # the model's rows went along: its answers fit the ids
-    state = env.episodes.state
+    after, *_ = env.step(np.zeros(N, int))  # the model's rows went along: it answers for the ids that are there
     for i in range(N):
-        assert env.episodes.model.probabilities(state.tokens[i, : state.length[i]])[state.candidates[i, 0]] > 0
+        ids = after["tokens"][i, : after["length"][i, 0]]
+        np.testing.assert_allclose(np.exp(after["logprobs"][i, 0]), by_sum(ids).max(), rtol=1e-6)
 
 
 def test_a_fork_leaves_the_random_generators_where_they_are():
@@ -371,12 +371,13 @@ class VectorMachine(RuleBasedStateMachine):
         self.mode = mode
         self.rules = {"top_k": 5, "max_new_tokens": 3, "reward_at": reward_at, "stop": ("ab",)}
         prompts = ["b a"]  # the only one that an automatic reset can draw
-        self.env = make(3, observation="full", prompts=prompts, autoreset_mode=mode, **self.rules).unwrapped
+        settings = self.rules | {"observation": "full", "prompts": prompts, "autoreset_mode": mode}
+        self.env = make(3, model=letters(by_sum), **settings).unwrapped
         self.env.reset(seed=0)
         self.rows = [self.plain("b a") for _ in range(3)]
 
     def plain(self, prompt):
-        return PlainEpisode(prompt, **self.rules)
+        return PlainEpisode(prompt, table=by_sum, **self.rules)
 
     @rule(mask=st.lists(st.booleans(), min_size=3, max_size=3).filter(any), prompt=st.sampled_from(PROMPTS))
     def partial_reset(self, mask, prompt):
@@ -409,6 +410,7 @@ class VectorMachine(RuleBasedStateMachine):
                 assert last["_completion"][i]
                 assert last["completion"][i] == plain.text
                 assert last["finish_reason"][i] == plain.finish_reason
+                assert last["logprob"][i] == pytest.approx(plain.logprob, rel=1e-5)
                 assert last["reward_parts"]["worth"][i] == worth(plain.text)
                 if self.mode is AutoresetMode.SAME_STEP:
                     assert infos["_final_obs"][i]
