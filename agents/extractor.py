@@ -10,6 +10,7 @@ SB3 saves; states seen before are not computed again.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from functools import lru_cache
 from typing import Any
@@ -86,7 +87,7 @@ class PrunedTransformerExtractor(BaseFeaturesExtractor):
         else:
             # Frozen weights stay out of parameters(): SB3's target update scales target parameters
             # in place, and a registered backbone would be saved twice.
-            object.__setattr__(self, "transformer", transformer.eval().requires_grad_(False))
+            object.__setattr__(self, "transformer", transformer.eval())
 
     def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return features, (B, features_dim) float32."""
@@ -133,8 +134,8 @@ def _transformer(
     model: str | PrunedTransformerModel, method: str, amount: float, trainable: bool
 ) -> PrunedTransformerModel:
     if isinstance(model, PrunedTransformerModel):
-        return model
-    if trainable:  # each network learns its own
+        return copy.deepcopy(model) if trainable else model  # online and target network each learn their own
+    if trainable:
         return PrunedTransformerModel(model, amount, method)
     return _shared_transformer(model, method, amount)
 
