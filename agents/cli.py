@@ -260,6 +260,24 @@ def evaluate(
         console.print(f"Figures, picture and texts are in {folder}/")
 
 
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="A name, folder or hub id.", metavar="MODEL")],
+    out: Annotated[Path, typer.Option(help="Folder for the pruned model; must not hold one.")],
+    method: Annotated[str, typer.Option(help="See 'textgen list pruning'.")] = "ffn",
+    amount: Annotated[
+        float, typer.Option(help="Share of the weights, channels, groups or layers to remove, in [0, 1).")
+    ] = 0.2,
+    heal: Annotated[int, typer.Option(help="Gradient steps of distillation from the dense model.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the text that the model writes for itself.")] = 0,
+) -> None:
+    """Prune a model, heal it by distillation, and save it as a folder that --model takes."""
+    from agents.distil import prune_and_heal
+
+    report = prune_and_heal(model, out, method, amount, heal, seed=seed)
+    Console().print(f"{report}. The model is in {out}/")
+
+
 @app.command("list")
 def list_names(
     what: Annotated[

@@ -101,6 +101,8 @@ class RunConfig:
         if not self.beta > 0:
             raise ConfigError(f"beta must be above 0 (reward units a nat), got {self.beta!r}")
         if self.prune is not None:
+            from agents.transformer_model import parse_pruning
+
             parse_pruning(self.prune)
         object.__setattr__(self, "objects", tuple(self.objects))
         env = {**ENV_SETTINGS, **self.env}  # kept whole: a stored run outlives these defaults
@@ -303,15 +305,16 @@ def open_language_model(config: RunConfig) -> tuple[LanguageModel, str | None]:
     env = config.env_config()
     if config.prune is None:
         return load_language_model(config.model, env.dtype, trust_remote_code=env.trust_remote_code), None
-    from agents.transformer_model import prune_
+    from agents.transformer_model import parse_pruning, prune_
     from textgen_env.hf_model import HFModel, resolve_dtype
 
-    method, amount = parse_pruning(config.prune)
     model, tokenizer = load_pretrained(str(config.model), resolve_dtype(env.dtype), env.trust_remote_code)
-    model, report = prune_(model, method, amount, tokenizer=tokenizer, seed=config.seed)
-    return HFModel(
-        model, tokenizer, name=f"{config.model}, {config.prune}"
-    ), f"Language model {config.model}: {report}."
+    reports = []
+    for method, amount in parse_pruning(config.prune):
+        model, report = prune_(model, method, amount, tokenizer=tokenizer, seed=config.seed)
+        reports.append(str(report))
+    pruned = HFModel(model, tokenizer, name=f"{config.model}, {config.prune}")
+    return pruned, f"Language model {config.model}: {'; '.join(reports)}."
 
 
 def open_env(
@@ -340,23 +343,6 @@ def split_prompts(spec: Any, most: int, seed: int) -> tuple[PromptSource, Prompt
     except PromptError:  # too few templates
         return source, choose_prompts(source, most, seed), too_few
     return train, test, f"Prompts: {len(train)} to learn from, {len(test)} others, of other templates, to measure on."
-
-
-def parse_pruning(text: str) -> tuple[str, float]:
-    """Return method and amount of ``METHOD:AMOUNT``.
-
-    Raises:
-        ConfigError: another form, an unknown method, or an amount outside [0, 1).
-    """
-    from agents.transformer_model import check_pruning
-
-    method, _, amount = text.partition(":")
-    try:
-        share = float(amount)
-    except ValueError as error:
-        raise ConfigError(f"pruning must be METHOD:AMOUNT, like l1_unstructured:0.1; got {text!r}") from error
-    check_pruning(method, share)
-    return method, share
 
 
 # --- a run from start to end
