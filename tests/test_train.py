@@ -14,7 +14,7 @@ from rich.console import Console
 
 from agents.frontier import TextTree
 from agents.report import samples_page, table
-from agents.train import AGENTS, RunConfig, load_run, open_run, parse_pruning, split_prompts, train
+from agents.train import AGENTS, RunConfig, load_run, open_run, split_prompts, train
 from textgen_env.errors import ConfigError, RewardError, RunFolderError, TextGenError
 from textgen_env.evaluation import evaluate
 from textgen_env.prompts import FunctionPrompts
@@ -271,10 +271,6 @@ def test_a_wrong_configuration_is_refused(changes, message):
 def test_a_configuration_that_is_none_is_refused(text, message):
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_json(text)
-
-
-def test_pruning_is_a_method_and_an_amount():
-    assert parse_pruning("l1_unstructured:0.1") == ("l1_unstructured", 0.1)
 
 
 # --- prompts
