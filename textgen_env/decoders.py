@@ -11,7 +11,7 @@ written in place, at (row, position), into storage that is allocated once.
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -189,6 +189,7 @@ class LlamaDecoder:
         return (
             model.config.hidden_act == "silu"
             and rope.get("rope_type", "default") in {"default", "linear", "llama3", "yarn"}
+            and rope.get("partial_rotary_factor", 1.0) == 1.0
             and all(type(m) is nn.Linear for m in linears)
             and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         )
@@ -217,7 +218,7 @@ class LlamaDecoder:
         hidden = _normed(x, self._norm)
         return self._head(hidden), hidden
 
-    def _attention(self, group: Group) -> Any:
+    def _attention(self, group: Group) -> Callable[..., Tensor]:
         """Return a function that mixes the values for the queries of ``group``, in every layer alike."""
         places, rows, kept = group.tokens, group.rows, group.kept
         written = places if places is None or kept is None else places[kept]
@@ -267,7 +268,7 @@ class _LlamaLayer:
 class Projection:
     """Linear layers that read the same input, as one: (N, d) -> (N, sum of outputs)."""
 
-    SMALL = 1 << 20  # multiplications in float32 below which oneDNN's set-up costs more than it saves
+    SMALL = 1 << 20  # float32 multiplications below which oneDNN's set-up costs more than it saves
 
     def __init__(self, linears: Sequence[nn.Linear], pack: bool) -> None:
         self._linears = linears
@@ -277,7 +278,8 @@ class Projection:
             biases: list[Tensor] = [linear.bias for linear in linears]
             self._bias = None if biases[0] is None else torch.cat(biases)
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-            self._plain = weight if weight.dtype == torch.float32 and weight.numel() < self.SMALL else None
+            small = weight.dtype == torch.float32 and 4 * weight.numel() < self.SMALL
+            self._plain = weight if small else None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed is None:
