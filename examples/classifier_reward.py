@@ -3,7 +3,7 @@
     python examples/classifier_reward.py                 # half a minute on 2 cores
     python examples/classifier_reward.py reviews.tsv     # lines of label<TAB>text
 
-Without a file it learns from the openings in the box which of them are about food, and then finishes
+Without a file it learns from the openings in the box which of them sound like a diary, and then finishes
 openings about the weather. Each token is chosen by its log-probability plus what the text would be
 worth with it, beside the model's own first choice. A classifier of words scores a prefix quickly, so
 looking one token ahead costs no forward of the model.
@@ -32,7 +32,7 @@ def main() -> None:
         examples, label = read_examples(chosen.lines), chosen.label
     else:
         examples = [(str(prompt.metadata["topic"]), prompt.text) for prompt in make_prompts()]
-        label = "food"
+        label = "diary"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "classifier.json"
         print(train_classifier(examples, file, label, min_count=1))
