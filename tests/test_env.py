@@ -374,6 +374,9 @@ def test_a_masked_action_can_be_mapped_to_the_last_legal_one_and_is_counted():
     assert observation["tokens"][:2].tolist() == [0, 1]
     assert info["illegal_actions"] == 1.0
     assert env.step(0)[-1]["illegal_actions"] == 1.0
+    env.reset()
+    assert env.step(0)[-1]["illegal_actions"] == 0.0
+    assert env.step(0)[-1]["illegal_actions"] == 0.0
     with pytest.raises(IllegalAction):
         env.step(4)  # outside Discrete(k), whatever on_illegal says
 

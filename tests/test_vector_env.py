@@ -231,6 +231,35 @@ def test_rows_can_be_swapped_and_shuffled_in_one_call():
         np.testing.assert_allclose(np.exp(after["logprobs"][i, 0]), by_sum(ids).max(), rtol=1e-6)
 
 
+def half_ended(mode):
+    """Two rows of which the second has ended."""
+    env = make(2, max_new_tokens=2, autoreset_mode=mode).unwrapped
+    env.reset(options={"prompt": ["b", "."]})
+    assert env.step(np.array([0, 0]))[2].tolist() == [False, True]  # "a" after "b", the end after "."
+    return env
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "Disabled"])
+def test_a_fork_of_a_live_row_revives_an_ended_one(mode):
+    env = half_ended(mode)
+    env.fork(0, 1)
+    observation, _, terminations, _, _ = env.step(np.array([0, 0]))
+    assert observation["tokens"][:, :3].tolist() == [[1, 0, 0], [1, 0, 0]]
+    assert terminations.tolist() == [True, True]
+
+
+def test_a_fork_of_an_ended_row_ends_a_live_one():
+    env = half_ended("Disabled")
+    env.fork(1, 0)
+    with pytest.raises(ResetNeeded, match=r"rows \[0, 1\]"):
+        env.step(np.array([0, 0]))
+    env = half_ended("NextStep")
+    env.fork(1, 0)
+    observation, _, terminations, _, _ = env.step(np.array([0, 0]))
+    assert observation["budget"].tolist() == [[1.0], [1.0]]  # both restarted
+    assert terminations.tolist() == [False, False]
+
+
 def test_a_fork_leaves_the_random_generators_where_they_are():
     env, plain = make().unwrapped, make().unwrapped
     for e in (env, plain):
