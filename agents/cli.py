@@ -93,7 +93,7 @@ def train(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Environment steps to learn from, one token each.", min=1, show_default="100000")
+        int | None, typer.Option(help="Environment steps to learn from, one token each.", min=1, show_default="80000")
     ] = None,
     envs: Annotated[int | None, typer.Option(help="Texts written at a time.", min=1, show_default="64")] = None,
     seed: Annotated[int | None, typer.Option(help="Of prompts, agent and evaluation.", show_default="0")] = None,
@@ -189,18 +189,27 @@ def generate(
     With --json: a list of objects with prompt, completion, reward, and logprob (nats, of the
     completion under the language model).
     """
+    from agents.train import load_run
     from textgen_env.evaluation import roll_out
     from textgen_env.prompts import Prompt
 
     if (run is None) == (model is None):
         raise ConfigError("give either the folder of a run, or --model for the language model itself")
     start = Prompt(prompt)
+    agent: Agent
     if run is None:
-        agent, env = _language_model(model, reward, max_new_tokens or 32, rows=min(num, 64))
         if beta is not None:
             raise ConfigError("--beta is the temperature of a trained agent; the language model itself has none")
+        agent, env = _language_model(model, reward, max_new_tokens or 32, rows=min(num, 64))
     else:
-        agent, env = _trained(run, reward, max_new_tokens, beta)
+        if reward is not None or max_new_tokens is not None:
+            raise ConfigError("--reward and --max-new-tokens are those that the run was trained with; leave them out")
+        opened = load_run(run)
+        agent, env, greedy = opened.agent, opened.env, greedy or opened.greedy
+        if beta is not None:
+            if not hasattr(opened.agent, "beta"):
+                raise ConfigError(f"agent {opened.config.agent!r} has no acting temperature; leave --beta out")
+            opened.agent.beta = beta
     texts = roll_out(agent, env, [start] * num, seed, deterministic=greedy)
     written = [
         {"prompt": prompt, "completion": completion, "reward": float(value), "logprob": float(logprob)}
@@ -376,21 +385,6 @@ def _language_model(
         "max_prompt_tokens": max(1, min(512, loaded.max_context - new_tokens)),
     }
     return SampleAgent(), TextGenVectorEnv(rows, loaded, None, _reward(reward) or "sentiment", **settings)
-
-
-def _trained(
-    run: Path, reward: str | None, new_tokens: int | None, beta: float | None
-) -> tuple[Agent, TextGenVectorEnv]:
-    from agents.train import load_run
-
-    if reward is not None or new_tokens is not None:
-        raise ConfigError("--reward and --max-new-tokens are those that the run was trained with; leave them out")
-    opened = load_run(run)
-    if beta is not None:
-        if not hasattr(opened.agent, "beta"):
-            raise ConfigError(f"agent {opened.config.agent!r} has no acting temperature; leave --beta out")
-        opened.agent.beta = beta
-    return opened.agent, opened.env
 
 
 if __name__ == "__main__":

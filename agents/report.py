@@ -213,12 +213,14 @@ def table(report: Report) -> Table:
     """Return the rows as a ``rich`` table."""
     from rich.table import Table
 
-    grid = Table(caption="\n".join(report.notes), caption_justify="left")
-    grid.add_column("policy")
-    for heading in ("reward (95%)", "KL, nats/text", "log-lik/token", "distinct-2", "J", "of optimum"):
+    units = "± is half of the 95% interval; KL in nats a text, log-likelihood in nats a token."
+    grid = Table(caption="\n".join((units, *report.notes)), caption_justify="left")
+    grid.add_column("policy", min_width=20)  # it wraps; figures never do
+    for heading in ("reward", "KL", "loglik", "distinct-2", "J", "share"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
-        interval = "" if row.reward_low is None else f" ({row.reward_low:.2f} to {row.reward_high:.2f})"
+        half = None if row.reward_low is None or row.reward_high is None else (row.reward_high - row.reward_low) / 2
+        interval = "" if half is None else f" ±{half:.2f}"
         at_least = "≥ " if row.kl_at_most else ""
         grid.add_row(
             row.name,
@@ -310,7 +312,7 @@ def _acting_at(agent: Any, beta: float) -> Iterator[None]:
 
 
 def _shown(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    return "–" if value is None else format(round(value, 6) + 0.0, form)  # no minus before a zero
 
 
 def _cell(text: str) -> str:

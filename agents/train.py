@@ -82,7 +82,7 @@ class RunConfig:
     prompts: Any = None  # see textgen_env.prompts.make_prompts; None: the openings in the box, or an object
     reward: Any = "sentiment"  # see textgen_env.rewards.make_reward; None: an object
     env: Mapping[str, Any] = field(default_factory=dict)  # fields of EnvConfig; those of ENV_SETTINGS are added
-    steps: int = 100_000  # environment steps to learn from: one token each
+    steps: int = 80_000  # environment steps to learn from: one token each
     envs: int = 64  # texts written at a time
     seed: int = 0
     beta: float = 0.1  # price of KL, reward units a nat, in the agent's objective and in the report
@@ -237,14 +237,18 @@ class Run:
             self.test_prompts,
             texts=self.config.eval_texts,
             seed=self.config.seed,
-            # Without probabilities of its own, what a Q-learner draws is exploration.
-            deterministic=not hasattr(self.agent, "probabilities") and hasattr(self.agent, "exploration_rate"),
+            deterministic=self.greedy,
             say=say,
         )
 
     @property
     def agent_name(self) -> str:
         return f"{self.config.agent}, trained"
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the agent is a Q-learner without a distribution: what it draws is exploration."""
+        return hasattr(self.agent, "exploration_rate") and not hasattr(self.agent, "probabilities")
 
 
 def open_run(
@@ -256,8 +260,15 @@ def open_run(
         model, prompts, reward: Python objects in place of what the configuration names.
 
     Raises:
-        TextGenError: something that cannot be used; the message says what can.
+        TextGenError: something that cannot be used, or an object that is missing; the message says what can.
     """
+    given = {"model": model, "prompts": prompts, "reward": reward}
+    missing = [name for name in config.objects if given[name] is None and getattr(config, name) is None]
+    if missing:
+        raise ConfigError(
+            f"the run was made with Python objects that JSON cannot hold: {', '.join(missing)}. Give them again, in "
+            f"Python: load_run(folder, {', '.join(f'{name}=...' for name in missing)})"
+        )
     language_model, note = open_language_model(config) if model is None else (load_language_model(model), None)
     train_prompts, test_prompts, split = split_prompts(
         config.prompts if prompts is None else prompts, config.eval_prompts, config.seed
@@ -282,7 +293,8 @@ def load_run(folder: str | os.PathLike[str], *, model: Any = None, prompts: Any 
         model, prompts, reward: The Python objects that the run was made with, if it was.
 
     Raises:
-        RunFolderError: the folder holds no run, no trained agent, or needs objects that are not given.
+        RunFolderError: the folder holds no run, or no trained agent.
+        TextGenError: what ``open_run`` raises.
     """
     path = Path(folder)
     if not (path / CONFIG_FILE).is_file():
@@ -290,14 +302,7 @@ def load_run(folder: str | os.PathLike[str], *, model: Any = None, prompts: Any 
     if not (path / AGENT_FILE).is_file():
         raise RunFolderError(f"{str(path)!r} holds no {AGENT_FILE}: the run was stopped before it had learned anything")
     config = RunConfig.from_json((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    given = {"model": model, "prompts": prompts, "reward": reward}
-    missing = [name for name in config.objects if given[name] is None]
-    if missing:
-        raise RunFolderError(
-            f"the run in {str(path)!r} was made with Python objects that no folder can hold ({', '.join(missing)}); "
-            f"open it in Python: load_run({str(path)!r}, {', '.join(f'{name}=...' for name in missing)})"
-        )
-    return open_run(config, **given, load=path / AGENT_FILE)
+    return open_run(config, model=model, prompts=prompts, reward=reward, load=path / AGENT_FILE)
 
 
 def open_language_model(config: RunConfig) -> tuple[LanguageModel, str | None]:

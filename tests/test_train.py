@@ -215,7 +215,7 @@ def test_an_error_in_the_middle_is_raised_and_the_run_so_far_kept(tmp_path):
 
 
 def test_a_run_with_python_objects_says_which_it_needs(run):
-    with pytest.raises(RunFolderError, match=r"Python objects.*\(model\).*model=\.\.\."):
+    with pytest.raises(ConfigError, match=r"Python objects.*: model\. .*load_run\(folder, model=\.\.\.\)"):
         load_run(run[0])
 
 
