@@ -211,12 +211,13 @@ def evaluate_agent(
 
 def table(report: Report) -> Table:
     """Return the rows as a ``rich`` table."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    units = "± is half of the 95% interval; KL in nats a text, log-likelihood in nats a token."
-    grid = Table(caption="\n".join((units, *report.notes)), caption_justify="left")
+    units = "± is half of the 95% interval; KL in nats a text, log-likelihood a token; distinct-2."
+    grid = Table(caption="\n".join((units, *report.notes)), caption_justify="left", box=SIMPLE_HEAD)
     grid.add_column("policy", min_width=20)  # it wraps; figures never do
-    for heading in ("reward", "KL", "loglik", "distinct-2", "J", "share"):
+    for heading in ("reward", "KL", "loglik", "distinct", "J", "share"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
         half = None if row.reward_low is None or row.reward_high is None else (row.reward_high - row.reward_low) / 2
