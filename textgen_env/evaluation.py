@@ -239,7 +239,7 @@ def kl_to(policy: Floats, log_reference: Floats) -> Floats:
     """Return KL(policy || reference) over the last axis, nats; a policy of 0 contributes nothing."""
     positive = policy > 0
     log_ratio = np.log(policy, where=positive, out=np.zeros_like(policy)) - np.where(positive, log_reference, 0.0)
-    return np.sum(policy * log_ratio, axis=-1)
+    return np.maximum(np.sum(policy * log_ratio, axis=-1), 0.0)  # rounding may leave -1e-17
 
 
 def sample(policy: Floats, numbers: Floats) -> npt.NDArray[np.int64]:
