@@ -15,7 +15,7 @@ Token embeddings are the language model's own: read from it when needed, never c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -161,6 +161,8 @@ class CandidateQNetwork(BasePolicy):
         ConfigError: the observation space lacks a key that the network reads.
     """
 
+    _language_model: LanguageModel | None
+
     def __init__(
         self,
         observation_space: spaces.Dict,
@@ -177,7 +179,7 @@ class CandidateQNetwork(BasePolicy):
         self.uses_score = "score" in observation_space.spaces
         self.uses_candidate_scores = self.uses_score and "candidate_scores" in observation_space.spaces
         hidden_size = int(np.prod(observation_space["hidden"].shape or ()))
-        self.heads = nn.ModuleList(
+        self._heads = nn.ModuleList(
             CandidateHead(
                 hidden_size,
                 embedding_size,
@@ -189,6 +191,11 @@ class CandidateQNetwork(BasePolicy):
         )
         # Held outside module registration: shared by online and target network, never saved.
         object.__setattr__(self, "_language_model", None)
+
+    @property
+    def heads(self) -> list[CandidateHead]:
+        """The networks whose mean is Q."""
+        return cast("list[CandidateHead]", list(self._heads))
 
     def bind(self, language_model: LanguageModel) -> None:
         """Read token embeddings from ``language_model`` from now on.
@@ -261,7 +268,7 @@ class CandidateQNetwork(BasePolicy):
 
     def _head(
         self,
-        head: nn.Module,
+        head: CandidateHead,
         observations: Tensors,
         candidates: torch.Tensor,
         memory: torch.Tensor,

@@ -149,7 +149,7 @@ class EpisodeReplay(ReplayBuffer):
         self.store["reward"][envs, at] = self._shaped(obs, next_obs, np.asarray(reward), done & ~truncated)
         self.store["ended"][envs, at] = done & ~truncated
         self.store["acted"][envs, at] = True
-        for env in np.flatnonzero(done):
+        for env in np.flatnonzero(done).tolist():
             if truncated[env]:
                 self._store_last_state(env, next_obs)
             self._close(env)

@@ -43,7 +43,7 @@ class SB3VecEnv(VecEnv):
     def reset(self) -> VecEnvObs:
         seeds = self._seeds if any(seed is not None for seed in self._seeds) else None
         options = next((o for o in self._options if o), None)
-        observation, _ = self.env.reset(seed=seeds, options=options)
+        observation, _ = self.env.reset(seed=seeds, options=options)  # type: ignore[arg-type]  # a list, as the API says
         self._reset_seeds()
         self._reset_options()
         self._returns[:] = 0.0
@@ -59,7 +59,7 @@ class SB3VecEnv(VecEnv):
         self._lengths += 1
         rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         ended = terminated | truncated
-        for i in np.flatnonzero(ended):
+        for i in np.flatnonzero(ended).tolist():
             rows[i] = {
                 **_of_row(infos.get("final_info", {}), i),
                 "terminal_observation": infos["final_obs"][i],
@@ -109,7 +109,7 @@ class SB3VecEnv(VecEnv):
         return [issubclass(wrapper_class, Monitor)] * len(self._rows(indices))
 
     def get_images(self) -> Sequence[npt.NDArray[np.uint8] | None]:
-        images = self.env.render()
+        images: Any = self.env.render()
         return list(images) if isinstance(images, tuple) else [None] * self.num_envs
 
     def _rows(self, indices: int | Iterable[int] | None) -> list[int]:

@@ -25,9 +25,9 @@ from agents.q_networks import prior
 from agents.replay import EpisodeBatch
 from textgen_env.registry import Registry
 
-Traces = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Traces = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 TRACES: Registry[Traces] = Registry("target")
-"""From (ratio pi/b, Q of the action, V, zeros), each (B, T), to trace c and baseline B."""
+"""From (ratio pi/b, Q of the action, V), each (B, T), to trace c and baseline B."""
 
 
 @TRACES.register("td")

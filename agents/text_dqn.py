@@ -158,7 +158,7 @@ class TextDQN(DQN):
         if steps_per_update < 1:
             raise ConfigError(f"steps_per_update must be at least 1, got {steps_per_update}")
         super().__init__(
-            policy,  # type: ignore[arg-type]
+            policy,
             env,  # type: ignore[arg-type]
             learning_rate=learning_rate,
             buffer_size=buffer_size,
@@ -290,7 +290,7 @@ class TextDQN(DQN):
         with torch.no_grad():
             for network in (self.q_net, self.q_net_target):
                 for head in network.heads:
-                    head.value.bias.fill_(mean)  # type: ignore[union-attr, operator]
+                    head.value.bias.fill_(mean)
 
     # --- what SB3 calls
 
@@ -315,7 +315,7 @@ class TextDQN(DQN):
 
     def _find_language_model(self) -> LanguageModel:
         if self.env is not None:
-            return self.env.get_attr("language_model")[0]  # type: ignore[no-any-return]
+            return self.env.get_attr("language_model")[0]
         if self.model_name is None:
             raise ConfigError("TextDQN needs an environment: pass env=gym.make_vec('TextGen-v0', ...)")
         return load_language_model(self.model_name)

@@ -126,7 +126,7 @@ def test_a_stored_configuration_is_a_start_for_another_run(run, folder):
         (["train", "--prompts", "nowhere.txt", "--model", "{model}"], "no file of prompts at 'nowhere.txt'"),
         (["train", "--config", "nowhere.json"], "cannot read the configuration"),
         (["train", "--max-new-tokens", "4", "--min-new-tokens", "5"], "min_new_tokens must be at most"),
-        (["train", "--model", "{model}", "--top-k", "4"], "exceed the 64 tokens of context"),
+        (["train", "--model", "{model}", "--top-k", "4", "--max-prompt-tokens", "200"], "exceed the 128 tokens"),
         (["generate"], "give either the folder of a run, or --model"),
         (["generate", "nowhere"], "holds no config.json"),
         (["generate", "--model", "{model}", "--prompt", " "], "must not be empty"),
