@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from toys import PROMPTS, CountingModel, PlainEpisode, Worth, assert_same, by_sum, letters, worth
 
-from textgen_env import TableModel
+from textgen_env import Prompt, TableModel
 from textgen_env.config import EnvConfig
 from textgen_env.env import TextGenEnv
 from textgen_env.errors import (
@@ -31,6 +31,7 @@ from textgen_env.errors import (
     RewardError,
     UnknownName,
 )
+from textgen_env.rewards import batch_reward
 
 SMALL = {"top_k": 4, "max_new_tokens": 5, "max_prompt_tokens": 4}
 OBSERVATIONS = ["default", "full", "hidden", "tokens", ("tokens", "length"), ("candidates", "logprobs", "action_mask")]
@@ -544,3 +545,19 @@ def test_human_prints_every_state_once(capsys):
 def test_everything_written_to_info_is_plain_data():
     for *_, info in (answer for answer in play(make(), 0) if len(answer) == 5):
         json.dumps(info)
+
+
+def test_a_chosen_prompt_brings_its_reference_to_the_reward():
+    def same(generations):
+        return np.array([float(g.completion == g.reference) for g in generations])
+
+    env = make(reward=batch_reward(same), max_new_tokens=1)
+    first = letters().decode([int(env.reset(options={"prompt": "a"})[0]["candidates"][0])])
+    for given, expected in (
+        ({"prompt": "a", "reference": first}, 1.0),
+        (Prompt("a", first), 1.0),
+        (Prompt("a", "other"), 0.0),
+        ("a", 0.0),
+    ):
+        env.reset(options={"prompt": given})
+        assert env.step(0)[1] == expected

@@ -11,12 +11,12 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
+from toys import PROMPTS, Worth, letters
 
 import textgen_env  # noqa: F401  (registers the environment)
 from agents.extractor import PrunedTransformerExtractor
 from agents.sb3_vec import SB3VecEnv
 from agents.transformer_model import PrunedTransformerModel
-from tests.toys import PROMPTS, Worth, letters
 from textgen_env.errors import ConfigError, ModelError
 
 TOY = {"prompts": PROMPTS, "reward": Worth(), "top_k": 4, "max_new_tokens": 4, "observation": "full"}

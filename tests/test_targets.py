@@ -6,12 +6,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from toys import Worth, letters
 
 import textgen_env  # noqa: F401  (registers the environment)
 from agents.frontier import TextTree
 from agents.replay import EpisodeBatch
 from agents.targets import TRACES, lambda_targets, log_policy, soft_value
-from tests.toys import Worth, letters
 
 BETA = 0.3
 

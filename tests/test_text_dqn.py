@@ -11,13 +11,13 @@ import torch
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
+from toys import PROMPTS, Worth, letters
 
 import textgen_env  # noqa: F401  (registers the environment)
 from agents.frontier import TextTree
 from agents.q_networks import NEEDED_KEYS
 from agents.search import LookaheadAgent, SampleAgent
 from agents.text_dqn import TextDQN
-from tests.toys import PROMPTS, Worth, letters
 from textgen_env import TableModel
 from textgen_env.errors import ConfigError, ModelError, UnknownName
 

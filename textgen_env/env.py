@@ -20,7 +20,7 @@ from textgen_env.episode import Episodes, Snapshot
 from textgen_env.errors import ConfigError
 from textgen_env.language_model import MASKED_LOGPROB, LanguageModel
 from textgen_env.models import load_language_model
-from textgen_env.prompts import Prompt, make_prompts
+from textgen_env.prompts import as_prompt, make_prompts
 from textgen_env.render import describe, draw
 from textgen_env.rewards import make_reward
 
@@ -66,7 +66,8 @@ class TextGenEnv(gym.Env[Any, Any]):
     `finish_reason`, `logprob` (nats) and `reward_parts`.
 
     ## Reset
-    ``reset(options={"prompt": text})`` chooses the prompt; otherwise the seeded generator draws it.
+    ``reset(options={"prompt": text})`` chooses the prompt, a string, a ``Prompt`` or a dict with
+    ``prompt``, ``reference`` and metadata; otherwise the seeded generator draws it.
 
     Args:
         model: A name, folder, hub id, GGUF file, ``LanguageModel`` or ``(model, tokenizer)``; see
@@ -93,7 +94,8 @@ class TextGenEnv(gym.Env[Any, Any]):
         """Start a text. See the class docstring for ``options``."""
         super().reset(seed=seed)
         given = chosen_prompt(options)
-        self.episodes.begin(Row, [self.episodes.draw(self.np_random) if given is None else Prompt(given)])
+        prompt = self.episodes.draw(self.np_random) if given is None else as_prompt(given, "options['prompt']")
+        self.episodes.begin(Row, [prompt])
         self.episodes.refresh(Row)
         self._show_human()
         return self._observation(), {}

@@ -148,7 +148,7 @@ def make_prompts(spec: Any = None) -> PromptSource:
                 raise unknown_name("setting of a dataset of prompts", name, settings)
         return load_dataset_prompts(**spec)
     if isinstance(spec, Sequence):
-        return ListPrompts([_as_prompt(item, f"prompt {index}") for index, item in enumerate(spec)])
+        return ListPrompts([as_prompt(item, f"prompt {index}") for index, item in enumerate(spec)])
     if hasattr(spec, "column_names") and hasattr(spec, "features"):
         return DatasetPrompts(spec)
     if callable(spec):
@@ -222,14 +222,14 @@ class FilePrompts(PromptSource):
         except UnicodeDecodeError as error:
             raise PromptError(f"{place}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
         if self._path.suffix == ".txt" or not text.strip():
-            return _as_prompt(text, place)
+            return as_prompt(text, place)
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
             raise PromptError(f"{place}: not JSON ({error}); give one object a line") from error
         if not isinstance(row, dict):
             raise PromptError(f'{place}: expected an object like {{"prompt": ...}}, got {text[:40]!r}')
-        return _as_prompt(row, place)
+        return as_prompt(row, place)
 
     def _current_stamp(self) -> tuple[int, int]:
         stat = self._path.stat()
@@ -267,7 +267,7 @@ class DatasetPrompts(PromptSource):
     def __getitem__(self, index: int) -> Prompt:
         metadata = dict(self._dataset[index])
         text, reference = metadata.pop(self._prompt), metadata.pop(self._reference, None)
-        return _as_prompt({**metadata, "prompt": text, "reference": reference}, f"row {index} of the dataset")
+        return as_prompt({**metadata, "prompt": text, "reference": reference}, f"row {index} of the dataset")
 
 
 class FunctionPrompts(PromptSource):
@@ -286,7 +286,7 @@ class FunctionPrompts(PromptSource):
         return self.draw(np.random.default_rng(index))
 
     def draw(self, rng: np.random.Generator) -> Prompt:
-        return _as_prompt(self._function(rng), "the prompt function's answer")
+        return as_prompt(self._function(rng), "the prompt function's answer")
 
 
 def load_dataset_prompts(
@@ -393,7 +393,7 @@ def _openings(name: str) -> PromptSource:
     )
 
 
-def _as_prompt(item: Any, place: str) -> Prompt:
+def as_prompt(item: Any, place: str) -> Prompt:
     """Return ``item`` (a string, a ``Prompt``, or a dict) as a prompt; ``place`` is for the error."""
     try:
         if isinstance(item, Prompt):

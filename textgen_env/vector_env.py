@@ -20,7 +20,7 @@ from textgen_env.config import check_one_of
 from textgen_env.env import chosen_prompt, flatten, hold_objects, let_go, observation_space, open_episodes
 from textgen_env.errors import ConfigError, IllegalAction
 from textgen_env.language_model import LanguageModel
-from textgen_env.prompts import Prompt
+from textgen_env.prompts import as_prompt
 from textgen_env.render import describe, draw
 
 
@@ -164,9 +164,9 @@ class TextGenVectorEnv(VectorEnv[Any, Any, Any]):
         if given is None:
             prompts = [self.episodes.draw(self._generator(row)) for row in rows]
         elif not isinstance(given, list | tuple):
-            prompts = [Prompt(given)] * len(rows)
+            prompts = [as_prompt(given, "options['prompt']")] * len(rows)
         elif len(given) == self.num_envs:
-            prompts = [Prompt(given[row]) for row in rows]
+            prompts = [as_prompt(given[row], f"options['prompt'][{row}]") for row in rows]
         else:
             raise ConfigError(f"options['prompt'] must be one text or {self.num_envs} of them, got {len(given)}")
         self.episodes.begin(rows, prompts)
