@@ -238,7 +238,7 @@ def evaluate(
 
     On the run's own test prompts, or on all of --prompts (at most 32 of them).
     """
-    from agents.report import draw_plane, samples_page, table
+    from agents.report import draw_plane, samples_page, table, text_metrics
     from agents.train import load_run
     from textgen_env.evaluation import choose_prompts
     from textgen_env.prompts import make_prompts
@@ -257,7 +257,12 @@ def evaluate(
     report = yardstick.report(opened.agent_name, evaluations, opened.notes)
     folder = out or run / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
-    figures = json.dumps(report.as_dict(), indent=2, ensure_ascii=False)
+    references = [prompt.reference for prompt in opened.test_prompts]
+    metrics = {
+        "language model": text_metrics(yardstick.samples, references),
+        opened.agent_name: text_metrics(evaluations[0], references),
+    }
+    figures = json.dumps(report.as_dict() | {"metrics": metrics}, indent=2, ensure_ascii=False)
     (folder / "summary.json").write_text(figures + "\n", encoding="utf-8")
     page = samples_page(yardstick.samples, evaluations[0], opened.notes)
     (folder / "samples.md").write_text(page, encoding="utf-8")
@@ -266,6 +271,12 @@ def evaluate(
         typer.echo(figures)
     else:
         console.print(table(report))
+        grid = Table("metric", *metrics, box=None)
+        for name, values in zip(
+            metrics["language model"], zip(*(m.values() for m in metrics.values()), strict=True), strict=True
+        ):
+            grid.add_row(name, *(f"{value:.3f}" for value in values))
+        console.print(grid)
         console.print(f"Figures, picture and texts are in {folder}/")
 
 

@@ -236,6 +236,26 @@ def table(report: Report) -> Table:
     return grid
 
 
+def text_metrics(evaluation: Evaluation, references: Sequence[str | None]) -> dict[str, float]:
+    """Return what ``textgen_env.metrics`` says of the texts.
+
+    Args:
+        evaluation: The texts.
+        references: Of each of its prompts; where all have one, texts are compared with them too.
+    """
+    from evaluate import combine
+
+    from textgen_env.metrics import METRICS
+
+    names = ["distinct", "repetition", "self_bleu", "reward"]
+    columns: dict[str, Any] = {"predictions": list(evaluation.completions), "rewards": evaluation.rewards.tolist()}
+    if references and None not in references:
+        names += ["bleu", "chrf", "rouge"]
+        columns["references"] = [references[i % len(references)] for i in range(len(evaluation.completions))]
+    figures: dict[str, float] = combine([METRICS[name]() for name in names]).compute(**columns)
+    return figures
+
+
 def draw_plane(report: Report, path: Path) -> None:
     """Draw reward against KL: every policy of the report, under the curve that none can cross."""
     figure = _figure(7.5, 4.8)

@@ -431,7 +431,8 @@ class RunLog(BaseCallback):
     """The course of the training: ``metrics.csv``, TensorBoard events, and a progress bar.
 
     A row is written a hundred times in a run and at its end. It holds steps, seconds of training,
-    episodes, mean reward and length of the latest episodes, and whatever the agent records.
+    episodes, mean reward (with its parts, where it has several) and length of the latest episodes,
+    and whatever the agent records.
     """
 
     def __init__(self, folder: Path, total: int, console: Console) -> None:
@@ -444,6 +445,7 @@ class RunLog(BaseCallback):
         self._total = total
         self._next_row = 0
         self._latest: deque[tuple[float, float]] = deque(maxlen=256)
+        self._parts: deque[Mapping[str, float]] = deque(maxlen=256)  # of the reward, by name
         self._progress = Progress(
             TextColumn("learning"),
             BarColumn(),
@@ -469,7 +471,9 @@ class RunLog(BaseCallback):
         self._started = time.perf_counter()
 
     def _on_step(self) -> bool:
-        ended = [info["episode"] for info in self.locals["infos"] if "episode" in info]
+        infos = [info for info in self.locals["infos"] if "episode" in info]
+        ended = [info["episode"] for info in infos]
+        self._parts.extend(info["reward_parts"] for info in infos if len(info["reward_parts"]) > 1)
         self.episodes += len(ended)
         self._latest.extend((episode["r"], episode["l"]) for episode in ended)
         self.steps = self.num_timesteps
@@ -485,6 +489,9 @@ class RunLog(BaseCallback):
         if self._latest:
             reward, length = np.mean(self._latest, axis=0).tolist()
             row |= {"reward": reward, "length": length}
+            for name in self._parts[-1] if self._parts else ():
+                row[f"reward_{name}"] = float(np.mean([parts[name] for parts in self._parts]))
+                self.logger.record(f"run/reward_{name}", row[f"reward_{name}"])
             self._progress.update(self._task, reward=f"{reward:.2f}")
             self.logger.record("run/reward", reward)
             self.logger.record("run/length", length)

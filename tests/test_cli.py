@@ -102,6 +102,9 @@ def test_evaluate_on_other_prompts_as_json(run, folder):
     by_name = {row["name"]: row["details"] for row in report["rows"] if row["details"]}
     assert (by_name["text_dqn, trained"]["texts"], by_name["text_dqn, trained"]["prompts"]) == (6, 1)
     assert by_name["language model, sampled"]["texts"] == 6
+    rewards = {row["name"]: row["reward"] for row in report["rows"]}
+    assert report["metrics"]["text_dqn, trained"]["reward_mean"] == pytest.approx(rewards["text_dqn, trained"])
+    assert 0 < report["metrics"]["language model"]["distinct_1"] <= 1
 
 
 def test_a_stored_configuration_is_a_start_for_another_run(run, folder):

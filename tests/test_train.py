@@ -83,6 +83,14 @@ def test_metrics_go_from_the_first_steps_to_the_last(run):
     assert float(last["seconds"]) == pytest.approx(run[1].seconds, rel=0.2)
 
 
+def test_the_parts_of_a_mix_are_in_the_metrics(tmp_path):
+    mix = {"length": 1.0, "repetition": -0.5}
+    train(replace(CONFIG, reward=mix, steps=400, eval_texts=8, eval_samples=4), tmp_path / "mix", model=weather())
+    for row in read_csv(tmp_path / "mix" / "metrics.csv"):
+        parts = float(row["reward_length"]) - 0.5 * float(row["reward_repetition"])
+        assert float(row["reward"]) == pytest.approx(parts, abs=1e-4)
+
+
 def test_the_summary_holds_the_table(run):
     folder, result = run
     summary = json.loads((folder / "summary.json").read_text())
