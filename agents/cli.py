@@ -271,11 +271,10 @@ def evaluate(
         typer.echo(figures)
     else:
         console.print(table(report))
-        grid = Table("metric", *metrics, box=None)
-        for name, values in zip(
-            metrics["language model"], zip(*(m.values() for m in metrics.values()), strict=True), strict=True
-        ):
-            grid.add_row(name, *(f"{value:.3f}" for value in values))
+        grid = Table("metric", "language model", "trained agent", box=None)
+        before, after = metrics.values()
+        for name in before:
+            grid.add_row(name, f"{before[name]:.3f}", f"{after[name]:.3f}")
         console.print(grid)
         console.print(f"Figures, picture and texts are in {folder}/")
 

@@ -21,7 +21,7 @@ import torch
 
 from textgen_env.candidates import top_candidates
 from textgen_env.decoders import Batch, Decoder, GenericDecoder, Group, KeyValues, LlamaDecoder
-from textgen_env.device import available_bytes, pick_dtype
+from textgen_env.device import available_bytes
 from textgen_env.errors import CapacityError, ConfigError, ModelError, PromptError, ResetNeeded
 from textgen_env.language_model import LanguageModel, Proposals, Slots
 
@@ -482,6 +482,3 @@ def _disagreement(model: HFModel, decoder: Decoder) -> float:
             f"{type(model.model).__name__} cannot run on a cache with a row for each text: {error}"
         ) from error
     return max(gaps)
-
-
-resolve_dtype = pick_dtype

@@ -101,7 +101,8 @@ def model_folder(name: str) -> str:
 
 
 def _from_objects(model: Any, tokenizer: Any, dtype: str) -> LanguageModel:
-    from textgen_env.hf_model import HFModel, resolve_dtype
+    from textgen_env.device import pick_dtype
+    from textgen_env.hf_model import HFModel
 
     if not callable(getattr(model, "get_output_embeddings", None)):
         raise ModelError(
@@ -109,15 +110,17 @@ def _from_objects(model: Any, tokenizer: Any, dtype: str) -> LanguageModel:
         )
     if tokenizer is None:
         raise ModelError("a loaded model needs its tokenizer: pass model=(model, tokenizer)")
-    if dtype != "auto" and model.dtype != resolve_dtype(dtype):
-        model = copy.deepcopy(model).to(resolve_dtype(dtype))  # the caller's own stays as it is
+    if dtype != "auto" and model.dtype != pick_dtype(dtype):
+        model = copy.deepcopy(model).to(pick_dtype(dtype))  # the caller's own stays as it is
     return HFModel(model, tokenizer, name=model.config.name_or_path or type(model).__name__)
 
 
 def _from_name(name: str, dtype: str, trust_remote_code: bool) -> LanguageModel:
-    from textgen_env.hf_model import HFModel, resolve_dtype
+    from textgen_env.device import pick_device, pick_dtype
+    from textgen_env.hf_model import HFModel
 
-    model, tokenizer = load_pretrained(name, resolve_dtype(dtype), trust_remote_code)
+    model, tokenizer = load_pretrained(name, pick_dtype(dtype), trust_remote_code)
+    model.to(pick_device())  # type: ignore[arg-type]  # transformers types it for itself
     return HFModel(model, tokenizer, name=name)
 
 
