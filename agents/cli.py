@@ -93,7 +93,7 @@ def train(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Environment steps to learn from, one token each.", min=1, show_default="80000")
+        int | None, typer.Option(help="Environment steps to learn from, one token each.", min=1, show_default="70000")
     ] = None,
     envs: Annotated[int | None, typer.Option(help="Texts written at a time.", min=1, show_default="64")] = None,
     seed: Annotated[int | None, typer.Option(help="Of prompts, agent and evaluation.", show_default="0")] = None,

@@ -170,7 +170,7 @@ class CandidateQNetwork(BasePolicy):
         *,
         embedding_size: int,
         max_new_tokens: int,
-        heads: int = 1,
+        heads: int = 2,
         **head_kwargs: Any,
     ) -> None:
         super().__init__(observation_space, action_space)

@@ -82,7 +82,7 @@ class RunConfig:
     prompts: Any = None  # see textgen_env.prompts.make_prompts; None: the openings in the box, or an object
     reward: Any = "sentiment"  # see textgen_env.rewards.make_reward; None: an object
     env: Mapping[str, Any] = field(default_factory=dict)  # fields of EnvConfig; those of ENV_SETTINGS are added
-    steps: int = 80_000  # environment steps to learn from: one token each
+    steps: int = 70_000  # environment steps to learn from: one token each
     envs: int = 64  # texts written at a time
     seed: int = 0
     beta: float = 0.1  # price of KL, reward units a nat, in the agent's objective and in the report
