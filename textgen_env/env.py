@@ -30,7 +30,33 @@ LARGE = 1e6
 Row = np.zeros(1, np.int64)
 
 
-class TextGenEnv(gym.Env[Any, Any]):
+class OverEpisodes:
+    """What the single and the vector environment say of their episodes in the same words."""
+
+    episodes: Episodes
+    _spec: EnvSpec | None = None
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model that proposes, for agents that read its embeddings."""
+        return self.episodes.model
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The budget of an episode: what ``budget`` is a share of."""
+        return self.episodes.config.max_new_tokens
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """The registration; objects in it are held by reference, since Gymnasium deep-copies specs."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = hold_objects(spec)
+
+
+class TextGenEnv(OverEpisodes, gym.Env[Any, Any]):
     """Text generation, one token a step.
 
     ## Action space
@@ -88,7 +114,6 @@ class TextGenEnv(gym.Env[Any, Any]):
         self.render_mode = self.episodes.config.render_mode
         self.observation_space = observation_space(self.episodes)
         self.action_space = spaces.Discrete(self.episodes.k)
-        self._spec: EnvSpec | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start a text. See the class docstring for ``options``."""
@@ -110,16 +135,6 @@ class TextGenEnv(gym.Env[Any, Any]):
             self.episodes.refresh(Row)
         self._show_human()
         return self._observation(), float(outcome.rewards[0]), ended, False, outcome.infos[0]
-
-    @property
-    def language_model(self) -> LanguageModel:
-        """The model that proposes, for agents that read its embeddings."""
-        return self.episodes.model
-
-    @property
-    def max_new_tokens(self) -> int:
-        """The budget of an episode: what ``budget`` is a share of."""
-        return self.episodes.config.max_new_tokens
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions are legal now, (k,) bool: MaskablePPO's protocol."""
@@ -151,15 +166,6 @@ class TextGenEnv(gym.Env[Any, Any]):
         if self.render_mode == "rgb_array":
             return draw(self.episodes, 0)
         return None  # human: shown at every reset and step
-
-    @property
-    def spec(self) -> EnvSpec | None:
-        """The registration; objects in it are held by reference, since Gymnasium deep-copies specs."""
-        return self._spec
-
-    @spec.setter
-    def spec(self, spec: EnvSpec | None) -> None:
-        self._spec = hold_objects(spec)
 
     def _observation(self) -> Any:
         return flatten(self.episodes, {key: value[0] for key, value in self.episodes.observe(Row).items()})

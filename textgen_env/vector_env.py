@@ -11,20 +11,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from textgen_env.config import check_one_of
-from textgen_env.env import chosen_prompt, flatten, hold_objects, let_go, observation_space, open_episodes
+from textgen_env.env import OverEpisodes, chosen_prompt, flatten, let_go, observation_space, open_episodes
 from textgen_env.errors import ConfigError, IllegalAction
-from textgen_env.language_model import LanguageModel
 from textgen_env.prompts import as_prompt
 from textgen_env.render import describe, draw
 
 
-class TextGenVectorEnv(VectorEnv[Any, Any, Any]):
+class TextGenVectorEnv(OverEpisodes, VectorEnv[Any, Any, Any]):
     """N texts at a time. Arguments, spaces and rewards are those of ``TextGenEnv``.
 
     Ended rows restart as ``autoreset_mode`` says: in the same step (the default; their last
@@ -62,7 +60,6 @@ class TextGenVectorEnv(VectorEnv[Any, Any, Any]):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._all = np.arange(num_envs)
         self._generators: list[np.random.Generator | None] = [None] * num_envs
-        self._spec: EnvSpec | None = None
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -123,16 +120,6 @@ class TextGenVectorEnv(VectorEnv[Any, Any, Any]):
         self.episodes.fork(np.atleast_1d(np.asarray(src)), np.atleast_1d(np.asarray(dst)))
         return self._observation(self._all)
 
-    @property
-    def language_model(self) -> LanguageModel:
-        """The model that proposes, for agents that read its embeddings."""
-        return self.episodes.model
-
-    @property
-    def max_new_tokens(self) -> int:
-        """The budget of an episode: what ``budget`` is a share of."""
-        return self.episodes.config.max_new_tokens
-
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions are legal now, (N, k) bool."""
         return self.episodes.state.legal.copy()
@@ -144,15 +131,6 @@ class TextGenVectorEnv(VectorEnv[Any, Any, Any]):
         if self.render_mode == "rgb_array":
             return tuple(draw(self.episodes, row) for row in range(self.num_envs))
         return None
-
-    @property
-    def spec(self) -> EnvSpec | None:
-        """The registration; objects in it are held by reference, since Gymnasium deep-copies specs."""
-        return self._spec
-
-    @spec.setter
-    def spec(self, spec: EnvSpec | None) -> None:
-        self._spec = hold_objects(spec)
 
     def _observation(self, rows: npt.NDArray[np.int64]) -> Any:
         return flatten(self.episodes, self.episodes.observe(rows))
