@@ -99,6 +99,7 @@ class RowStates:
 class Outcome:
     """What a step did to the B rows that acted."""
 
+    actions: npt.NDArray[np.int64]  # (B,) that were played: illegal ones are mapped
     rewards: npt.NDArray[np.float64]  # (B,)
     ended: npt.NDArray[np.bool_]  # (B,)
     infos: list[dict[str, Any]]  # one a row, filled where the episode ended
@@ -230,7 +231,7 @@ class Episodes:
             self._pay_ended(rows, ended, reasons, rewards, infos)
         state.paid[rows] += rewards
         state.live[rows] = ~ended
-        return Outcome(rewards, ended, infos)
+        return Outcome(chosen, rewards, ended, infos)
 
     def show_end(self, rows: Rows) -> None:
         """Fill the observation of ended rows: no forward, nothing that a target may read."""

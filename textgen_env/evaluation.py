@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from textgen_env.env import flatten
-from textgen_env.episode import Episodes, Rows
+from textgen_env.episode import Episodes, Outcome, Rows
 from textgen_env.errors import ConfigError
 from textgen_env.prompts import ListPrompts, Prompt, PromptSource
 from textgen_env.rewards.base import Generation
@@ -167,46 +167,18 @@ def roll_out(
     Args:
         num_prompts: The period of ``prompts``; all different if not given.
     """
-    episodes, count = env.episodes, len(prompts)
-    probabilities = None if deterministic else getattr(agent, "probabilities", None)
-    numbers = np.random.default_rng(seed).random((count, episodes.config.max_new_tokens))
+    count = len(prompts)
     rewards, logprobs, kl, outside = np.zeros((4, count))
     lengths = np.zeros(count, np.int64)
     infos: list[dict[str, Any]] = [{} for _ in range(count)]
-
-    started = min(env.num_envs, count)
-    rows = np.arange(started)
-    texts = np.arange(started)  # which text each row is writing
-    episodes.begin(rows, prompts[:started])
-    while rows.size:
-        episodes.refresh(rows)
-        observation = flatten(episodes, episodes.observe(rows))
-        log_mu, log_mass = log_reference(episodes, rows)
-        steps = episodes.steps(rows)
-        if probabilities is None:
-            actions = np.asarray(agent.predict(observation, deterministic=deterministic)[0]).reshape(rows.shape)
-        else:
-            policy = _checked(probabilities(observation), episodes.state.legal[rows])
-            actions = sample(policy, numbers[texts, steps])
-            kl[texts] += kl_to(policy, log_mu)
-        outcome = episodes.act(rows, actions)
-        if probabilities is None:  # of a point mass on what was chosen, a mapped illegal action included
-            kl[texts] += log_mass - episodes.state.token_logprobs[rows, steps]
-        outside[texts] -= log_mass
-        rewards[texts] += outcome.rewards
-        ended = np.flatnonzero(outcome.ended)
-        for j in ended:
-            infos[texts[j]] = outcome.infos[j]
-            logprobs[texts[j]] = outcome.infos[j]["logprob"]
-            lengths[texts[j]] = steps[j] + 1
-        goes_on = ~outcome.ended
-        restart = ended[: count - started]
-        if restart.size:
-            texts[restart] = np.arange(started, started + restart.size)
-            started += restart.size
-            goes_on[restart] = True
-            episodes.begin(rows[restart], [prompts[i] for i in texts[restart]])
-        rows, texts = rows[goes_on], texts[goes_on]
+    for step in play(agent, env, prompts, seed, deterministic):
+        rewards[step.texts] += step.outcome.rewards
+        kl[step.texts] += step.kl
+        outside[step.texts] -= step.log_mass
+        lengths[step.texts] += 1
+        for j in np.flatnonzero(step.outcome.ended):
+            infos[step.texts[j]] = step.outcome.infos[j]
+            logprobs[step.texts[j]] = step.outcome.infos[j]["logprob"]
 
     names = list(infos[0]["reward_parts"]) if infos else []
     return Evaluation(
@@ -217,9 +189,64 @@ def roll_out(
         parts={name: np.array([info["reward_parts"][name] for info in infos]) for name in names},
         lengths=lengths,
         logprobs=logprobs,
-        kl=kl if deterministic or probabilities is not None else None,
+        kl=None if np.isnan(kl).any() else kl,
         outside=outside,
     )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the B texts that were being written."""
+
+    rows: Rows  # (B,) the environment's rows that write them
+    texts: npt.NDArray[np.int64]  # (B,) indices into the prompts
+    observation: Any  # what the agent saw, (B, ...)
+    behaviour: Floats  # (B,) log-probability of each action under the agent, nats; NaN where unknown
+    kl: Floats  # (B,) of the agent's distribution to mu_k, nats; NaN where unknown
+    log_mass: Floats  # (B,) log of the candidates' mass
+    outcome: Outcome
+
+
+def play(
+    agent: Agent, env: TextGenVectorEnv, prompts: Sequence[Prompt], seed: int, deterministic: bool = False
+) -> Iterator[Step]:
+    """Write one text for each entry of ``prompts``, as many at a time as ``env`` has rows.
+
+    At a step, the rows whose text has ended are still there to be looked at; the next step reuses them.
+    """
+    episodes, count = env.episodes, len(prompts)
+    probabilities = None if deterministic else getattr(agent, "probabilities", None)
+    numbers = np.random.default_rng(seed).random((count, episodes.config.max_new_tokens))
+    started = min(env.num_envs, count)
+    rows = np.arange(started)
+    texts = np.arange(started)  # which text each row is writing
+    episodes.begin(rows, prompts[:started])
+    while rows.size:
+        episodes.refresh(rows)
+        observation = flatten(episodes, episodes.observe(rows))
+        log_mu, log_mass = log_reference(episodes, rows)
+        if probabilities is None:
+            actions = np.asarray(agent.predict(observation, deterministic=deterministic)[0]).reshape(rows.shape)
+            outcome = episodes.act(rows, actions)
+            # Of a point mass on what was played, a mapped illegal action included.
+            behaviour = np.full(rows.shape, 0.0 if deterministic else np.nan)
+            kl = behaviour - np.take_along_axis(log_mu, outcome.actions[:, None], -1)[:, 0]
+        else:
+            policy = _checked(probabilities(observation), episodes.state.legal[rows])
+            actions = sample(policy, numbers[texts, episodes.steps(rows)])
+            outcome = episodes.act(rows, actions)
+            behaviour = np.log(policy[np.arange(rows.size), actions])
+            kl = kl_to(policy, log_mu)
+        yield Step(rows, texts, observation, behaviour, kl, log_mass, outcome)
+        goes_on = ~outcome.ended
+        restart = np.flatnonzero(outcome.ended)[: count - started]
+        if restart.size:
+            texts = texts.copy()
+            texts[restart] = np.arange(started, started + restart.size)
+            started += restart.size
+            goes_on[restart] = True
+            episodes.begin(rows[restart], [prompts[i] for i in texts[restart]])
+        rows, texts = rows[goes_on], texts[goes_on]
 
 
 def log_reference(episodes: Episodes, rows: Rows) -> tuple[Floats, Floats]:
