@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from textgen_env.rewards import Reward as Reward
     from textgen_env.rewards import make_reward as make_reward
     from textgen_env.table_model import TableModel as TableModel
+    from textgen_env.tasks import Task as Task
+    from textgen_env.tasks import make_task as make_task
     from textgen_env.vector_env import TextGenVectorEnv as TextGenVectorEnv
 
 __version__ = "0.1.0"
@@ -37,11 +39,13 @@ _HOMES = {
     "Proposals": "language_model",
     "Reward": "rewards",
     "TableModel": "table_model",
+    "Task": "tasks",
     "TextGenEnv": "env",
     "TextGenVectorEnv": "vector_env",
     "load_language_model": "models",
     "make_prompts": "prompts",
     "make_reward": "rewards",
+    "make_task": "tasks",
 }
 __all__ = sorted(_HOMES)
 
@@ -61,3 +65,13 @@ gym.register(
     entry_point="textgen_env.env:TextGenEnv",
     vector_entry_point="textgen_env.vector_env:TextGenVectorEnv",
 )
+
+DIAGNOSTIC_TASKS = ("Needle", "DelayedKey", "NoisyBandit", "Dyck", "StarGraph", "RandomWalks")
+
+for _name in DIAGNOSTIC_TASKS:
+    gym.register(
+        f"TextGen/{_name}-v0",
+        entry_point="textgen_env.tasks:make_env",
+        vector_entry_point="textgen_env.tasks:make_vec",
+        kwargs={"task": f"TextGen/{_name}-v0"},
+    )

@@ -30,6 +30,7 @@ class TableModel(LanguageModel):
         end: The token that ends a text, one of ``tokens``; decoded as nothing. None: no such token.
         features: From the ids so far to a (d,) float vector, the ``hidden`` of the observation.
             By default the last token, one-hot (d = V).
+        hidden_size: d; asked of ``features`` with the text of token 0 alone if not given.
         name: Shown in error messages and logs.
 
     Raises:
@@ -47,6 +48,7 @@ class TableModel(LanguageModel):
         *,
         end: str | None = "<end>",
         features: Callable[[tuple[int, ...]], npt.ArrayLike] | None = None,
+        hidden_size: int | None = None,
         name: str = "table",
     ) -> None:
         if not tokens or len(set(tokens)) != len(tokens) or not all(tokens):
@@ -64,7 +66,9 @@ class TableModel(LanguageModel):
         self._pattern = re.compile("|".join(map(re.escape, longest_first)), re.DOTALL)
         self._next = _lookup(table, self.vocab_size)
         self._features = features
-        self.hidden_size = self.vocab_size if features is None else np.asarray(features((0,))).shape[-1]
+        if hidden_size is None:
+            hidden_size = self.vocab_size if features is None else np.asarray(features((0,))).shape[-1]
+        self.hidden_size = hidden_size
 
     def probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
         """Return p(next token | ids), shape (V,)."""

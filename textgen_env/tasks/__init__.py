@@ -1,0 +1,27 @@
+"""The suite: twelve tasks under registered ids, with known bounds."""
+
+from __future__ import annotations
+
+from textgen_env.tasks.base import TASKS, Bounds, Task, make_env, make_task, make_vec
+from textgen_env.tasks.diagnostic import DelayedKey, Dyck, Needle, NoisyBandit, RandomWalks, StarGraph
+from textgen_env.tasks.exact import ExactValues, OptimalAgent, Process, expected_reward, process_of
+
+__all__ = [
+    "TASKS",
+    "Bounds",
+    "DelayedKey",
+    "Dyck",
+    "ExactValues",
+    "Needle",
+    "NoisyBandit",
+    "OptimalAgent",
+    "Process",
+    "RandomWalks",
+    "StarGraph",
+    "Task",
+    "expected_reward",
+    "make_env",
+    "make_task",
+    "make_vec",
+    "process_of",
+]
