@@ -71,6 +71,15 @@ class SearchAgent(ABC):
         return actions.reshape(policy.shape[:-1]), state
 
 
+@SEARCH_AGENTS.register("random")
+class RandomAgent(SearchAgent):
+    """Any legal candidate, all alike."""
+
+    def _policy(self, log_mu: Floats, observation: Observation) -> Floats:
+        legal = np.isfinite(log_mu)
+        return legal / legal.sum(-1, keepdims=True)
+
+
 @SEARCH_AGENTS.register("sample")
 class SampleAgent(SearchAgent):
     """The language model itself: mu_k, its distribution over the legal candidates."""
