@@ -127,6 +127,7 @@ def train(
     """
     from agents import train as runs
     from agents.report import table
+    from agents.zoo import OBSERVATION
 
     console = Console()
     settings = _changed(
@@ -145,7 +146,7 @@ def train(
     )
     env: dict[str, Any] = {"top_k": top_k, "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
     env["min_new_tokens"] = max_new_tokens if min_new_tokens is None else min_new_tokens
-    env["observation"] = (*runs.OBSERVATION, "candidate_scores") if candidate_scores else None
+    env["observation"] = (*OBSERVATION, "candidate_scores") if candidate_scores else None
     given = {name: value for name, value in env.items() if value is not None}
     settings = replace(settings, env={**settings.env, **given})
     folder = out or _free_folder(Path("runs"), settings.agent)
@@ -339,11 +340,13 @@ def _names(kind: str) -> Iterator[tuple[str, str]]:
 
         yield from ((name, _first_line(METHODS[name])) for name in METHODS)
     else:
+        from agents.planning import PLANNING_AGENTS
         from agents.search import SEARCH_AGENTS
-        from agents.train import AGENTS
+        from agents.zoo import AGENTS
 
         yield from ((name, _first_line(AGENTS[name])) for name in AGENTS)
-        yield from ((name, f"{_first_line(SEARCH_AGENTS[name])} (no learning)") for name in SEARCH_AGENTS)
+        for unlearned in (SEARCH_AGENTS, PLANNING_AGENTS):
+            yield from ((name, f"{_first_line(unlearned[name])} (no learning)") for name in unlearned)
 
 
 def _first_line(documented: object) -> str:

@@ -334,9 +334,7 @@ class MCTSAgent(PlanningAgent):
                 policy[b] = root.visits / root.visits.sum()
                 ids = root.at.state["candidates"]
                 if listed is not None and not np.array_equal(listed[b], ids):  # near-ties in half precision
-                    policy[b] = _reordered(
-                        policy[b], ids, listed[b], observation["action_mask"].reshape(policy.shape)[b]
-                    )
+                    policy[b] = _reordered(policy[b], ids, listed[b])
                 for action, child in root.children.items():
                     if isinstance(child, Node):
                         self._trees.put((*whole[b], int(ids[action])), child)

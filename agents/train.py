@@ -31,26 +31,22 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
 from agents.report import Report, Yardstick, draw_learning, draw_plane, evaluate_agent, samples_page
 from agents.sb3_vec import SB3VecEnv
-from agents.text_dqn import TextDQN
+from agents.zoo import AGENTS, MASKED, OBSERVATION, Budget, acts_greedily, make_agent
 from textgen_env.config import EnvConfig
 from textgen_env.errors import ConfigError, PromptError, RunFolderError
 from textgen_env.evaluation import Evaluation, choose_prompts
 from textgen_env.language_model import LanguageModel
 from textgen_env.models import load_language_model, load_pretrained
 from textgen_env.prompts import ListPrompts, PromptSource, make_prompts
-from textgen_env.registry import Registry, unknown_name
+from textgen_env.registry import unknown_name
 from textgen_env.rewards import make_reward, reward_spec
 from textgen_env.vector_env import TextGenVectorEnv
-
-OBSERVATION = ("tokens", "length", "budget", "candidates", "logprobs", "score", "action_mask", "hidden")
-"""What agents see unless said: everything but ``candidate_scores``."""
 
 ENV_SETTINGS: Mapping[str, Any] = {
     "top_k": 16,
@@ -111,7 +107,7 @@ class RunConfig:
 
     def env_config(self) -> EnvConfig:
         """Return the environment's settings, checked."""
-        maps_illegal = {} if self.agent == "text_dqn" else {"on_illegal": "last_legal"}  # the others know no mask
+        maps_illegal = {} if self.agent in MASKED else {"on_illegal": "last_legal"}  # the others know no mask
         return EnvConfig.from_settings({**maps_illegal, **self.env})
 
     def to_json(self) -> str:
@@ -135,68 +131,6 @@ class RunConfig:
             if name not in known:
                 raise unknown_name("field", name, known)
         return cls(**read)
-
-
-# --- agents by name
-
-Recipe = Callable[[RunConfig], tuple[type[BaseAlgorithm], dict[str, Any]]]
-
-AGENTS: Registry[Recipe] = Registry("agent")
-"""Agents that learn, by name: their class and the settings that a run starts from."""
-
-
-@AGENTS.register("text_dqn")
-def _text_dqn(config: RunConfig) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
-    """Soft Q-learning over the candidates, with the language model as prior."""
-    return TextDQN, {"policy": "CandidatePolicy", "beta": config.beta}
-
-
-@AGENTS.register("dqn")
-def _dqn(config: RunConfig) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
-    """Stable-Baselines3's DQN, on the language model's hidden state."""
-    return DQN, {
-        **_on_hidden_states(),
-        "buffer_size": min(config.steps, 20_000),
-        "learning_starts": min(config.steps // 10, 2_000),
-        "batch_size": 256,
-        "train_freq": 1,
-        "gradient_steps": 4,
-        "target_update_interval": 2_000,
-        "exploration_fraction": 0.3,
-    }
-
-
-@AGENTS.register("qrdqn")
-def _qrdqn(config: RunConfig) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
-    """Quantile regression DQN of sb3-contrib, on the language model's hidden state."""
-    try:
-        from sb3_contrib import QRDQN
-    except ImportError as error:
-        raise ConfigError("agent 'qrdqn' comes in the package sb3-contrib: pip install sb3-contrib") from error
-    settings = _dqn(config)[1]
-    settings["policy_kwargs"]["n_quantiles"] = 50
-    return QRDQN, settings
-
-
-@AGENTS.register("ppo")
-def _ppo(config: RunConfig) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
-    """Stable-Baselines3's PPO, on the language model's hidden state."""
-    return PPO, {
-        **_on_hidden_states(),
-        "n_steps": 2 * config.env_config().max_new_tokens,  # two texts a row
-        "batch_size": 2 * config.envs,
-    }
-
-
-def _on_hidden_states() -> dict[str, Any]:
-    from agents.extractor import PrunedTransformerExtractor
-
-    features = {"features_extractor_class": PrunedTransformerExtractor}
-    return {
-        "policy": "MultiInputPolicy",
-        "gamma": 1.0,
-        "policy_kwargs": {**features, "features_extractor_kwargs": {"source": "hidden"}},
-    }
 
 
 # --- what a run is made of
@@ -248,7 +182,7 @@ class Run:
     @property
     def greedy(self) -> bool:
         """Whether the agent is a Q-learner without a distribution: what it draws is exploration."""
-        return hasattr(self.agent, "exploration_rate") and not hasattr(self.agent, "probabilities")
+        return acts_greedily(self.config.agent, self.agent)
 
 
 def open_run(
@@ -274,15 +208,11 @@ def open_run(
         config.prompts if prompts is None else prompts, config.eval_prompts, config.seed
     )
     env = open_env(config, language_model, train_prompts, config.reward if reward is None else reward)
-    kind, settings = AGENTS[config.agent](config)
-    sb3_env = SB3VecEnv(env)
+    budget = Budget(config.steps, config.envs, config.env_config().max_new_tokens, config.beta)
     if load is None:
-        try:
-            agent = kind(env=sb3_env, seed=config.seed, **{**settings, **config.agent_settings})
-        except TypeError as error:
-            raise ConfigError(f"agent {config.agent!r} refuses its settings: {error}") from error
+        agent = make_agent(config.agent, env, config.seed, budget, config.agent_settings)
     else:
-        agent = kind.load(load, env=sb3_env)
+        agent = AGENTS[config.agent](budget)[0].load(load, env=SB3VecEnv(env))
     return Run(config, env, agent, test_prompts, tuple(filter(None, (note, split))))
 
 

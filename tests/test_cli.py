@@ -47,7 +47,7 @@ def test_train_shows_the_table_and_where_everything_is(run, folder):
         assert words in run.stdout
     assert "l1_unstructured 10%" in run.stdout
     assert "too few to hold some back" in run.stdout.replace("\n", " ")
-    from agents.train import OBSERVATION
+    from agents.zoo import OBSERVATION
 
     config = json.loads((folder / "run" / "config.json").read_text())
     given = {"top_k": 4, "max_new_tokens": 4, "max_prompt_tokens": 8, "min_new_tokens": 4}

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from agents.frontier import TextTree
 from agents.report import samples_page, table
-from agents.train import AGENTS, RunConfig, load_run, open_run, split_prompts, train
+from agents.train import RunConfig, load_run, open_run, split_prompts, train
+from agents.zoo import AGENTS, MASKED
 from textgen_env.errors import ConfigError, RewardError, RunFolderError, TextGenError
 from textgen_env.evaluation import evaluate
 from textgen_env.prompts import FunctionPrompts
@@ -153,14 +154,14 @@ def test_the_stored_configuration_repeats_the_run(run, tmp_path):
 
 @pytest.mark.parametrize("agent", sorted(set(AGENTS) - {"text_dqn"}))
 def test_every_agent_runs_and_loads(agent, tmp_path):
-    if agent == "qrdqn":
+    if agent in ("qrdqn", "maskable_ppo"):
         pytest.importorskip("sb3_contrib")
-    settings = {} if agent == "ppo" else {"batch_size": 16, "gradient_steps": 1}
+    settings = {} if agent.endswith("ppo") else {"batch_size": 16, "gradient_steps": 1}
     config = replace(CONFIG, agent=agent, agent_settings=settings, steps=200, eval_texts=8, eval_samples=8)
     result = train(config, tmp_path / "run", model=weather())
     assert f"{agent}, trained" in [row.name for row in result.report.rows]
     opened = load_run(tmp_path / "run", model=weather())
-    assert opened.env.episodes.config.on_illegal == "last_legal"
+    assert opened.env.episodes.config.on_illegal == ("raise" if agent in MASKED else "last_legal")
     observation, _ = opened.env.reset(seed=0)
     assert opened.agent.predict(observation, deterministic=True)[0].shape == (8,)
 

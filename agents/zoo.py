@@ -1,0 +1,239 @@
+"""Agents by name, each with settings that were tuned once and are kept here.
+
+    make_agent("text_dqn", env, seed=0, budget=Budget(steps=20_000))  ->  an agent: predict, maybe learn
+
+Three kinds: agents that learn (Stable-Baselines3's and this project's), agents that read the
+observation alone, agents that plan in the environment. A user's own is named ``module:attribute``
+and called with ``(env, seed)``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+from agents.planning import PLANNING_AGENTS
+from agents.sb3_vec import SB3VecEnv
+from agents.search import SEARCH_AGENTS
+from agents.text_dqn import TextDQN
+from textgen_env.errors import ConfigError
+from textgen_env.evaluation import Agent
+from textgen_env.registry import Registry, unknown_name
+from textgen_env.vector_env import TextGenVectorEnv
+
+OBSERVATION = ("tokens", "length", "budget", "candidates", "logprobs", "score", "action_mask", "hidden")
+"""What agents that learn see unless said: everything but ``candidate_scores``."""
+
+MASKED = ("text_dqn", "maskable_ppo")
+"""Agents that learn and never choose a masked action; for the others the environment maps it."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an agent's settings depend on."""
+
+    steps: int  # environment steps to learn from
+    envs: int = 16  # texts written at a time
+    max_new_tokens: int = 20
+    beta: float = 0.1  # price of KL, reward units a nat, for agents that know it
+
+
+Recipe = Callable[[Budget], tuple[type[BaseAlgorithm], dict[str, Any]]]
+
+AGENTS: Registry[Recipe] = Registry("agent")
+"""Agents that learn, by name: their class and the settings that a run starts from."""
+
+
+@AGENTS.register("text_dqn")
+def _text_dqn(budget: Budget) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
+    """Soft Q-learning over the candidates, with the language model as prior."""
+    return TextDQN, {"policy": "CandidatePolicy", "beta": budget.beta}
+
+
+@AGENTS.register("dqn")
+def _dqn(budget: Budget) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
+    """Stable-Baselines3's DQN, on the language model's hidden state."""
+    return DQN, {
+        **_on_hidden_states(),
+        "buffer_size": min(budget.steps, 20_000),
+        "learning_starts": min(budget.steps // 10, 2_000),
+        "batch_size": 256,
+        "train_freq": 1,
+        "gradient_steps": 4,
+        "target_update_interval": 2_000,
+        "exploration_fraction": 0.3,
+    }
+
+
+@AGENTS.register("qrdqn")
+def _qrdqn(budget: Budget) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
+    """Quantile regression DQN of sb3-contrib, on the language model's hidden state."""
+    settings = _dqn(budget)[1]
+    settings["policy_kwargs"]["n_quantiles"] = 50
+    return _contrib("QRDQN", "qrdqn"), settings
+
+
+@AGENTS.register("ppo")
+def _ppo(budget: Budget) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
+    """Stable-Baselines3's PPO, on the language model's hidden state."""
+    return TextPPO, {
+        **_on_hidden_states(),
+        "n_steps": 2 * budget.max_new_tokens,  # two texts a row
+        "batch_size": 2 * budget.envs,
+    }
+
+
+@AGENTS.register("maskable_ppo")
+def _maskable_ppo(budget: Budget) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
+    """PPO of sb3-contrib that knows the mask, on the language model's hidden state."""
+    return _text_maskable_ppo(), _ppo(budget)[1]
+
+
+def _on_hidden_states() -> dict[str, Any]:
+    from agents.extractor import PrunedTransformerExtractor
+
+    features = {"features_extractor_class": PrunedTransformerExtractor}
+    return {
+        "policy": "MultiInputPolicy",
+        "gamma": 1.0,
+        "policy_kwargs": {**features, "features_extractor_kwargs": {"source": "hidden"}},
+    }
+
+
+def _contrib(name: str, agent: str) -> Any:
+    try:
+        import sb3_contrib
+    except ImportError as error:
+        raise ConfigError(f"agent {agent!r} comes in the package sb3-contrib: pip install sb3-contrib") from error
+    return getattr(sb3_contrib, name)
+
+
+class WithProbabilities(OnPolicyAlgorithm):
+    """An actor-critic of SB3 that also says which distribution it acts by."""
+
+    def probabilities(self, observation: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.float64]:
+        """Return (B, k) probabilities of what the environment plays, for an observation with a batch axis.
+
+        What the actor puts on masked actions is on the last legal one, where ``on_illegal="last_legal"`` maps it.
+        """
+        tensors, _ = self.policy.obs_to_tensor(observation)
+        with torch.inference_mode():
+            policy = self.policy.get_distribution(tensors).distribution.probs.double().cpu().numpy()  # type: ignore[union-attr]
+        legal = np.asarray(observation["action_mask"], bool)
+        last = legal.shape[-1] - 1 - np.argmax(legal[:, ::-1], axis=-1)
+        policy[np.arange(len(policy)), last] += np.where(legal, 0.0, policy).sum(-1)
+        return np.where(legal, policy, 0.0)
+
+
+class TextPPO(WithProbabilities, PPO):
+    """SB3's PPO, with ``probabilities``."""
+
+
+@cache
+def _text_maskable_ppo() -> type[BaseAlgorithm]:
+    base: Any = _contrib("MaskablePPO", "maskable_ppo")
+
+    class TextMaskablePPO(base):
+        """sb3-contrib's MaskablePPO, which reads the mask from the observation, with ``probabilities``."""
+
+        def probabilities(self, observation: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.float64]:
+            legal = np.asarray(observation["action_mask"], bool)
+            tensors, _ = self.policy.obs_to_tensor(observation)
+            with torch.inference_mode():
+                policy = self.policy.get_distribution(tensors, action_masks=legal).distribution.probs
+            return np.where(legal, policy.double().cpu().numpy(), 0.0)
+
+        def predict(self, observation: Any, *args: Any, action_masks: Any = None, **kwargs: Any) -> Any:
+            if action_masks is None:
+                action_masks = np.asarray(observation["action_mask"], bool)
+            return super().predict(observation, *args, action_masks=action_masks, **kwargs)
+
+    return TextMaskablePPO
+
+
+# --- any of them, in an environment
+
+
+def agent_names() -> tuple[str, ...]:
+    """Return the names of all agents, those that learn last."""
+    return (*SEARCH_AGENTS, *PLANNING_AGENTS, *AGENTS)
+
+
+def find_agent(name: str) -> Any:
+    """Return what ``name`` stands for: a recipe, a class, or the user's own callable.
+
+    Raises:
+        UnknownName: no agent is called so (with a suggestion).
+        ConfigError: ``module:attribute`` that cannot be imported, or is not callable.
+    """
+    for registry in (AGENTS, SEARCH_AGENTS, PLANNING_AGENTS):
+        if name in registry:
+            return registry[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise unknown_name("agent", name, [*agent_names(), "module:attribute"])
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"agent {name!r} cannot be imported: {error}; name it as module:attribute") from error
+    if not callable(found):
+        raise ConfigError(f"agent {name!r} must be callable with (env, seed), got {type(found).__name__}")
+    return found
+
+
+def env_settings(name: str) -> Mapping[str, Any]:
+    """Return the settings of ``EnvConfig`` that an agent needs. A user's own may say so in ``env_settings``."""
+    found = find_agent(name)
+    if name in SEARCH_AGENTS:
+        return {"observation": found.needs}
+    if name in PLANNING_AGENTS:
+        return {"observation": ("tokens", "length", "budget", "candidates", "logprobs", "action_mask")}
+    if name in AGENTS:
+        return {"observation": OBSERVATION, "on_illegal": "raise" if name in MASKED else "last_legal"}
+    given: Mapping[str, Any] = getattr(found, "env_settings", {})
+    return {"observation": OBSERVATION, **given}
+
+
+def make_agent(
+    name: str, env: TextGenVectorEnv, seed: int, budget: Budget, settings: Mapping[str, Any] | None = None
+) -> Any:
+    """Return a new agent for ``env``, which has the agent's ``env_settings``.
+
+    Args:
+        settings: Keywords of its class that go over its own.
+
+    Raises:
+        UnknownName: no agent is called so.
+        ConfigError: the agent refuses the environment or its settings; says why.
+    """
+    found, given = find_agent(name), dict(settings or {})
+    try:
+        if name in AGENTS:
+            kind, own = found(budget)
+            return kind(env=SB3VecEnv(env), seed=seed, **{**own, **given})
+        if name in SEARCH_AGENTS:
+            return found(seed=seed, **given)
+        return found(env, seed, **given)
+    except TypeError as error:
+        raise ConfigError(f"agent {name!r} refuses its settings: {error}") from error
+
+
+def acts_greedily(name: str, agent: Agent) -> bool:
+    """Return whether an agent is measured at its most probable actions.
+
+    Those with a distribution are sampled from it; what the others draw would be exploration. The
+    exceptions: tree search plays what it tried most, and best-of-n is random by design.
+    """
+    if name in PLANNING_AGENTS:
+        return name != "best_of_n"
+    return not hasattr(agent, "probabilities")
