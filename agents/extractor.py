@@ -4,8 +4,9 @@
     tokens (B, T), length (B, 1) -> model    source="tokens": a transformer of the agent's own
         -> last hidden state (B, d), normalised; log-probabilities (B, k), budget, score -> features
 
-A frozen transformer is shared by the online and the target network of a DQN and left out of what
-SB3 saves; states seen before are not computed again.
+Frozen weights are there once: shared by the online and the target network of a DQN, left out of
+what SB3 saves, and states seen before are not computed again. What is trained (``trainable``: LoRA,
+the last layers, or all) each network has for itself, as its only registered parameters.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from agents.transformer_model import PrunedTransformerModel
+from textgen_env.config import check_at_least, check_one_of
+from textgen_env.device import pick_device
 from textgen_env.errors import ConfigError, ModelError
 
 SCALARS = ("logprobs", "budget", "score")
@@ -38,15 +43,24 @@ class PrunedTransformerExtractor(BaseFeaturesExtractor):
         model: For ``"tokens"``: a name, folder, hub id, or a ``PrunedTransformerModel``. It must
             share the vocabulary of the environment's language model.
         pruning_amount, method: How to prune a named model.
-        trainable: Train the transformer too. Otherwise it is frozen and shared.
+        trainable: What of the transformer is trained: ``False`` nothing, ``"lora"`` low-rank
+            adapters of its linear layers (needs ``peft``), ``"last_layers"`` its last layers,
+            ``True`` all of it. A ``model`` that was passed stays as it is.
+        lora_rank: For ``"lora"``: the rank r of the adapters.
+        last_layers: For ``"last_layers"``: how many.
         memo_bytes: Bound of the remembered features of a frozen transformer.
 
     Output: (B, d + k + 2), fewer where the observation lacks a scalar key.
 
+    Source: LoRA, Hu et al. 2021, arXiv:2106.09685.
+
     Raises:
-        ConfigError: the observation space lacks the keys that ``source`` reads.
+        ConfigError: the observation space lacks the keys that ``source`` reads, ``trainable`` asks for
+            what is not there, or ``peft`` is not installed.
         ModelError: the transformer has another vocabulary.
     """
+
+    transformer: PrunedTransformerModel
 
     def __init__(
         self,
@@ -55,12 +69,18 @@ class PrunedTransformerExtractor(BaseFeaturesExtractor):
         model: str | PrunedTransformerModel = "smollm2",
         pruning_amount: float = 0.1,
         method: str = "l1_unstructured",
-        trainable: bool = False,
+        trainable: bool | str = False,
+        lora_rank: int = 4,
+        last_layers: int = 2,
         memo_bytes: int = 64 << 20,
     ) -> None:
         needed = {"hidden": ("hidden",), "tokens": ("tokens", "length")}
-        if source not in needed:
-            raise ConfigError(f"source must be 'hidden' or 'tokens', got {source!r}")
+        check_one_of("source", source, tuple(needed))
+        check_one_of("trainable", trainable, (False, True, "lora", "last_layers"))
+        if trainable and source == "hidden":
+            raise ConfigError(
+                f"trainable={trainable!r} needs source='tokens': the environment computes hidden states without gradients"
+            )
         have = tuple(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else ()
         missing = [key for key in needed[source] if key not in have]
         if missing:
@@ -68,7 +88,7 @@ class PrunedTransformerExtractor(BaseFeaturesExtractor):
                 f"source={source!r} needs the observation keys {missing}; the environment gives {have}: "
                 "make it with observation='full', or with a tuple of keys"
             )
-        transformer = None if source == "hidden" else _transformer(model, method, pruning_amount, trainable)
+        transformer = None if source == "hidden" else _frozen_transformer(model, method, pruning_amount)
         width = (
             int(np.prod(observation_space["hidden"].shape or ())) if transformer is None else transformer.hidden_size
         )
@@ -79,15 +99,17 @@ class PrunedTransformerExtractor(BaseFeaturesExtractor):
         self._memo: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._memo_rows = max(1, memo_bytes // (4 * width))
         self.trainable = trainable
+        self.trained = nn.ParameterDict()
         if transformer is None:
             return
         _check_vocabulary(transformer, observation_space)
         if trainable:
-            self.transformer = transformer
-        else:
-            # Frozen weights stay out of parameters(): SB3's target update scales target parameters
-            # in place, and a registered backbone would be saved twice.
-            object.__setattr__(self, "transformer", transformer.eval())
+            transformer = trainable_copy(transformer, trainable, lora_rank, last_layers)
+            named = transformer.named_parameters()
+            self.trained.update({name.replace(".", "/"): p for name, p in named if p.requires_grad})
+        # Outside module registration: SB3's target update scales target parameters in place, a
+        # registered backbone would be saved twice, and PPO would initialise its layers anew.
+        object.__setattr__(self, "transformer", transformer.eval())
 
     def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return features, (B, features_dim) float32."""
@@ -103,6 +125,8 @@ class PrunedTransformerExtractor(BaseFeaturesExtractor):
 
     def _run(self, tokens: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """Return the hidden state of the last real token, (B, d)."""
+        if next(self.transformer.parameters()).device != tokens.device:
+            self.transformer.to(tokens.device)
         longest = max(1, int(length.max()))
         mask = (torch.arange(longest, device=tokens.device) < length).long()  # (B, T')
         hidden = self.transformer(tokens[:, :longest], mask)  # (B, T', d)
@@ -130,20 +154,59 @@ def _numbers(space: spaces.Space[Any]) -> int:
     return int(np.prod(space.shape or ()))
 
 
-def _transformer(
-    model: str | PrunedTransformerModel, method: str, amount: float, trainable: bool
+def trainable_copy(
+    transformer: PrunedTransformerModel, trainable: bool | str, lora_rank: int, last_layers: int
 ) -> PrunedTransformerModel:
-    if isinstance(model, PrunedTransformerModel):
-        return copy.deepcopy(model) if trainable else model  # online and target network each learn their own
-    if trainable:
-        return PrunedTransformerModel(model, amount, method)
-    return _shared_transformer(model, method, amount)
+    """Return a copy whose trained weights are its own and all others those of ``transformer``, in the same memory.
+
+    LoRA's output starts at zero, so every copy starts as the frozen model.
+
+    Raises:
+        ConfigError: more layers than there are, a rank below 1, or ``peft`` is not installed.
+    """
+    check_at_least("lora_rank", lora_rank, 1)
+    check_at_least("last_layers", last_layers, 1)
+    own: list[nn.Parameter] = []
+    if trainable is True:
+        own = list(transformer.model.base_model.parameters())
+    elif trainable == "last_layers":
+        layers = transformer.layers
+        if last_layers > len(layers):
+            raise ConfigError(f"last_layers must be at most {len(layers)}, the layers there are, got {last_layers}")
+        own = list(layers[-last_layers:].parameters())
+    learns = {id(parameter) for parameter in own}
+    memo: dict[int, Any] = {id(kept): kept for kept in (transformer.tokenizer, *transformer.buffers())}
+    for parameter in transformer.parameters():
+        if id(parameter) not in learns:  # the same memory, and gradients of one's own
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    learner = copy.deepcopy(transformer, memo)
+    for parameter in own:
+        memo[id(parameter)].requires_grad_(True)
+    if trainable == "lora":
+        _add_lora(learner, lora_rank)
+    return learner
+
+
+def _add_lora(transformer: PrunedTransformerModel, rank: int) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError(
+            "trainable='lora' needs the package peft: pip install 'textgen-env[lora]', or train 'last_layers'"
+        ) from error
+    transposed = any(isinstance(module, Conv1D) for module in transformer.modules())
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", fan_in_fan_out=transposed)
+    inject_adapter_in_model(config, transformer.model)
+
+
+def _frozen_transformer(model: str | PrunedTransformerModel, method: str, amount: float) -> PrunedTransformerModel:
+    return model if isinstance(model, PrunedTransformerModel) else _shared_transformer(model, method, amount)
 
 
 @lru_cache(maxsize=2)
 def _shared_transformer(model: str, method: str, amount: float) -> PrunedTransformerModel:
     """Return the one frozen copy that all extractors of this description share."""
-    return PrunedTransformerModel(model, amount, method)
+    return PrunedTransformerModel(model, amount, method).to(pick_device())
 
 
 def _check_vocabulary(transformer: PrunedTransformerModel, observation_space: spaces.Dict) -> None:

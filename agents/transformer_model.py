@@ -124,6 +124,11 @@ class PrunedTransformerModel(nn.Module):
         """The width d of the hidden states."""
         return int(self.model.config.hidden_size)
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer's layers, first to last."""
+        return _blocks(self.model)
+
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Return the last hidden state (B, T, d). No mask means that every token is real."""
         output = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask)

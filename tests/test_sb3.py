@@ -117,14 +117,6 @@ def test_a_frozen_transformer_is_shared_and_not_saved(tiny_lm, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(before, pruned.parameters(), strict=True))
 
 
-def test_a_trainable_transformer_is_trained(tiny_lm):
-    pruned = PrunedTransformerModel(tiny_lm[0], pruning_amount=0.0, tokenizer=tiny_lm[1])
-    env, observation = observations(tiny_lm)
-    extractor = PrunedTransformerExtractor(env.single_observation_space, "tokens", model=pruned, trainable=True)
-    extractor(observation).sum().backward()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in extractor.parameters())
-
-
 def test_an_extractor_says_what_it_lacks(tiny_lm):
     env, _ = observations(tiny_lm)
     space = env.single_observation_space
