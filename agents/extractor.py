@@ -79,7 +79,7 @@ class PrunedTransformerExtractor(BaseFeaturesExtractor):
         check_one_of("trainable", trainable, (False, True, "lora", "last_layers"))
         if trainable and source == "hidden":
             raise ConfigError(
-                f"trainable={trainable!r} needs source='tokens': the environment computes hidden states without gradients"
+                f"trainable={trainable!r} needs source='tokens': the environment's hidden states carry no gradients"
             )
         have = tuple(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else ()
         missing = [key for key in needed[source] if key not in have]
