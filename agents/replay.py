@@ -207,13 +207,16 @@ class EpisodeReplay(ReplayBuffer):
         """Read what ``save`` wrote, into a replay of the same shape.
 
         Raises:
-            ConfigError: the file holds other keys or shapes.
+            ConfigError: the file holds other keys or shapes, or no replay.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, "np") as file:
-            state = json.loads(file.metadata()["state"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, "np") as file:
+                state = json.loads(file.metadata()["state"])
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path} is no replay file that save_replay_buffer wrote: {error}") from error
         for name, array in self.store.items():
             if name not in arrays or arrays[name].shape != array.shape:
                 given = arrays[name].shape if name in arrays else None

@@ -11,8 +11,9 @@ judged against that, and ``beta`` says what a nat of KL is worth.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +23,13 @@ from gymnasium.vector import VectorEnv
 from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import save_to_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.utils import polyak_update
+from stable_baselines3.common.utils import check_for_correct_spaces, polyak_update
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.dqn.policies import DQNPolicy
 
+from agents import portable
 from agents.q_networks import CandidateQNetwork, check_observation_space, prior
 from agents.replay import EpisodeReplay
 from agents.sb3_vec import SB3VecEnv
@@ -35,6 +38,9 @@ from textgen_env.errors import ConfigError
 from textgen_env.evaluation import kl_to, renormalise, sample
 from textgen_env.language_model import LanguageModel
 from textgen_env.models import load_language_model
+
+if TYPE_CHECKING:
+    from agents.steering import Steering
 
 Self = TypeVar("Self", bound="TextDQN")
 
@@ -152,6 +158,8 @@ class TextDQN(DQN):
         self.steps_per_update = steps_per_update
         self.advantage_penalty = advantage_penalty
         self.model_name: str | None = None
+        self.task: dict[str, Any] | None = None  # what it has learned on, as plain data
+        self.language_model: LanguageModel = None  # type: ignore[assignment]  # found in _setup_model
         self._rng = np.random.default_rng(seed)
         self._behaviour_logprobs: npt.NDArray[np.float64] | None = None
         TRACES[target]  # an unknown name is refused here, with a suggestion
@@ -295,7 +303,9 @@ class TextDQN(DQN):
     # --- what SB3 calls
 
     def _setup_model(self) -> None:
-        language_model = self._find_language_model()
+        self.language_model = language_model = self._find_language_model()
+        if self.task is None and self.env is not None:
+            self.task = portable.task_of(self.env)
         if self.gamma != 1.0 and "score" in getattr(self.observation_space, "spaces", {}):
             raise ConfigError(
                 f"gamma must be 1 where the observation has running scores, got {self.gamma}: their increments keep "
@@ -316,6 +326,8 @@ class TextDQN(DQN):
     def _find_language_model(self) -> LanguageModel:
         if self.env is not None:
             return self.env.get_attr("language_model")[0]
+        if self.language_model is not None:
+            return self.language_model
         if self.model_name is None:
             raise ConfigError("TextDQN needs an environment: pass env=gym.make_vec('TextGen-v0', ...)")
         return load_language_model(self.model_name)
@@ -371,7 +383,104 @@ class TextDQN(DQN):
         progress_bar: bool = False,
     ) -> Self:
         """Train for ``total_timesteps`` environment steps; as in SB3."""
+        if self.env is not None:
+            self.task = portable.task_of(self.env)
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    # --- what stays
+
+    def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
+        """Write SB3's zip, but without a pickle in it: settings as JSON, weights for ``weights_only``.
+
+        Arguments as in SB3. What has no plain form is left out, and ``load`` asks for it. The replay
+        has ``save_replay_buffer``; the language model is not stored.
+        """
+        excluded = {*self._excluded_save_params(), *(exclude or ())} - set(include or ())
+        save_to_zip_file(path, data=portable.settings_of(self, excluded), params=self.get_parameters())
+
+    @classmethod
+    def load(  # type: ignore[override]  # the names and order are SB3's
+        cls: type[Self],
+        path: Any,
+        env: GymEnv | VectorEnv[Any, Any, Any] | None = None,
+        device: torch.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Read what ``save`` wrote; as in SB3, but nothing is unpickled.
+
+        Raises:
+            ConfigError: no zip of a ``TextDQN``, or pickled entries in it.
+            ModelError: the environment has another language model or vocabulary.
+        """
+        objects = portable.objects_from(portable.read_zip(path), custom_objects or {}, cls.policy_aliases, path)
+        if env is not None:
+            env = cls._wrap_env(env)
+            portable.check_language_model(objects["task"], env.get_attr("language_model")[0])
+        agent = super().load(path, env, device, objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
+        agent._rng = objects["_rng"]  # the seed has just set it to its beginning
+        return agent
+
+    def save_pretrained(self, folder: Any) -> None:
+        """Write a folder to share: safetensors, JSON, and a model card. No optimiser, no replay."""
+        portable.save_pretrained(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self], folder: Any, env: Any = None, *, model: Any = None, device: torch.device | str = "auto"
+    ) -> Self:
+        """Return the agent that ``save_pretrained`` wrote, to act, to steer, or to learn on.
+
+        Args:
+            folder: What ``save_pretrained`` wrote.
+            env: An environment like the one it was trained in.
+            model: Without ``env``: its language model, as ``load_language_model`` takes it. None:
+                the one of the same name.
+
+        Raises:
+            ConfigError: no such folder, or a damaged one.
+            ModelError: another language model or vocabulary than it was trained on.
+        """
+        settings, weights = portable.read_pretrained(Path(folder))
+        objects = portable.objects_from(settings, {}, cls.policy_aliases, repr(str(folder)))
+        if env is not None:
+            env = cls._wrap_env(env)
+            model = env.get_attr("language_model")[0]
+        language_model = load_language_model(objects["model_name"] if model is None else model)
+        portable.check_language_model(objects["task"], language_model)
+        agent = cls(objects["policy_class"], None, device=device, _init_setup_model=False)
+        agent.__dict__.update(objects, language_model=language_model)
+        if env is not None:
+            check_for_correct_spaces(env, agent.observation_space, agent.action_space)
+            agent.env, agent.n_envs = env, env.num_envs
+        agent._setup_model()
+        agent.policy.load_state_dict(weights)
+        agent._rng = objects["_rng"]  # the seed has just set it to its beginning
+        return agent
+
+    def logits_processor(self, model: Any, *, max_new_tokens: int | None = None, reward: Any = None) -> Steering:
+        """Return what steers ``model.generate`` with this agent: a context manager and logits processor in one.
+
+        >>> with agent.logits_processor(model) as steer:  # doctest: +SKIP
+        ...     model.generate(**inputs, logits_processor=[steer], **steer.settings)
+
+        Args:
+            model: The Hugging Face causal LM that generates.
+            max_new_tokens: As given to ``generate``. None: those that the agent was trained with.
+            reward: Where the agent sees running scores: see ``make_reward``. None: the stored one.
+
+        Raises:
+            ModelError: another language model than the agent's.
+            ConfigError: scores are needed, and the reward is neither stored nor given.
+        """
+        from agents.steering import Steering
+
+        return Steering(self, model, max_new_tokens, reward)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "language_model"]
 
     def save_replay_buffer(self, path: Any) -> None:
         """Write the replay as one safetensors file."""
