@@ -62,6 +62,9 @@ Samples = Annotated[
     int | None,
     typer.Option(help="Samples a prompt to estimate the best possible policy from.", min=2, show_default="64"),
 ]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Load agents other than text_dqn too; doing so runs what code their file holds.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 
 
@@ -183,6 +186,7 @@ def generate(
     ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the most probable token at every step.")] = False,
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Write texts with a trained agent, or with a language model itself.
@@ -205,7 +209,7 @@ def generate(
     else:
         if reward is not None or max_new_tokens is not None:
             raise ConfigError("--reward and --max-new-tokens are those that the run was trained with; leave them out")
-        opened = load_run(run)
+        opened = load_run(run, trust=trust)
         agent, env, greedy = opened.agent, opened.env, greedy or opened.greedy
         if beta is not None:
             if not hasattr(opened.agent, "beta"):
@@ -233,6 +237,7 @@ def evaluate(
         int | None, typer.Option(help="Of the evaluation's random numbers.", show_default="the run's")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures.", show_default="RUN/evaluation")] = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Measure a trained agent again: the table, and the reward-KL plane as a picture.
@@ -246,7 +251,7 @@ def evaluate(
 
     console = Console(stderr=as_json)
     with console.status("loading"):
-        opened = load_run(run)
+        opened = load_run(run, trust=trust)
     opened = replace(opened, config=_changed(opened.config, eval_texts=texts, eval_samples=samples, seed=seed))
     if prompts is not None:
         chosen = choose_prompts(make_prompts(prompts), opened.config.eval_prompts, opened.config.seed)

@@ -104,11 +104,8 @@ def objects_from(
     found = {name: value for name, value in settings.items() if name not in REBUILT and name != "left_out"}
     try:
         found["observation_space"] = spaces.Dict(
-            {key: spaces.Box(*(np.array(x, box["dtype"]) for x in (box["low"], box["high"])), dtype=box["dtype"])
-             if isinstance(box["low"], list) else
-             spaces.Box(box["low"], box["high"], tuple(box["shape"]), box["dtype"])
-             for key, box in settings["observation_space"].items()}
-        )  # fmt: skip
+            {key: _box_from(**box) for key, box in settings["observation_space"].items()}
+        )
         found["action_space"] = spaces.Discrete(settings["action_space"])
         if settings["policy_class"] is not None:
             found["policy_class"] = policies[settings["policy_class"]]
@@ -150,15 +147,18 @@ def _boxes(space: spaces.Space[Any]) -> dict[str, spaces.Box]:
 
 def _box(space: spaces.Box) -> dict[str, Any]:
     low, high = ((b.flat[0].item() if (b == b.flat[0]).all() else b.tolist()) for b in (space.low, space.high))
-    if isinstance(low, list) != isinstance(high, list):
-        low, high = space.low.tolist(), space.high.tolist()
     return {"low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
+
+
+def _box_from(low: Any, high: Any, shape: list[int], dtype: str) -> spaces.Box:
+    bounds: list[Any] = [np.broadcast_to(np.array(bound, dtype), shape) for bound in (low, high)]
+    return spaces.Box(*bounds, dtype=bounds[0].dtype.type)
 
 
 def _plain_kwargs(kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """Return ``policy_kwargs`` with the optimiser's class by name, or None if there is other code in them."""
-    optimizer = kwargs.get("optimizer_class")
-    if optimizer is not None and getattr(torch.optim, optimizer.__name__, None) is optimizer:
+    optimizer: Any = kwargs.get("optimizer_class")
+    if isinstance(optimizer, type) and getattr(torch.optim, optimizer.__name__, None) is optimizer:
         kwargs = kwargs | {"optimizer_class": optimizer.__name__}
     try:
         json.dumps(kwargs)

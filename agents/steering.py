@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from agents.text_dqn import TextDQN
 
 
-class Steering(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
+class Steering(LogitsProcessor):
     """Steers ``model.generate`` while its ``with`` block lasts. Made by ``TextDQN.logits_processor``.
 
     Sampling and greedy decoding, batches of any size, prompts padded on the left. Processors that
@@ -130,7 +130,7 @@ class Steering(LogitsProcessor):  # type: ignore[misc]  # transformers is not ty
             raise ConfigError(
                 f"generation goes on after {steps} tokens: give generate and logits_processor the same max_new_tokens"
             )
-        ended = np.isin(ids[:, self._width :], self._language_model.end_ids).any(-1)
+        ended = np.asarray(np.isin(ids[:, self._width :], self._language_model.end_ids).any(-1))
         observation = self._observe(ids, pad, steps, scores, ended) | {"hidden": hidden.float().cpu().numpy()}
         tensors = {key: torch.from_numpy(value).to(self.agent.device) for key, value in observation.items()}
         logprobs = log_policy(prior(tensors), self._network(tensors), self.agent.beta).to(scores)
@@ -148,7 +148,7 @@ class Steering(LogitsProcessor):  # type: ignore[misc]  # transformers is not ty
             self._width = ids.shape[1]
             self._scores = []
         elif self._seen.shape[0] != len(ids) or not np.array_equal(ids[:, :-1], self._seen):
-            raise ConfigError("the rows changed places between two steps, as in beam search: sample, or decode greedily")
+            raise ConfigError("rows changed places between two steps, as in beam search: sample, or decode greedily")
         self._seen = ids
         return pad
 
@@ -250,8 +250,8 @@ def _refuse_beams(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     if (setting("num_beams") or 1) > 1:
         raise ConfigError(
-            f"num_beams={setting('num_beams')}: beam search looks for the likeliest text, and log pi is no score to sum "
-            "over beams; sample, or decode greedily, with num_beams=1"
+            f"num_beams={setting('num_beams')}: beam search looks for the likeliest text, and log pi is no score to "
+            "sum over beams; sample, or decode greedily, with num_beams=1"
         )
     if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
         raise ConfigError("assisted generation judges several tokens a forward, the agent one: leave the assistant out")

@@ -399,7 +399,7 @@ class TextDQN(DQN):
         save_to_zip_file(path, data=portable.settings_of(self, excluded), params=self.get_parameters())
 
     @classmethod
-    def load(  # type: ignore[override]  # the names and order are SB3's
+    def load(  # the names and order are SB3's
         cls: type[Self],
         path: Any,
         env: GymEnv | VectorEnv[Any, Any, Any] | None = None,
@@ -419,7 +419,7 @@ class TextDQN(DQN):
         if env is not None:
             env = cls._wrap_env(env)
             portable.check_language_model(objects["task"], env.get_attr("language_model")[0])
-        agent = super().load(path, env, device, objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
+        agent = super().load(path, env, device, objects, print_system_info, force_reset, **kwargs)
         agent._rng = objects["_rng"]  # the seed has just set it to its beginning
         return agent
 

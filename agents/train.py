@@ -62,6 +62,9 @@ FEWEST_TO_SPLIT = 20
 CONFIG_FILE = "config.json"
 AGENT_FILE = "agent.zip"
 
+PORTABLE_AGENTS = ("text_dqn",)
+"""Agents stored without pickles: their files run no code when they are read."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -216,14 +219,18 @@ def open_run(
     return Run(config, env, agent, test_prompts, tuple(filter(None, (note, split))))
 
 
-def load_run(folder: str | os.PathLike[str], *, model: Any = None, prompts: Any = None, reward: Any = None) -> Run:
+def load_run(
+    folder: str | os.PathLike[str], *, model: Any = None, prompts: Any = None, reward: Any = None, trust: bool = False
+) -> Run:
     """Return the run in ``folder``, with its trained agent.
 
     Args:
         model, prompts, reward: The Python objects that the run was made with, if it was.
+        trust: Also load agents that Stable-Baselines3 unpickles, which runs whatever code the file holds.
 
     Raises:
         RunFolderError: the folder holds no run, or no trained agent.
+        ConfigError: the agent would be unpickled, without ``trust``.
         TextGenError: what ``open_run`` raises.
     """
     path = Path(folder)
@@ -232,6 +239,11 @@ def load_run(folder: str | os.PathLike[str], *, model: Any = None, prompts: Any 
     if not (path / AGENT_FILE).is_file():
         raise RunFolderError(f"{str(path)!r} holds no {AGENT_FILE}: the run was stopped before it had learned anything")
     config = RunConfig.from_json((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    if config.agent not in PORTABLE_AGENTS and not trust:
+        raise ConfigError(
+            f"{str(path / AGENT_FILE)!r} holds a {config.agent!r}, which Stable-Baselines3 unpickles, and that runs "
+            "whatever code the file holds: load only what you trust, with --trust, or trust=True in Python"
+        )
     return open_run(config, model=model, prompts=prompts, reward=reward, load=path / AGENT_FILE)
 
 

@@ -36,7 +36,9 @@ def make(keys=NEEDED_KEYS, **settings):
 
 def agent_in(env, **settings) -> TextDQN:
     return TextDQN(
-        "CandidatePolicy", env, **({"learning_starts": 0, "steps_per_update": 16, "buffer_size": 800, "seed": 3} | settings)
+        "CandidatePolicy",
+        env,
+        **({"learning_starts": 0, "steps_per_update": 16, "buffer_size": 800, "seed": 3} | settings),
     )
 
 
@@ -131,7 +133,9 @@ def test_an_agent_of_other_weights_or_another_vocabulary_is_refused(tmp_path, ti
     for name, wrong in {"another weights": (other, tokenizer), "another vocabulary": letters()}.items():
         for load in (TextDQN.load, TextDQN.from_pretrained):
             with pytest.raises(ModelError, match=f"trained on model 'LlamaForCausalLM' .*has {name}"):
-                load(tmp_path / ("agent.zip" if load == TextDQN.load else "agent"), env=make(model=wrong, prompts=["."]))
+                load(
+                    tmp_path / ("agent.zip" if load == TextDQN.load else "agent"), env=make(model=wrong, prompts=["."])
+                )
         with pytest.raises(ModelError, match=name):
             TextDQN.from_pretrained(tmp_path / "agent", model=wrong)
     half = make(model=(model, tokenizer), prompts=["the film"], dtype="bfloat16")
@@ -181,7 +185,9 @@ def test_an_agent_remembers_what_it_learned_on_and_not_where_it_is_used(agent, t
     assert loaded.learn(8).task["reward_name"] == "length"
 
 
-@pytest.mark.parametrize("damage", ["no folder", "no weights", "bad json", "other json", "bad space", "bad rng", "pickle"])
+@pytest.mark.parametrize(
+    "damage", ["no folder", "no weights", "bad json", "other json", "bad space", "bad rng", "pickle"]
+)
 def test_a_damaged_folder_is_refused(agent, tmp_path, damage):
     folder = tmp_path / "agent"
     agent.save_pretrained(folder)
@@ -200,7 +206,7 @@ def test_a_damaged_folder_is_refused(agent, tmp_path, damage):
         (folder / "model.safetensors").write_bytes(pickle.dumps({"q_net": 1}))
     else:
         (folder / "agent.json").write_text(changed[damage])
-    with pytest.raises(ConfigError, match="holds no agent|are damaged"):
+    with pytest.raises(ConfigError, match=r"holds no agent|are damaged"):
         TextDQN.from_pretrained(folder, model=letters())
 
 
@@ -285,5 +291,7 @@ def test_security_a_pickled_checkpoint_of_healing_does_not_run(tmp_path, bomb, t
     (checkpoint,) = (path for path in tmp_path.iterdir() if path.is_file())
     torch.save(bomb, checkpoint)
     with pytest.raises((TextGenError, pickle.UnpicklingError)):
-        distil(model, model, rows, 1, tokenizer=tokenizer, length=8, folder=tmp_path, checkpoint_every=1, progress=False)
+        distil(
+            model, model, rows, 1, tokenizer=tokenizer, length=8, folder=tmp_path, checkpoint_every=1, progress=False
+        )
     assert not (tmp_path / "exploded").exists()

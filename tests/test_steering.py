@@ -177,15 +177,17 @@ def test_beam_search_is_refused(tiny_lm, how):
 
     model, tokenizer = tiny_lm
     inputs, beams = batch(tokenizer), GenerationConfig(num_beams=2, max_new_tokens=4, eos_token_id=0, pad_token_id=0)
+    short = {"num_beams": 2, "max_new_tokens": 4}
+    asked = {
+        "argument": lambda steer: model.generate(**inputs, logits_processor=[steer], **short),
+        "config": lambda steer: model.generate(**inputs, logits_processor=[steer], generation_config=beams),
+        "positional": lambda steer: model.generate(inputs["input_ids"], beams, logits_processor=[steer]),
+    }
     with trained(vector_env(tiny_lm)).logits_processor(model) as steer:
-        given = {"argument": {"num_beams": 2, "max_new_tokens": 4}, "config": {"generation_config": beams}}
         with pytest.raises(ConfigError, match="num_beams=2: beam search"):
-            if how == "positional":
-                model.generate(inputs["input_ids"], beams, logits_processor=[steer])
-            else:
-                model.generate(**inputs, logits_processor=[steer], **given[how])
+            asked[how](steer)
         with pytest.raises(ConfigError, match="rows changed places"):  # beams, hidden from the check
-            type(model).generate(model, **inputs, logits_processor=[steer], **given["argument"], num_return_sequences=2)
+            type(model).generate(model, **inputs, logits_processor=[steer], **short)
         with pytest.raises(ConfigError, match="assisted generation"):
             model.generate(**inputs, logits_processor=[steer], assistant_model=model)
 
@@ -201,7 +203,12 @@ def test_what_cannot_be_steered_is_refused_with_the_way_out(tiny_lm, tiny_gpt2):
         agent.logits_processor(model, max_new_tokens=0)
     with agent.logits_processor(model) as steer, pytest.raises(ConfigError, match="same max_new_tokens"):
         model.generate(
-            **batch(tokenizer), logits_processor=[steer], min_new_tokens=7, max_new_tokens=7, do_sample=True, pad_token_id=0
+            **batch(tokenizer),
+            logits_processor=[steer],
+            min_new_tokens=7,
+            max_new_tokens=7,
+            do_sample=True,
+            pad_token_id=0,
         )
     with pytest.raises(ConfigError, match="not the one given"):
         model.generate(**batch(tokenizer), logits_processor=[steer], max_new_tokens=2, pad_token_id=0)
@@ -229,7 +236,7 @@ def test_smollm2_writes_the_environment_s_tokens():
     for _ in range(12):
         actions, _ = agent.predict(observation, deterministic=True)
         expected.append(observation["candidates"][np.arange(4), actions])
-        observation, _, ended, *_ = env.step(actions)
+        observation, *_ = env.step(actions)
     tokenizer.pad_token = tokenizer.eos_token
     inputs = tokenizer(TEXTS, padding=True, padding_side="left", return_tensors="pt")
     with agent.logits_processor(model) as steer:

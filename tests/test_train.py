@@ -160,7 +160,9 @@ def test_every_agent_runs_and_loads(agent, tmp_path):
     config = replace(CONFIG, agent=agent, agent_settings=settings, steps=200, eval_texts=8, eval_samples=8)
     result = train(config, tmp_path / "run", model=weather())
     assert f"{agent}, trained" in [row.name for row in result.report.rows]
-    opened = load_run(tmp_path / "run", model=weather())
+    with pytest.raises(ConfigError, match=f"holds a {agent!r}, which Stable-Baselines3 unpickles.*--trust"):
+        load_run(tmp_path / "run", model=weather())
+    opened = load_run(tmp_path / "run", model=weather(), trust=True)
     assert opened.env.episodes.config.on_illegal == ("raise" if agent in MASKED else "last_legal")
     observation, _ = opened.env.reset(seed=0)
     assert opened.agent.predict(observation, deterministic=True)[0].shape == (8,)
