@@ -157,9 +157,10 @@ def _box_from(low: Any, high: Any, shape: list[int], dtype: str) -> spaces.Box:
 
 def _plain_kwargs(kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """Return ``policy_kwargs`` with the optimiser's class by name, or None if there is other code in them."""
-    optimizer: Any = kwargs.get("optimizer_class")
-    if isinstance(optimizer, type) and getattr(torch.optim, optimizer.__name__, None) is optimizer:
-        kwargs = kwargs | {"optimizer_class": optimizer.__name__}
+    optimizer = kwargs.get("optimizer_class")
+    name: str = getattr(optimizer, "__name__", "")
+    if name and getattr(torch.optim, name, None) is optimizer:
+        kwargs = kwargs | {"optimizer_class": name}
     try:
         json.dumps(kwargs)
     except (TypeError, ValueError):
