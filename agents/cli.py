@@ -293,13 +293,27 @@ def prune(
     amount: Annotated[
         float, typer.Option(help="Share of the weights, channels, groups or layers to remove, in [0, 1).")
     ] = 0.2,
+    cuts: Annotated[
+        str | None,
+        typer.Option(help="Instead of both: one cut after another, such as layers:0.1+ffn:0.23.", metavar="M:A+..."),
+    ] = None,
     heal: Annotated[int, typer.Option(help="Gradient steps of distillation from the dense model.", min=0)] = 0,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="What to calibrate and heal on: a file with a text a line, like those it is to write.",
+            show_default="the model writes its own",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the text that the model writes for itself.")] = 0,
 ) -> None:
     """Prune a model, heal it by distillation, and save it as a folder that --model takes."""
     from agents.distil import prune_and_heal
+    from agents.transformer_model import parse_pruning
 
-    report = prune_and_heal(model, out, method, amount, heal, seed=seed)
+    chosen = [(method, amount)] if cuts is None else parse_pruning(cuts)
+    texts = None if text is None else _read(text).splitlines()
+    report = prune_and_heal(model, out, chosen, heal, texts=texts, seed=seed)
     Console().print(f"{report}. The model is in {out}/")
 
 
@@ -380,7 +394,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {str(path)!r}: {error}") from error
+        raise ConfigError(f"cannot read {str(path)!r}: {error}") from error
 
 
 def _free_folder(parent: Path, name: str) -> Path:

@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,7 @@ def distil(
 def prune_and_heal(
     name: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    method: str,
-    amount: float,
+    cuts: Sequence[tuple[str, float]],
     steps: int = 0,
     *,
     texts: Text | None = None,
@@ -145,8 +144,16 @@ def prune_and_heal(
 ) -> PruningReport:
     """Prune the model called ``name``, heal it for ``steps``, and save it in the folder ``out``.
 
-    The texts serve calibration and healing. Called again after a stop, it goes on healing; the
-    checkpoints in ``out`` are gone once the model is there.
+    Called again after a stop, it goes on healing; the checkpoints in ``out`` are gone once the
+    model is there.
+
+    Args:
+        name: As for ``PrunedTransformerModel``.
+        out: The folder.
+        cuts: At least one (method, amount), made one after the other; ``parse_pruning`` reads them.
+        steps: As for ``distil``; 0 heals nothing.
+        texts: For calibration and healing; None lets the dense model write them.
+        dtype, seed, progress: As for ``PrunedTransformerModel`` and ``distil``.
 
     Raises:
         RunFolderError: ``out`` holds a model already, or the checkpoint of a different run.
@@ -155,7 +162,10 @@ def prune_and_heal(
     folder, checkpoints = Path(out), Path(out) / "healing"
     if (folder / "config.json").exists():
         raise RunFolderError(f"{str(folder)!r} holds a model already; choose another folder")
+    (method, amount), *others = cuts
     student = PrunedTransformerModel(name, amount, method, calibration=texts, dtype=dtype, seed=seed)
+    for method, amount in others:
+        student.prune(amount, method, calibration=texts, seed=seed)
     if steps:
         teacher, _ = load_transformer(name, dtype)
         distil(student, teacher, texts, steps, seed=seed, folder=checkpoints, progress=progress)

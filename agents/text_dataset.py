@@ -149,16 +149,17 @@ def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _pieces(file: Path) -> Iterator[str]:
-    """The text of a file in blocks that end before white space, so that no word is cut."""
+    """The text of a file in blocks that end before white space, so that no word is cut (where there is any)."""
     held = ""
     try:
         with file.open(encoding="utf-8") as stream:
             while block := stream.read(BLOCK):
                 held += block
                 cut = max(held.rfind(" "), held.rfind("\n"))
-                if cut > 0:
-                    yield held[:cut]
-                    held = held[cut:]
+                if cut < 1:
+                    cut = len(held)
+                yield held[:cut]
+                held = held[cut:]
     except UnicodeDecodeError as error:
         raise PromptError(f"{file} is not UTF-8 text ({error}); convert it or take it out of the folder") from error
     if held:

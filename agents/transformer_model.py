@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ METHODS: Registry[Callable[[PreTrainedModel, float, Calibration], None]] = Regis
 class PruningReport:
     """What a pruning did. Parameters are counted once where they are tied."""
 
-    method: str
-    amount: float  # asked for: share of the weights, channels, KV groups or layers
+    method: str  # of several cuts, all of them, such as "layers 10% + ffn"
+    amount: float  # asked for, last: share of the weights, channels, KV groups or layers
     dense_parameters: int  # before
     parameters: int  # after
     dense_zeros: int  # of the prunable weights, before
@@ -62,6 +62,15 @@ class PruningReport:
     def removed(self) -> float:
         """Share of the parameters that are gone, cut away or zero; those that were zero before don't count."""
         return 1 - (self.parameters - self.zeros) / (self.dense_parameters - self.dense_zeros)
+
+    def after(self, earlier: PruningReport) -> PruningReport:
+        """Return the report of both cuts, counted from where the earlier one began."""
+        return replace(
+            self,
+            method=f"{earlier.method} {earlier.amount:.0%} + {self.method}",
+            dense_parameters=earlier.dense_parameters,
+            dense_zeros=earlier.dense_zeros,
+        )
 
     def __str__(self) -> str:
         return (
@@ -135,13 +144,18 @@ class PrunedTransformerModel(nn.Module):
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
+    def prune(self, amount: float, method: str, *, calibration: Text | None = None, seed: int = 0) -> None:
+        """Cut once more; the report then covers all cuts. Arguments and errors are the constructor's."""
+        _, report = prune_(self.model, method, amount, calibration=calibration, tokenizer=self.tokenizer, seed=seed)
+        self._report = report.after(self._report)
+
     def sparsity(self) -> float:
         """Return the share of zeros among the prunable weights, as they are now."""
         zeros, sizes = zip(*_zeros(self.model).values(), strict=True)
         return float(sum(zeros) / sum(sizes))
 
     def report(self) -> PruningReport:
-        """Return what was pruned when this model was made."""
+        """Return what was pruned."""
         return self._report
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

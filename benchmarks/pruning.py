@@ -1,15 +1,22 @@
 """What pruning costs and what it buys, always together: one table and one plot.
 
-Every row is a cut of SmolLM2 (or ``--model``): perplexity on held-out real text, agreement with the
-dense model's 16 candidates, tokens a second in the environment's own engine, and file size. The
-dense model is timed again beside every cut, so a busy machine slows both.
+Every row is a cut of SmolLM2 (or ``--model``), measured in three ways:
 
-    python -m benchmarks.pruning --quick                                   # each method once, about 3 minutes
-    python -m benchmarks.pruning                                           # each method at 10, 20, 30, 50%
-    python -m benchmarks.pruning --cuts layers:0.1+ffn:0.23 --heal 180     # one combination, healed
+    quality   perplexity on held-out real text, agreement with the dense model's 16 candidates, file size
+    agent     what TextDQN then reaches: the task of ``textgen train``, fewer steps, one seed for all
+    speed     tokens a second in the environment's own engine, in turns with the dense model
+
+    python -m benchmarks.pruning --quick                   # each method once, quality and speed: about 3 minutes
+    python -m benchmarks.pruning                           # each method at 10, 20, 30, 50%, and a healed one
+    python -m benchmarks.pruning --cuts ffn:0.2 --healed layers:0.1+heads:0.34 --heal 180
+
+Each measurement is a line of ``cells.jsonl`` in ``--out``. Started again, the benchmark goes on after the
+last one; ``--measure speed`` leaves the timings for a quiet hour. The agent is trained on the dense model,
+the healed one, and the cuts of 20% (two minutes each), or on all of ``--cuts``.
 
 The text is the Python language reference that every Python carries, or ``--text`` (one document a
-line). Every third document is held out; the others calibrate and heal.
+line). Every third document is held out; the others calibrate and heal, the latter together with
+1,024 texts that the dense model writes from the agent's training prompts.
 """
 
 from __future__ import annotations
@@ -19,7 +26,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +37,40 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from agents.distil import distil
+from agents.frontier import estimated_optimum, share_of_optimal_gain
+from agents.search import SampleAgent
+from agents.train import RunConfig, open_env, open_run
 from agents.transformer_model import METHODS, parse_pruning, prune_
 from textgen_env.device import pick_dtype
-from textgen_env.errors import ConfigError, ModelError
+from textgen_env.errors import ConfigError, ModelError, RunFolderError
+from textgen_env.evaluation import evaluate
 from textgen_env.hf_model import HFModel
 from textgen_env.models import load_pretrained
 
 AMOUNTS = (0.1, 0.2, 0.3, 0.5)
+AGENT_AMOUNTS = (0.2,)  # where the sweep trains an agent
+HEALED = "layers:0.1+ffn:0.23"  # a fifth of SmolLM2's parameters
+HEAL_STEPS = 150
+MEASURES = ("quality", "agent", "speed")
 CANDIDATES = 16
 ROWS = 64  # texts that the engine writes at once
+WRITTEN = 1_024  # texts of the dense model to heal on, beside the documents
+AGENT = RunConfig(prune=None, steps=20_000, eval_texts=512, eval_samples=32)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One row of the table to be: what to remove, how long to heal, what to measure."""
+
+    pruning: str | None  # METHOD:AMOUNT[+...]; None: the dense model
+    heal: int = 0  # steps of distillation
+    measures: Sequence[str] = MEASURES
+
+    @property
+    def name(self) -> str:
+        if self.pruning is None:
+            return "dense"
+        return f"{self.pruning}, healed" if self.heal else self.pruning
 
 
 @dataclass(frozen=True)
@@ -55,91 +87,159 @@ class Row:
     """One line of the table. Ratios are to the dense model; None where nothing was measured."""
 
     cut: str
-    removed: float = 0.0  # share of all parameters, cut away or zero
+    removed: float | None = None  # share of all parameters, cut away or zero
     perplexity: float | None = None
     perplexity_ratio: float | None = None
     top_16: float | None = None  # share of the dense model's 16 candidates that are kept
-    tokens_a_second: float | None = None
-    speed_ratio: float | None = None
     megabytes: float | None = None
     healing_minutes: float | None = None
-    agent_return: float | None = None
+    healing_cpu_minutes: float | None = None  # of all threads: what counts where other work shares the machine
+    model_reward: float | None = None  # of the pruned language model's own samples
+    agent_reward: float | None = None
+    agent_gain: float | None = None  # the second minus the first
+    agent_kl: float | None = None  # nats a text, to the pruned language model
+    agent_value: float | None = None  # J = reward - beta KL
+    agent_share: float | None = None  # of the optimal gain in J that the pruned language model allows
+    agent_dense_likelihood: float | None = None  # nats a token of the agent's texts, as the dense model sees them
+    tokens_a_second: float | None = None
+    speed_ratio: float | None = None
     note: str = ""  # why there is nothing to measure
 
 
-AgentReturn = Callable[[Path], float]
-"""Trains an agent on the model in a folder and returns what it earns: the table's last column."""
+class Cells:
+    """The measurements so far: a JSON line each, the settings first.
+
+    Raises:
+        RunFolderError: the file is of other settings.
+    """
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        self.file = file
+        self.figures: dict[str, dict[str, Any]] = {}  # of each cut
+        self.done: set[tuple[str, str]] = set()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            file.write_text(json.dumps(settings) + "\n")
+        first, *lines = map(json.loads, file.read_text().splitlines())
+        if first != settings:
+            raise RunFolderError(f"{file} holds measurements of {first}, not of {settings}; choose another --out")
+        for line in lines:
+            self._take(**line)
+
+    def add(self, cut: str, measure: str, figures: dict[str, Any]) -> None:
+        line = {"cut": cut, "measure": measure, "figures": figures}
+        with self.file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._take(**line)
+
+    def missing(self, cut: Cut) -> list[str]:
+        """Return what is still to be measured of a cut."""
+        if self.figures.get(cut.name, {}).get("note"):
+            return []
+        return [measure for measure in cut.measures if (cut.name, measure) not in self.done]
+
+    def rows(self) -> list[Row]:
+        return [Row(cut, **figures) for cut, figures in self.figures.items()]
+
+    def _take(self, cut: str, measure: str, figures: dict[str, Any]) -> None:
+        self.figures.setdefault(cut, {}).update(figures)
+        self.done.add((cut, measure))
 
 
-def run(
-    model: str,
-    cuts: Sequence[str],
-    text_file: Path | None,
-    documents: int,
-    heal: int,
-    out: Path,
-    agent_return: AgentReturn | None = None,
-) -> list[Row]:
-    """Measure the dense model and every cut; print the table, write it and a plot to ``out``."""
-    out.mkdir(parents=True, exist_ok=True)
-    dense, tokenizer = load_pretrained(model, pick_dtype("auto"))
-    text = read_text(text_file, tokenizer, documents)
-    dense_loss, dense_top = _quality(dense, text.held_out)
-    dense_engine = _Engine(dense, tokenizer)
-    rows: list[Row] = []
+class Bench:
+    """The dense model, the text, and what is measured against them."""
 
-    def add(row: Row) -> None:
-        rows.append(row)
-        print(_line(row), flush=True)
+    def __init__(self, model: str, text_file: Path | None, documents: int) -> None:
+        self.name = model
+        self.dense, self.tokenizer = load_pretrained(model, pick_dtype("auto"))
+        self.text = read_text(text_file, self.tokenizer, documents)
+        self.dense_loss, self.dense_top = _quality(self.dense, self.text.held_out)
 
-    def measure(cut: str, measured: PreTrainedModel, minutes: float | None) -> Row:
-        loss, top = _quality(measured, text.held_out)
-        dense_speed, speed = _speeds(dense_engine, _Engine(measured, tokenizer))
+    def run(self, cuts: Sequence[Cut], cells: Cells, say: Callable[[str], None]) -> None:
+        """Measure what is missing in ``cells``."""
+        for cut in cuts:
+            missing = cells.missing(cut)
+            if not missing:
+                continue
+            try:
+                model = self._pruned(cut, cells)
+            except (ConfigError, ModelError) as error:
+                cells.add(cut.name, "note", {"note": str(error)})
+                continue
+            for measure in missing:
+                figures = getattr(self, f"_{measure}")(model)
+                cells.add(cut.name, measure, figures)
+                say(f"{cut.name}, {measure}: {figures}")
+
+    def _pruned(self, cut: Cut, cells: Cells) -> PreTrainedModel:
+        """Prune and heal; a healed model is kept beside the cells."""
+        if cut.pruning is None:
+            return self.dense
+        folder = cells.file.parent / cut.name
+        if cut.heal and (cut.name, "healing") in cells.done:
+            return load_pretrained(str(folder), pick_dtype("auto"))[0]
+        model, _ = load_pretrained(self.name, pick_dtype("auto"))
+        for method, amount in parse_pruning(cut.pruning):
+            prune_(model, method, amount, calibration=self.text.calibration)
+        if cut.heal:
+            started, cpu = time.perf_counter(), time.process_time()
+            texts = [*self.text.healing, *self._written()]
+            distil(model, self.dense, texts, cut.heal, tokenizer=self.tokenizer)
+            minutes, cpu_minutes = (time.perf_counter() - started) / 60, (time.process_time() - cpu) / 60
+            self._save(model, folder)
+            cells.add(cut.name, "healing", {"healing_minutes": minutes, "healing_cpu_minutes": cpu_minutes})
+        return model
+
+    def _written(self) -> list[str]:
+        """Return what the dense model writes from the agent's training prompts, to heal on."""
+        run = open_run(AGENT, model=HFModel(self.dense, self.tokenizer, name="dense"))
+        texts = evaluate(SampleAgent(), run.env, WRITTEN, AGENT.seed)
+        return [a + b for a, b in zip(texts.prompts, texts.completions, strict=True)]
+
+    def _save(self, model: PreTrainedModel, folder: Path) -> None:
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _quality(self, model: PreTrainedModel) -> dict[str, float]:
+        loss, top = _quality(model, self.text.held_out)
         with tempfile.TemporaryDirectory() as folder:
-            measured.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            self._save(model, Path(folder))
             size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-            earned = None if agent_return is None else agent_return(Path(folder))
-        return Row(
-            cut,
-            removed=1 - _nonzero(measured) / _nonzero(dense),
-            perplexity=math.exp(loss),
-            perplexity_ratio=math.exp(loss - dense_loss),
-            top_16=_shared(top, dense_top),
-            tokens_a_second=speed,
-            speed_ratio=speed / dense_speed,
-            megabytes=size / 1e6,
-            healing_minutes=minutes,
-            agent_return=earned,
-        )
+        return {
+            "removed": 1 - _nonzero(model) / _nonzero(self.dense),
+            "perplexity": math.exp(loss),
+            "perplexity_ratio": math.exp(loss - self.dense_loss),
+            "top_16": _shared(top, self.dense_top),
+            "megabytes": size / 1e6,
+        }
 
-    print(HEADER)
-    add(measure("dense", dense, None))
-    for cut in cuts:
-        pruned, _ = load_pretrained(model, pick_dtype("auto"))
-        try:
-            for method, amount in parse_pruning(cut):
-                prune_(pruned, method, amount, calibration=text.calibration)
-        except (ConfigError, ModelError) as error:
-            add(Row(cut, note=str(error)))
-            continue
-        minutes = _heal(pruned, dense, tokenizer, text.healing, heal, out / cut) if heal else None
-        add(measure(cut, pruned, minutes))
-    (out / "table.md").write_text("\n".join([HEADER, *(_line(row) for row in rows)]) + "\n")
-    (out / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    _plot(rows, out / "pruning.png")
-    return rows
+    def _agent(self, model: PreTrainedModel) -> dict[str, float]:
+        """Train TextDQN on the model, and measure both on prompts that it has not seen."""
+        torch.manual_seed(AGENT.seed)
+        run = open_run(AGENT, model=HFModel(model, self.tokenizer, name="pruned"))
+        run.agent.learn(AGENT.steps)
+        keys = ("logprobs", "action_mask")
+        plain = open_env(AGENT, run.env.language_model, run.test_prompts, AGENT.reward, keys)
+        samples = AGENT.eval_samples * len(run.test_prompts)
+        before = evaluate(SampleAgent(), plain, samples, AGENT.seed, run.test_prompts)
+        after = evaluate(run.agent, run.env, AGENT.eval_texts, AGENT.seed, run.test_prompts)  # type: ignore[arg-type]
+        best = float(estimated_optimum(before.by_prompt(before.rewards), AGENT.beta).value.mean())
+        value = after.reward - AGENT.beta * (after.mean_kl or 0.0)
+        texts = [a + b for a, b in zip(after.prompts[:128], after.completions[:128], strict=True)]
+        loss, _ = _quality(self.dense, [_ids(text, self.tokenizer, 128) for text in texts])
+        return {
+            "model_reward": before.reward,
+            "agent_reward": after.reward,
+            "agent_gain": after.reward - before.reward,
+            "agent_kl": after.mean_kl or 0.0,
+            "agent_value": value,
+            "agent_share": share_of_optimal_gain(value, before.reward, best),
+            "agent_dense_likelihood": -loss,
+        }
 
-
-def _heal(
-    student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any, texts: list[str], steps: int, folder: Path
-) -> float:
-    """Distil in place, keep the healed model in ``folder``, and return the minutes of this call."""
-    started = time.perf_counter()
-    distil(student, teacher, texts, steps, tokenizer=tokenizer, folder=folder)
-    student.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return (time.perf_counter() - started) / 60
+    def _speed(self, model: PreTrainedModel) -> dict[str, float]:
+        dense_speed, speed = _speeds(_Engine(self.dense, self.tokenizer), _Engine(model, self.tokenizer))
+        return {"tokens_a_second": speed, "speed_ratio": speed / dense_speed}
 
 
 def read_text(file: Path | None, tokenizer: Any, documents: int) -> Text:
@@ -197,71 +297,112 @@ class _Engine:
         self.may_end = np.zeros(ROWS, dtype=bool)
         self.prompts = self.random.integers(3, model.config.vocab_size, (ROWS, 8)).tolist()
 
-    def seconds(self, tokens: int = 16) -> float:
+    def seconds(self, tokens: int = 8) -> float:
         """Write ``tokens`` tokens a text, from the prompts on; the prompts' own forward is not timed."""
+        # One thread's own CPU time is the time of a quiet machine; other work does not lengthen it.
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         self.slots.start(self.rows, self.prompts)
         proposals = self.slots.propose(self.rows, self.may_end)
-        started = time.perf_counter()
+        started = clock()
         for _ in range(tokens):
             chosen = proposals.candidates[self.rows, self.random.integers(CANDIDATES, size=ROWS)]
             self.slots.advance(self.rows, chosen.astype(np.int64))
             proposals = self.slots.propose(self.rows, self.may_end)
-        return (time.perf_counter() - started) / tokens
+        return (clock() - started) / tokens
 
 
 def _speeds(one: _Engine, other: _Engine) -> tuple[float, float]:
-    """Tokens a second of two engines, timed in turns; the best of eight each, which other load disturbs least."""
+    """Tokens a second of two engines, timed in turns; the median of eight each."""
     seconds = np.array([(one.seconds(), other.seconds()) for _ in range(9)])[1:]  # (8, 2); the first warms up
-    first, second = ROWS / seconds.min(axis=0)
+    first, second = ROWS / np.median(seconds, axis=0)
     return float(first), float(second)
 
 
-def _line(row: Row) -> str:
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
+HEADER = """\
+| cut | parameters removed | perplexity | top-16 kept | MB | agent: reward | gain | KL | loglik, dense | tokens/s |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def _line(row: Row, dense_gain: float | None) -> str:
+    def cell(value: float | None, form: str, ratio: float | None = None) -> str:
+        shown = "-" if value is None else format(value, form)
+        return shown if ratio is None else f"{shown} ({ratio:.2f}x)"
 
     if row.note:
         return f"| {row.cut} | {row.note} |"
+    gain_ratio = None if row.agent_gain is None or not dense_gain else row.agent_gain / dense_gain
     cells = [
-        row.cut,
-        f"{row.removed:.1%}",
-        f"{cell(row.perplexity, '.1f')} ({cell(row.perplexity_ratio, '.2f')}x)",
+        row.cut if row.healing_minutes is None else f"{row.cut} in {row.healing_minutes:.1f} min",
+        cell(row.removed, ".1%"),
+        cell(row.perplexity, ".1f", row.perplexity_ratio),
         cell(row.top_16, ".0%"),
-        f"{cell(row.tokens_a_second, '.0f')} ({cell(row.speed_ratio, '.2f')}x)",
         cell(row.megabytes, ".0f"),
-        cell(row.healing_minutes, ".1f"),
-        cell(row.agent_return, ".3f"),
+        cell(row.agent_reward, ".2f"),
+        cell(row.agent_gain, ".2f", gain_ratio),
+        cell(row.agent_kl, ".1f"),
+        cell(row.agent_dense_likelihood, ".2f"),
+        cell(row.tokens_a_second, ".0f", row.speed_ratio),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-HEADER = """\
-| cut | parameters removed | perplexity | top-16 kept | tokens/s, 64 rows | MB | healed, min | return |
-|---|---|---|---|---|---|---|---|"""
+def table(rows: Sequence[Row]) -> str:
+    """Return the rows as Markdown; gains are compared with the dense model's."""
+    dense_gain = next((row.agent_gain for row in rows if row.cut == "dense"), None)
+    return "\n".join([HEADER, *(_line(row, dense_gain) for row in rows)]) + "\n"
 
 
-def _plot(rows: Sequence[Row], file: Path) -> None:
-    """Perplexity against speed, one line a method, the amounts beside the points."""
-    import matplotlib
+def draw(rows: Sequence[Row], file: Path) -> None:
+    """Draw perplexity against speed, and what the agent gains against perplexity: one line a method."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    figure = Figure(figsize=(10, 4.4), dpi=130, layout="constrained")
+    speed, agent = figure.subplots(1, 2)
+    panels = (
+        (speed, "speed_ratio", "perplexity_ratio", "tokens a second, times dense", "perplexity, times dense"),
+        (agent, "perplexity_ratio", "agent_gain", "perplexity, times dense", "agent's gain in reward"),
+    )
+    for axes, x, y, x_label, y_label in panels:
+        for method, points in _lines(rows, x, y):
+            alone = {"marker": "*", "markersize": 12} if len(points) == 1 else {"marker": "o"}
+            axes.plot(*zip(*(place for _, place in points), strict=True), label=method, **alone)
+            for amount, place in points:
+                axes.annotate(amount, place, fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.grid(alpha=0.3)
+    speed.set_yscale("log")
+    agent.set_xscale("log")
+    speed.legend(frameon=False, fontsize=8)
+    figure.savefig(file)
 
-    figure, axes = pyplot.subplots(figsize=(7, 5))
-    lines: dict[str, dict[str, tuple[float, float]]] = {}
+
+def _lines(rows: Sequence[Row], x: str, y: str) -> Iterator[tuple[str, list[tuple[str, tuple[float, float]]]]]:
+    """Yield each method with its amounts and points (x, y); combinations stand alone."""
+    lines: dict[str, list[tuple[str, tuple[float, float]]]] = {}
     for row in rows:
-        if row.speed_ratio is not None and row.perplexity_ratio is not None:
-            method, _, amount = row.cut.partition(":")
-            lines.setdefault(method, {})[amount] = (row.speed_ratio, row.perplexity_ratio)
-    for method, points in lines.items():
-        axes.plot(*zip(*points.values(), strict=True), "o-", label=method)
-        for amount, place in points.items():
-            axes.annotate(amount, place, fontsize=7)
-    axes.set(xlabel="speed, times dense", ylabel="perplexity, times dense", yscale="log")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+        place = getattr(row, x), getattr(row, y)
+        if None in place:
+            continue
+        method, _, amount = row.cut.partition(":")
+        single = "+" not in amount and "," not in amount
+        lines.setdefault(method if single else row.cut, []).append((amount if single else "", place))
+    yield from lines.items()
+
+
+def plan(options: argparse.Namespace) -> list[Cut]:
+    """Return the rows that the options ask for, the dense model first."""
+    wanted = tuple(options.measure or (MEASURES if not options.quick else ("quality", "speed")))
+    sweep = [f"{method}:{amount}" for method in METHODS for amount in ((0.3,) if options.quick else AMOUNTS)]
+    with_agent = {f"{method}:{amount}" for method in METHODS for amount in AGENT_AMOUNTS} | set(options.cuts or ())
+    healed = options.healed if options.healed is not None else [] if options.cuts or options.quick else [HEALED]
+    return [
+        Cut(None, measures=wanted),
+        *(Cut(cut, options.heal, wanted) for cut in healed),
+        *(
+            Cut(cut, measures=[measure for measure in wanted if measure != "agent" or cut in with_agent])
+            for cut in options.cuts or sweep
+        ),
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -270,23 +411,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", default="smollm2", help="a name, folder or hub id of a causal model")
     parser.add_argument("--cuts", nargs="+", metavar="METHOD:AMOUNT[+...]", help="instead of every method")
+    parser.add_argument(
+        "--healed", nargs="*", metavar="METHOD:AMOUNT[+...]", help=f"healed cuts; the sweep's: {HEALED}"
+    )
+    parser.add_argument("--heal", type=int, default=HEAL_STEPS, metavar="STEPS", help="of 1,024 tokens each")
+    parser.add_argument("--measure", nargs="+", choices=MEASURES, help="only these")
     parser.add_argument("--text", type=Path, help="a text file with one document a line")
-    parser.add_argument("--heal", type=int, default=0, metavar="STEPS", help="distil every cut, 1,024 tokens a step")
-    parser.add_argument("--out", type=Path, default=Path("out/pruning"), help="for table, plot and healed models")
-    parser.add_argument("--quick", action="store_true", help="each method once, on little text")
+    parser.add_argument("--out", type=Path, default=Path("out/pruning"), help="for cells, table, plot, healed models")
+    parser.add_argument("--quick", action="store_true", help="each method once, on little text, without agents")
     options = parser.parse_args(arguments)
-    for cut in options.cuts or ():
+    for cut in (*(options.cuts or ()), *(options.healed or ())):
         parse_pruning(cut)  # a typing error should not wait for the cuts before it
     transformers_logging.disable_progress_bar()
-    amounts = (0.3,) if options.quick else AMOUNTS
-    run(
-        options.model,
-        options.cuts or [f"{method}:{amount}" for method in METHODS for amount in amounts],
-        options.text,
-        documents=12 if options.quick else 60,
-        heal=options.heal,
-        out=options.out,
-    )
+    documents = 12 if options.quick else 60
+    settings = {
+        "model": options.model,
+        "text": options.text and options.text.name,
+        "documents": documents,
+        "heal": options.heal,
+        "agent": {"steps": AGENT.steps, "texts": AGENT.eval_texts, "beta": AGENT.beta, "seed": AGENT.seed},
+    }
+    cells = Cells(options.out / "cells.jsonl", settings)
+    Bench(options.model, options.text, documents).run(plan(options), cells, lambda line: print(line, flush=True))
+    rows = cells.rows()
+    print(table(rows))
+    (options.out / "table.md").write_text(table(rows))
+    results = {"settings": settings, "rows": [asdict(row) for row in rows]}
+    (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(rows, options.out / "pruning.png")
 
 
 if __name__ == "__main__":

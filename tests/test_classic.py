@@ -512,8 +512,9 @@ def test_choices_equal_a_forward_of_each_prefix_alone(folder, letter_model):
     )
 
 
-def test_a_file_is_never_read_whole(tmp_path, letter_model, monkeypatch):
-    (tmp_path / "long.txt").write_text("the same again. " * 1000)
+@pytest.mark.parametrize("phrase", ["the same again. ", "nospaceatall"])
+def test_a_file_is_never_read_whole(tmp_path, letter_model, monkeypatch, phrase):
+    (tmp_path / "long.txt").write_text(phrase * 1000)
     monkeypatch.setattr("agents.text_dataset.BLOCK", 64)
     seen = []
 

@@ -82,6 +82,21 @@ def test_generate_samples_a_language_model_itself(folder):
     assert all(text["reward"] == ("good" in text["completion"]) for text in texts)
 
 
+def test_a_pruned_and_healed_model_writes(folder, tmp_path):
+    result = textgen(
+        *("prune", folder / "model", "--cuts", "layers:0.5+ffn:0.25", "--heal", 2),
+        *("--text", folder / "prompts.txt", "--out", tmp_path / "p"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "layers 50% + ffn 25%" in result.output
+    config = json.loads((tmp_path / "p" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"]) == (1, 18)
+
+    written = textgen("generate", "--model", tmp_path / "p", "--prompt", "the film", "--max-new-tokens", 4, "--num", 2)
+    assert written.exit_code == 0, written.output
+    assert written.output.count("the film|") == 2
+
+
 def test_evaluate_repeats_the_table_and_draws_the_plane(run, folder):
     result = textgen("evaluate", folder / "run")
     assert result.exit_code == 0, result.output
@@ -126,8 +141,13 @@ def test_a_stored_configuration_is_a_start_for_another_run(run, folder):
         (["train", "--reward", "sentimet", "--model", "{model}"], "Did you mean 'sentiment'"),
         (["train", "--reward", '{"sentiment": }', "--model", "{model}"], "looks like JSON but is none"),
         (["train", "--prune", "l1:0.1"], "unknown pruning method 'l1'"),
+        (["prune", "{model}", "--out", "p", "--method", "fnn"], "Did you mean 'ffn'"),
+        (["prune", "{model}", "--out", "p", "--amount", "1"], "must be in [0, 1)"),
+        (["prune", "{model}", "--out", "p", "--cuts", "layers"], "METHOD:AMOUNT"),
+        (["prune", "{model}", "--out", "p", "--text", "nowhere.txt"], "cannot read 'nowhere.txt'"),
+        (["prune", "{model}", "--out", "{model}"], "holds a model already"),
         (["train", "--prompts", "nowhere.txt", "--model", "{model}"], "no file of prompts at 'nowhere.txt'"),
-        (["train", "--config", "nowhere.json"], "cannot read the configuration"),
+        (["train", "--config", "nowhere.json"], "cannot read 'nowhere.json'"),
         (["train", "--max-new-tokens", "4", "--min-new-tokens", "5"], "min_new_tokens must be at most"),
         (["train", "--model", "{model}", "--top-k", "4", "--max-prompt-tokens", "200"], "exceed the 128 tokens"),
         (["generate"], "give either the folder of a run, or --model"),

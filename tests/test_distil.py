@@ -210,7 +210,7 @@ def stop(*args):
 
 def test_from_a_folder_to_a_healed_folder_and_on_after_a_stop(tmp_path, monkeypatch):
     model(0).save_pretrained(tmp_path / "dense")
-    options = {"method": "ffn", "amount": 0.25, "steps": 4, "progress": False}
+    options = {"cuts": [("layers", 0.5), ("ffn", 0.25)], "steps": 4, "progress": False}
     report = prune_and_heal(tmp_path / "dense", tmp_path / "straight", **options)
     with monkeypatch.context() as patch:
         patch.setattr(PrunedTransformerModel, "save_pretrained", stop)
@@ -222,7 +222,10 @@ def test_from_a_folder_to_a_healed_folder_and_on_after_a_stop(tmp_path, monkeypa
 
     straight, resumed = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("straight", "stopped"))
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
-    assert straight.config.intermediate_size == 18
+    assert (straight.config.num_hidden_layers, straight.config.intermediate_size) == (1, 18)
+    assert report.dense_parameters == sum(p.numel() for p in model(0).parameters())
+    assert report.parameters == sum(p.numel() for p in straight.parameters())
+    assert "layers 50% + ffn 25%" in str(report)
     assert not (tmp_path / "stopped" / "healing").exists()
     with pytest.raises(RunFolderError, match="holds a model already"):
         prune_and_heal(tmp_path / "dense", tmp_path / "stopped", **options)

@@ -117,6 +117,20 @@ def test_a_frozen_transformer_is_shared_and_not_saved(tiny_lm, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(before, pruned.parameters(), strict=True))
 
 
+def test_the_memo_is_bounded_and_runs_new_prefixes_only(tiny_lm, monkeypatch):
+    pruned = PrunedTransformerModel(tiny_lm[0], pruning_amount=0.0, tokenizer=tiny_lm[1])
+    env, _ = observations(tiny_lm)
+    two_rows = 2 * 4 * 16  # bytes of two hidden states
+    extractor = PrunedTransformerExtractor(env.single_observation_space, "tokens", pruned, memo_bytes=two_rows)
+    rows = []
+    run = extractor._run
+    monkeypatch.setattr(extractor, "_run", lambda tokens, length: rows.append(len(tokens)) or run(tokens, length))
+    prefixes = torch.arange(4)[:, None].expand(4, 8)
+    for chosen in ([0, 1], [1, 0], [1, 2], [0, 2]):  # 0 is forgotten for 2
+        extractor._remembered(prefixes[chosen], torch.full((2, 1), 3))
+    assert rows == [2, 1, 1]
+
+
 def test_an_extractor_says_what_it_lacks(tiny_lm):
     env, _ = observations(tiny_lm)
     space = env.single_observation_space

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -244,6 +245,23 @@ def test_a_saved_model_loads_without_this_package_and_generates(family, method, 
         logits[:, 2] = -torch.inf  # min_new_tokens blocks the end token
         greedy = torch.cat([greedy, logits.argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(cached, greedy)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_saved_model_proposes_in_the_environment_as_it_predicts(method, tiny_lm, tmp_path):
+    if method == "heads":
+        pytest.skip("the tiny model has one group")
+    model = PrunedTransformerModel(
+        copy.deepcopy(tiny_lm[0]), 0.5, method, tokenizer=tiny_lm[1], calibration=["the film was good"]
+    )
+    model.save_pretrained(tmp_path)
+    env = gym.make("textgen_env:TextGen-v0", model=str(tmp_path), dtype="float32", top_k=4, max_new_tokens=3)
+
+    observation, _ = env.reset(options={"prompt": "the film was"})
+
+    logits = outputs(model.model, torch.tensor([[2, 3, 4]]))[0, -1]
+    assert observation["candidates"].tolist() == logits.topk(4).indices.tolist()
+    np.testing.assert_allclose(observation["logprobs"], logits.log_softmax(-1).topk(4).values, atol=1e-4)
 
 
 def test_the_hidden_states_of_a_causal_model_are_what_its_head_reads(ids):
