@@ -489,6 +489,8 @@ def _blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 def _count(method: str, amount: float, total: int, what: str) -> int:
     """How many of ``total`` units ``amount`` removes: the nearest count, never none or all."""
+    if total == 1:
+        raise ConfigError(f"{method} finds 1 of {what} in each layer, which cannot go; use another method")
     removed = round(amount * total)
     if not 1 <= removed < total:
         raise ConfigError(

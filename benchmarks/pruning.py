@@ -353,26 +353,27 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """Draw perplexity against speed, and what the agent gains against perplexity: one line a method."""
+    """Draw perplexity against size and speed, and the agent's gain against perplexity: a line for each method."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.4), dpi=130, layout="constrained")
-    speed, agent = figure.subplots(1, 2)
+    figure = Figure(figsize=(12.5, 4.2), dpi=130, layout="constrained")
+    worse, gain = "perplexity, times dense", "agent's gain in reward"
     panels = (
-        (speed, "speed_ratio", "perplexity_ratio", "tokens a second, times dense", "perplexity, times dense"),
-        (agent, "perplexity_ratio", "agent_gain", "perplexity, times dense", "agent's gain in reward"),
+        ("removed", "perplexity_ratio", "share of parameters removed", worse, {"yscale": "log"}),
+        ("speed_ratio", "perplexity_ratio", "tokens a second, times dense", worse, {"yscale": "log"}),
+        ("perplexity_ratio", "agent_gain", worse, gain, {"xscale": "log"}),
     )
-    for axes, x, y, x_label, y_label in panels:
+    colors: dict[str, str] = {}  # each method has the same one in all panels
+    for axes, (x, y, x_label, y_label, scale) in zip(figure.subplots(1, 3), panels, strict=True):
         for method, points in _lines(rows, x, y):
-            alone = {"marker": "*", "markersize": 12} if len(points) == 1 else {"marker": "o"}
-            axes.plot(*zip(*(place for _, place in points), strict=True), label=method, **alone)
+            color = colors.setdefault(method, f"C{len(colors)}")
+            alone = {"marker": "*", "markersize": 12} if len(points) == 1 else {"marker": "o", "markersize": 4}
+            axes.plot(*zip(*(place for _, place in points), strict=True), label=method, color=color, **alone)
             for amount, place in points:
                 axes.annotate(amount, place, fontsize=7, xytext=(3, 3), textcoords="offset points")
-        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set(xlabel=x_label, ylabel=y_label, **scale)
         axes.grid(alpha=0.3)
-    speed.set_yscale("log")
-    agent.set_xscale("log")
-    speed.legend(frameon=False, fontsize=8)
+    figure.axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(file)
 
 
