@@ -320,13 +320,13 @@ def prune(
 @app.command("list")
 def list_names(
     what: Annotated[
-        str | None, typer.Argument(help="agents, models, prompts, pruning or rewards; all unless said.")
+        str | None, typer.Argument(help="agents, models, prompts, pruning, rewards or tasks; all unless said.")
     ] = None,
 ) -> None:
     """List the names that the other commands take."""
     from textgen_env.registry import unknown_name
 
-    known = ("agents", "models", "prompts", "pruning", "rewards")
+    known = ("agents", "models", "prompts", "pruning", "rewards", "tasks")
     if what is not None and what not in known:
         raise unknown_name("list", what, known)
     console = Console()
@@ -354,6 +354,12 @@ def _names(kind: str) -> Iterator[tuple[str, str]]:
         from textgen_env.rewards import REWARDS
 
         yield from ((name, _first_line(REWARDS[name])) for name in sorted(REWARDS))
+    elif kind == "tasks":
+        from textgen_env.tasks import TASKS, make_task
+
+        for id in TASKS:
+            sizes = ", ".join(f"{name}={value}" for name, value in make_task(id).sizes.items())
+            yield id, f"{_first_line(TASKS[id])} ({sizes})"
     elif kind == "pruning":
         from agents.transformer_model import METHODS
 

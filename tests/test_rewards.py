@@ -58,6 +58,7 @@ RANGES = {
     "repetition": (0, 1),
     "distinct": (0, 1),
     "readability": (0, 1),
+    "metre": (0, 1),
     "regex": (0, 1),
     "json": (0, 1),
     "rhyme": (0, 1),
@@ -219,7 +220,8 @@ def running_rewards(files) -> dict[str, Reward]:
 
 def test_these_rewards_have_running_scores(files):
     assert set(running_rewards(files)) >= {
-        "sentiment", "keywords", "length", "repetition", "distinct", "readability", "rouge", "classifier", "mix",
+        "sentiment", "keywords", "length", "repetition", "distinct", "readability", "metre", "rouge", "classifier",
+        "mix",
     }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -13,7 +15,10 @@ from agents.search import SampleAgent
 from textgen_env import make_task
 from textgen_env.errors import ConfigError, PromptError, UnknownName
 from textgen_env.evaluation import evaluate
+from textgen_env.prompts import Prompt
+from textgen_env.rewards import Generation, make_reward
 from textgen_env.tasks import TASKS, Bounds, OptimalAgent
+from textgen_env.tasks.language import FIRST_LINES
 
 DIAGNOSTIC = [f"TextGen/{name}-v0" for name in textgen_env.DIAGNOSTIC_TASKS]
 
@@ -201,3 +206,93 @@ def test_bounds_that_do_not_rise_are_refused(bounds):
 
 def test_normalising_takes_arrays():
     np.testing.assert_allclose(Bounds(0.2, 0.6, 1.0).normalise([0.2, 0.4, 0.6]), [0.0, 0.5, 1.0])
+
+
+# --- language tasks
+
+
+@pytest.fixture(params=sorted(set(TASKS) - set(DIAGNOSTIC)))
+def language(request):
+    return make_task(request.param)
+
+
+def test_no_template_is_both_trained_and_tested_on(language):
+    def templates(prompts):
+        return {prompt.metadata.get("template", prompt.text) for prompt in prompts}
+
+    assert templates(language.train_prompts)
+    assert templates(language.test_prompts)
+    assert not templates(language.train_prompts) & templates(language.test_prompts)
+
+
+def test_language_tasks_play_on_any_model(language, tiny_lm):
+    task = replace(language, model=tiny_lm)
+    small = None if task.settings.get("top_k", 16) is None else 4
+    vec = task.make_vec(4, top_k=small, max_prompt_tokens=60, max_new_tokens=4, min_new_tokens=0)
+    texts = evaluate(SampleAgent(), vec, 8, seed=0, prompts=task.test_prompts)
+    assert ((texts.rewards >= -1) & (texts.rewards <= 1)).all()
+
+
+def test_bounds_that_nobody_has_searched_say_how_to():
+    with pytest.raises(ConfigError, match=r"benchmarks.bounds --tasks TextGen/Sentiment-v0 --sizes .*length=7"):
+        make_task("TextGen/Sentiment-v0", length=7).bounds()
+
+
+@pytest.mark.parametrize(
+    ("name", "completion", "reward"),
+    [
+        ("Keywords", " a day with a friend", 0.5),
+        ("Keywords", " a day with a friend a day with a friend", 0.5 - 2 / 7),
+        ("Json", 'glad"', 0.5),
+        ("Json", 'glad"}', 0.5),
+        ("Json", 'glad", "city": "Rome"', 1.0),
+        ("Json", 'glad", "city": "Rome"}', 1.0),
+        ("Json", "glad", 0.0),
+        ("Json", 'glad" and', 0.0),
+        ("Couplet", "and so the day will go to bed\n", 1.0),  # eight syllables, "bread" before
+        ("Couplet", "and so the day will sleep\n", 0.375),  # six
+        ("LeadRouge", " a boy found the dog", 2 * 1.0 * 0.5 / 1.5),  # half of ten words
+    ],
+)
+def test_language_rewards_on_worked_cases(name, completion, reward):
+    task = make_task(f"TextGen/{name}-v0")
+    prompt = {
+        "Keywords": Prompt("It was"),
+        "Json": Prompt('{"name": "Ann", "mood": "'),
+        "Couplet": Prompt("The baker sings and bakes his bread,\n"),
+        "LeadRouge": Prompt("A dog was lost.", reference="A boy found the dog and took it back home."),
+    }[name]
+    generation = Generation(prompt.text, completion, reference=prompt.reference)
+    assert task.reward([generation])[0] == pytest.approx(reward)
+
+
+def test_the_keys_that_a_json_object_needs_are_a_size():
+    begun, end = '{"name": "Ann", "mood": "', 'glad"'
+    worth = [make_task("TextGen/Json-v0", keys=keys).reward([Generation(begun, end)])[0] for keys in (2, 3)]
+    assert worth == [1.0, 0.5]
+
+
+def test_first_lines_of_couplets_have_eight_syllables():
+    reward = make_reward({"name": "metre", "syllables": 8})
+    assert set(reward([Generation("", line) for line in FIRST_LINES])) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "says"),
+    [
+        ("Sentiment", {"length": 0}, "length"),
+        ("Keywords", {"count": 13}, "count must be a whole number in 1..12"),
+        ("Readability", {"grade": 31}, "grade must be a number in"),
+        ("Json", {"keys": 5}, "keys"),
+        ("Couplet", {"length": 257}, "length"),
+        ("LeadRouge", {"length": 3}, "length"),
+    ],
+)
+def test_a_language_size_out_of_range_says_what_is_allowed(name, sizes, says):
+    with pytest.raises(ConfigError, match=says):
+        make_task(f"TextGen/{name}-v0", **sizes)
+
+
+def test_lead_rouge_takes_no_other_model():
+    with pytest.raises(UnknownName, match="unknown size of TextGen/LeadRouge-v0 'model'"):
+        make_task("TextGen/LeadRouge-v0", model="smollm2")

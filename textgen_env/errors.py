@@ -48,3 +48,7 @@ class CapacityError(TextGenError, MemoryError):
 
 class RunFolderError(TextGenError, OSError):
     """A run folder that exists already, is incomplete, or belongs to another configuration."""
+
+
+class ContractError(TextGenError, AssertionError):
+    """An object does not keep a promise that environments or agents rely on."""

@@ -14,7 +14,7 @@ from textgen_env.rewards.base import (
 )
 from textgen_env.rewards.combine import Mix, Shaped, make_reward, reward_spec
 from textgen_env.rewards.functions import FunctionReward, batch_reward
-from textgen_env.rewards.lexical import Distinct, Keywords, Length, Readability, Repetition
+from textgen_env.rewards.lexical import Distinct, Keywords, Length, Metre, Readability, Repetition
 from textgen_env.rewards.linear import Classifier
 from textgen_env.rewards.neural import Fluency, Similarity
 from textgen_env.rewards.references import Bleu, Chrf, Rouge
@@ -35,6 +35,7 @@ __all__ = [
     "Json",
     "Keywords",
     "Length",
+    "Metre",
     "Mix",
     "PipelineReward",
     "Readability",

@@ -255,6 +255,55 @@ class Readability(IncrementalReward):
         return _ReadabilityScore(self.target, self.tolerance)
 
 
+@REWARDS.register("metre")
+@dataclass(frozen=True)
+class Metre(IncrementalReward):
+    """How close the completion's first line is to a number of syllables: 1 - |count - syllables| / syllables.
+
+    Syllables are counted by spelling; where the stress falls is not looked at.
+
+    Range: 0 (no word, or twice as many and more) to 1 (as many as wanted).
+    Running score: yes.
+    How it is gamed: any words will do.
+
+    Args:
+        syllables: Wanted, at least 1.
+    """
+
+    syllables: int = 8
+
+    name = "metre"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.syllables, int) or self.syllables < 1:
+            raise ConfigError(f"a metre is a whole number of syllables from 1, got {self.syllables!r}")
+
+    def running(self) -> IncrementalScore[Any]:
+        return _MetreScore(self.syllables)
+
+
+class _Line(NamedTuple):
+    syllables: int = 0
+    over: bool = False  # a newline was seen
+
+
+class _MetreScore(IncrementalScore[_Line]):
+    def __init__(self, target: int) -> None:
+        self._target = target
+
+    def begin(self, prompt: str, reference: str | None, metadata: Mapping[str, Any]) -> _Line:
+        return _Line()
+
+    def settle(self, acc: _Line, text: str) -> _Line:
+        if acc.over:
+            return acc
+        line, newline, _ = text.partition("\n")
+        return _Line(acc.syllables + sum(map(count_syllables, split_words(line))), bool(newline))
+
+    def value(self, acc: _Line, tail: str) -> float:
+        return max(0.0, 1 - abs(self.settle(acc, tail).syllables - self._target) / self._target)
+
+
 class _Prose(NamedTuple):
     words: int = 0
     syllables: int = 0

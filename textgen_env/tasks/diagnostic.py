@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from textgen_env.config import check_at_least, check_one_of
 from textgen_env.errors import ConfigError
-from textgen_env.tasks.exact import Process, check_between, check_share, diagnostic
+from textgen_env.tasks.exact import Process, check_between, check_number, diagnostic_task
 
 Floats = npt.NDArray[np.float64]
 
@@ -43,7 +43,7 @@ def one_hot(place: int | None, size: int) -> Floats:
     return hot
 
 
-@diagnostic("TextGen/Needle-v0")
+@diagnostic_task("TextGen/Needle-v0")
 @dataclass(frozen=True)
 class Needle(Process):
     """Exploration: of all texts only one is worth anything.
@@ -142,7 +142,7 @@ class _Carried(NamedTuple):
     key: int | None  # None before the first step
 
 
-@diagnostic("TextGen/DelayedKey-v0")
+@diagnostic_task("TextGen/DelayedKey-v0")
 @dataclass(frozen=True)
 class DelayedKey(Process):
     """Credit: the first token decides, and its reward comes `delay` tokens later.
@@ -187,7 +187,7 @@ class DelayedKey(Process):
     def __post_init__(self) -> None:
         check_between("delay", self.delay, 0, 256)
         check_between("keys", self.keys, 2, LETTERS)
-        check_share("prior", self.prior, 0.001, 0.999)
+        check_number("prior", self.prior, 0.001, 0.999)
         check_at_least("seed", self.seed, 0)
 
     @property
@@ -245,7 +245,7 @@ class _Pulled(NamedTuple):
     arm: int | None
 
 
-@diagnostic("TextGen/NoisyBandit-v0")
+@diagnostic_task("TextGen/NoisyBandit-v0")
 @dataclass(frozen=True)
 class NoisyBandit(Process):
     """Noise: one token a text, and a reward of which only the mean says which is right.
@@ -294,8 +294,8 @@ class NoisyBandit(Process):
     def __post_init__(self) -> None:
         check_between("arms", self.arms, 2, LETTERS)
         check_between("contexts", self.contexts, 1, LETTERS)
-        check_share("noise", self.noise)
-        check_share("scale", self.scale, 0.001)
+        check_number("noise", self.noise)
+        check_number("scale", self.scale, 0.001)
         check_at_least("seed", self.seed, 0)
 
     @property
@@ -350,7 +350,7 @@ class _Nested(NamedTuple):
     broken: bool
 
 
-@diagnostic("TextGen/Dyck-v0")
+@diagnostic_task("TextGen/Dyck-v0")
 @dataclass(frozen=True)
 class Dyck(Process):
     """Memory and constraint: close every bracket, the last opened first, within the length.
@@ -470,7 +470,7 @@ class _Walked(NamedTuple):
     nodes: tuple[int, ...]  # arm of each node so far
 
 
-@diagnostic("TextGen/StarGraph-v0")
+@diagnostic_task("TextGen/StarGraph-v0")
 @dataclass(frozen=True)
 class StarGraph(Process):
     """A bad prior: the right first step is one that the language model hardly ever takes.
@@ -519,8 +519,8 @@ class StarGraph(Process):
     def __post_init__(self) -> None:
         check_between("degree", self.degree, 2, LETTERS)
         check_between("length", self.length, 1, 64)
-        check_share("prior", self.prior, 0.001, 0.999)
-        check_share("slip", self.slip, 0.0, 0.999)
+        check_number("prior", self.prior, 0.001, 0.999)
+        check_number("slip", self.slip, 0.0, 0.999)
         check_at_least("seed", self.seed, 0)
 
     @property
@@ -582,7 +582,7 @@ class _Visited(NamedTuple):
     moves: int
 
 
-@diagnostic("TextGen/RandomWalks-v0")
+@diagnostic_task("TextGen/RandomWalks-v0")
 @dataclass(frozen=True)
 class RandomWalks(Process):
     """Planning: reach the goal of a graph by the shortest path, with a language model of random walks.

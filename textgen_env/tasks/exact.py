@@ -189,7 +189,7 @@ class ProcessReward(Reward):
         return np.array([self.process.paid(self._state(g.prompt_ids + g.ids), g.metadata) for g in generations])
 
 
-def diagnostic(id: str) -> Callable[[P], P]:
+def diagnostic_task(id: str) -> Callable[[P], P]:
     """Register a ``Process`` class as a task whose sizes are the class's fields."""
 
     def register(cls: P) -> P:
@@ -279,7 +279,7 @@ def check_between(name: str, value: object, least: int, most: int) -> None:
         raise ConfigError(f"{name} must be a whole number in {least}..{most}, got {value!r}")
 
 
-def check_share(name: str, value: object, least: float = 0.0, most: float = 1.0) -> None:
+def check_number(name: str, value: object, least: float = 0.0, most: float = 1.0) -> None:
     """Raise ``ConfigError`` unless ``value`` is a number in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise ConfigError(f"{name} must be a number in [{least}, {most}], got {value!r}")
