@@ -76,8 +76,18 @@ class LookedUp(NamedTuple):
     tokens: torch.Tensor  # (B, t) int64
 
 
+def only(observations: Tensors, looked_up: LookedUp, actions: torch.Tensor) -> tuple[Tensors, LookedUp]:
+    """Return both with one candidate a state, that of ``actions`` (B, T): c = 1 instead of k."""
+    index = actions.unsqueeze(-1)
+    picked = {
+        key: value.gather(-1, index) if key in ("candidates", "logprobs", "candidate_scores") else value
+        for key, value in observations.items()
+    }
+    return picked, looked_up._replace(candidates=looked_up.candidates.gather(-1, index))
+
+
 class CandidateHead(nn.Module):
-    """One value a candidate. Its last layer starts at zero, so before learning all are equal.
+    """``outputs`` numbers a candidate. The last layer starts at zero, so before learning all are equal.
 
     Args:
         hidden_size: d.
@@ -87,6 +97,7 @@ class CandidateHead(nn.Module):
         uses_score: The state reads the running score.
         uses_candidate_scores: Each candidate is also judged by what it adds to the score.
         dropout: Share of units dropped while learning.
+        outputs: n, numbers a candidate.
     """
 
     def __init__(
@@ -99,6 +110,7 @@ class CandidateHead(nn.Module):
         uses_score: bool = False,
         uses_candidate_scores: bool = False,
         dropout: float = 0.1,
+        outputs: int = 1,
     ) -> None:
         super().__init__()
         token = 64
@@ -112,7 +124,7 @@ class CandidateHead(nn.Module):
         self.from_candidate_scalars = nn.Linear(2 if uses_candidate_scores else 1, width, bias=False)
         self.from_memory = nn.Linear(memory, width, bias=False)
         self.mix = nn.Linear(width, width)
-        self.value = nn.Linear(width, 1)
+        self.value = nn.Linear(width, outputs)
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
@@ -142,7 +154,8 @@ class CandidateHead(nn.Module):
         x = state.unsqueeze(-2) + self.from_candidate(candidates) + self.from_memory(after)  # (..., k, h)
         x = self.dropout(functional.gelu(x + self.from_candidate_scalars(candidate_scalars)))
         x = x + functional.gelu(self.mix(x))
-        return self.value(x).squeeze(-1)  # (..., k)
+        values: torch.Tensor = self.value(x)  # (..., k, n)
+        return values
 
 
 class CandidateQNetwork(BasePolicy):
@@ -154,6 +167,9 @@ class CandidateQNetwork(BasePolicy):
     Input:  an observation with ``NEEDED_KEYS``, and ``score`` and ``candidate_scores`` if there.
     Output: (B, k), the mean of the heads.
 
+    With ``atoms`` a head learns the distribution of the return G under the language model, on so
+    many values, and Q = beta log E[exp(G / beta)]; otherwise it learns Q itself.
+
     Source: action-in Q-network, He et al. 2016, arXiv:1511.04636; sums of token features as a
     memory, Zaheer et al. 2017, arXiv:1703.06114.
 
@@ -162,6 +178,7 @@ class CandidateQNetwork(BasePolicy):
     """
 
     _language_model: LanguageModel | None
+    support: torch.Tensor | None  # (atoms,) the values that returns are spread over
 
     def __init__(
         self,
@@ -171,6 +188,8 @@ class CandidateQNetwork(BasePolicy):
         embedding_size: int,
         max_new_tokens: int,
         heads: int = 2,
+        atoms: int = 0,
+        beta: float = 0.1,
         **head_kwargs: Any,
     ) -> None:
         super().__init__(observation_space, action_space)
@@ -185,10 +204,13 @@ class CandidateQNetwork(BasePolicy):
                 embedding_size,
                 uses_score=self.uses_score,
                 uses_candidate_scores=self.uses_candidate_scores,
+                outputs=max(1, atoms),
                 **head_kwargs,
             )
             for _ in range(heads)
         )
+        self.beta = beta
+        self.register_buffer("support", torch.linspace(-1.0, 1.0, atoms) if atoms else None)
         # Held outside module registration: shared by online and target network, never saved.
         object.__setattr__(self, "_language_model", None)
 
@@ -211,6 +233,30 @@ class CandidateQNetwork(BasePolicy):
             )
         object.__setattr__(self, "_language_model", language_model)
 
+    def start_at(self, returns: torch.Tensor) -> None:
+        """Let all candidates start where the returns (n,) are: it changes no policy, and saves updates."""
+        with torch.no_grad():
+            bias = returns.mean()
+            if self.support is not None:
+                low, high = returns.aminmax()
+                margin = (high - low).clamp(min=0.1) / 4
+                self.support.copy_(torch.linspace(float(low - margin), float(high + margin), len(self.support)))
+                bias = torch.log(self.atoms_of(returns).mean(0) + 1e-3)
+            for head in self.heads:
+                head.value.bias.copy_(bias)
+
+    def atoms_of(self, returns: torch.Tensor) -> torch.Tensor:
+        """Return (..., atoms) probabilities whose mean is the return, on the two atoms next to it."""
+        assert self.support is not None  # only asked of a network with atoms
+        step = self.support[1] - self.support[0]
+        place = ((returns - self.support[0]) / step).clamp(0, len(self.support) - 1).unsqueeze(-1)
+        return (1 - (place - torch.arange(len(self.support), device=place.device)).abs()).clamp(min=0)
+
+    def known(self, observations: Tensors) -> torch.Tensor:
+        """Return the part of Q that is not learned, (..., k)."""
+        known = known_advantage(observations) if self.uses_candidate_scores else None
+        return torch.zeros_like(observations["logprobs"]) if known is None else known
+
     def forward(self, observations: Tensors) -> torch.Tensor:
         """Return Q of single states, (B, k)."""
         tokens, length = observations["tokens"].long(), observations["length"].long()  # (B, T), (B, 1)
@@ -218,13 +264,13 @@ class CandidateQNetwork(BasePolicy):
         offset = torch.arange(-max(1, int(generated.max())), 0, device=tokens.device)  # (t,), right-aligned
         inside = (offset >= -generated).unsqueeze(-1)  # (B, t, 1)
         looked_up = self.look_up(observations["candidates"], tokens.gather(1, (length + offset).clamp(min=0)))
-        values = []
+        outputs = []
         for head in self.heads:
             candidates, vectors = head.embedded(looked_up)
             vectors = vectors * inside
             memory = (head.contributions(vectors, shifted(vectors)) * inside).sum(-2)
-            values.append(self._head(head, observations, candidates, memory, vectors[:, -1]))
-        return torch.stack(values).mean(0)
+            outputs.append(self._head(head, observations, candidates, memory, vectors[:, -1]))
+        return self._q(torch.stack(outputs), observations).mean(0)
 
     def _predict(self, observation: Any, deterministic: bool = True) -> torch.Tensor:
         """Return the candidate of highest value, (B,): SB3's own interface, which knows no prior."""
@@ -232,21 +278,25 @@ class CandidateQNetwork(BasePolicy):
         return values.argmax(-1)
 
     def episode_values(self, observations: Tensors, looked_up: LookedUp) -> torch.Tensor:
-        """Return Q of every step of whole episodes, for each head: (heads, B, T, k).
+        """Return Q of every step of whole episodes, for each head: (heads, B, T, c); see ``episode_outputs``."""
+        return self._q(self.episode_outputs(observations, looked_up), observations)
+
+    def episode_outputs(self, observations: Tensors, looked_up: LookedUp) -> torch.Tensor:
+        """Return what each head says of every step of whole episodes: (heads, B, T, c, 1 or atoms).
 
         Args:
-            observations: Each (B, T, ...).
-            looked_up: What ``look_up`` answers for the candidates (B, T, k) and the token
+            observations: Each (B, T, ...); those of candidates (B, T, c), all k of them or some.
+            looked_up: What ``look_up`` answers for the candidates (B, T, c) and the token
                 appended at each step (B, T).
         """
-        values = []
+        outputs = []
         for head in self.heads:
             candidates, vectors = head.embedded(looked_up)
             last = shifted(vectors)  # the token before each step
             added = head.contributions(vectors, last)
             memory = added.cumsum(1) - added  # of the tokens before each step
-            values.append(self._head(head, observations, candidates, memory, last))
-        return torch.stack(values)
+            outputs.append(self._head(head, observations, candidates, memory, last))
+        return torch.stack(outputs)
 
     def look_up(self, candidates: torch.Tensor, tokens: torch.Tensor) -> LookedUp:
         """Return the normalised embeddings of all these tokens, each read once.
@@ -266,6 +316,13 @@ class CandidateQNetwork(BasePolicy):
             of_tokens.view(tokens.shape),
         )
 
+    def _q(self, outputs: torch.Tensor, observations: Tensors) -> torch.Tensor:
+        """Return Q, (heads, ..., k), from what the heads say, (heads, ..., k, n)."""
+        if self.support is None:
+            return outputs.squeeze(-1) + self.known(observations)
+        tilted = outputs.log_softmax(-1) + self.support / self.beta
+        return self.beta * tilted.logsumexp(-1) + self.known(observations)
+
     def _head(
         self,
         head: CandidateHead,
@@ -278,10 +335,9 @@ class CandidateQNetwork(BasePolicy):
         if self.uses_score:
             scalars.append(observations["score"].float())
         candidate_scalars = [observations["logprobs"].float().clamp(min=-20.0) / 10.0]
-        known = known_advantage(observations) if self.uses_candidate_scores else None
-        if known is not None:
-            candidate_scalars.append(known)
-        learned: torch.Tensor = head(
+        if self.uses_candidate_scores:
+            candidate_scalars.append(self.known(observations))
+        outputs: torch.Tensor = head(
             observations["hidden"],
             torch.cat(scalars, -1),
             candidates,
@@ -289,4 +345,4 @@ class CandidateQNetwork(BasePolicy):
             memory,
             last,
         )
-        return learned if known is None else learned + known
+        return outputs

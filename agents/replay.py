@@ -56,6 +56,7 @@ class EpisodeBatch:
     behaviour: torch.Tensor  # (B, T) log-probability of the action when it was taken, nats
     ended: torch.Tensor  # (B, T) bool
     acted: torch.Tensor  # (B, T) bool
+    reference: torch.Tensor  # (B, T) bool, the language model itself chose the action
 
 
 class EpisodeReplay(ReplayBuffer):
@@ -127,6 +128,7 @@ class EpisodeReplay(ReplayBuffer):
         done: Array,
         infos: list[dict[str, Any]],
         behaviour: Array | None = None,
+        reference: Array | None = None,
     ) -> None:
         """Store one step of each environment.
 
@@ -135,6 +137,7 @@ class EpisodeReplay(ReplayBuffer):
             action, reward, done: (N,).
             infos: N dicts; ``TimeLimit.truncated`` marks an end that is not the text's own.
             behaviour: (N,) log-probability of each action when it was taken; nats.
+            reference: (N,) True where the language model itself chose; nowhere unless said.
         """
         envs = np.arange(self.n_envs)
         at = self._next_rows(envs)
@@ -146,6 +149,7 @@ class EpisodeReplay(ReplayBuffer):
         self.store["action"][envs, at] = chosen
         self.store["token"][envs, at] = obs["candidates"][envs, chosen]
         self.store["behaviour"][envs, at] = np.nan if behaviour is None else behaviour
+        self.store["reference"][envs, at] = False if reference is None else reference
         self.store["reward"][envs, at] = self._shaped(obs, next_obs, np.asarray(reward), done & ~truncated)
         self.store["ended"][envs, at] = done & ~truncated
         self.store["acted"][envs, at] = True
@@ -187,6 +191,7 @@ class EpisodeReplay(ReplayBuffer):
             behaviour=tensor("behaviour"),
             ended=tensor("ended"),
             acted=tensor("acted") & torch.from_numpy(inside).to(self.device),
+            reference=tensor("reference"),
         )
 
     def save(self, path: str | Path) -> None:
@@ -274,6 +279,7 @@ _STEP_FIELDS = {
     "behaviour": np.float32,
     "ended": np.bool_,
     "acted": np.bool_,
+    "reference": np.bool_,
 }
 
 

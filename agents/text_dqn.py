@@ -33,7 +33,7 @@ from agents import portable
 from agents.q_networks import CandidateQNetwork, check_observation_space, prior
 from agents.replay import EpisodeReplay
 from agents.sb3_vec import SB3VecEnv
-from agents.targets import TRACES, lambda_targets, log_policy
+from agents.targets import OBJECTIVES, Trade, log_policy
 from textgen_env.errors import ConfigError
 from textgen_env.evaluation import kl_to, renormalise, sample
 from textgen_env.language_model import LanguageModel
@@ -104,8 +104,6 @@ class TextDQN(DQN):
         tau: Share of the online network that the slow one takes over at each gradient step. The
             slow network gives the targets, acts, and is evaluated.
         buffer_size: Steps kept; see ``EpisodeReplay`` for the bytes.
-        advantage_penalty: Weight of the mu-weighted squared advantages in the loss. Advantages
-            that nothing supports cost KL and bring no reward.
         gamma: 1 unless said. Anything else is refused with running scores, whose increments only
             keep the optimum undiscounted.
         policy_kwargs: ``q_net_kwargs`` (``heads``, ``width``, ``memory``, ``dropout``),
@@ -139,7 +137,6 @@ class TextDQN(DQN):
         batch_size: int = 32,
         tau: float = 0.02,
         buffer_size: int = 200_000,
-        advantage_penalty: float = 0.0,
         gamma: float = 1.0,
         max_grad_norm: float = 10.0,
         stats_window_size: int = 256,
@@ -156,13 +153,14 @@ class TextDQN(DQN):
         self.target = target
         self.trace_lambda = trace_lambda
         self.steps_per_update = steps_per_update
-        self.advantage_penalty = advantage_penalty
         self.model_name: str | None = None
         self.task: dict[str, Any] | None = None  # what it has learned on, as plain data
         self.language_model: LanguageModel = None  # type: ignore[assignment]  # found in _setup_model
         self._rng = np.random.default_rng(seed)
         self._behaviour_logprobs: npt.NDArray[np.float64] | None = None
-        TRACES[target]  # an unknown name is refused here, with a suggestion
+        self._by_reference: npt.NDArray[np.bool_] | None = None
+        self._hand_over_at: Any = 0  # the step from which the language model finishes each row's text
+        OBJECTIVES[target]  # an unknown name is refused here, with a suggestion
         if steps_per_update < 1:
             raise ConfigError(f"steps_per_update must be at least 1, got {steps_per_update}")
         super().__init__(
@@ -237,12 +235,25 @@ class TextDQN(DQN):
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         assert isinstance(self._last_obs, dict)  # check_observation_space has seen to it
         logprobs, _ = self._log_policy(self._last_obs, self.behaviour_beta())
+        log_mu, _ = renormalise(self._last_obs["logprobs"], self._last_obs["action_mask"])
+        self._by_reference = self._handed_over(n_envs)
+        logprobs = np.where(self._by_reference[:, None], log_mu, logprobs)
         policy = np.exp(logprobs)
         actions = self._draw(policy)
         self._behaviour_logprobs = logprobs[np.arange(n_envs), actions]
-        log_mu, _ = renormalise(self._last_obs["logprobs"], self._last_obs["action_mask"])
         self.logger.record_mean("rollout/kl_per_token", float(kl_to(policy, log_mu).mean()))
         return actions, actions
+
+    def _handed_over(self, n_envs: int) -> npt.NDArray[np.bool_]:
+        """Return the rows, (N,), that the language model finishes: from a random step on, where the target asks."""
+        if self.target != "q_sharp":
+            return np.zeros(n_envs, bool)
+        assert isinstance(self._last_obs, dict)
+        budget = self.q_net.max_new_tokens
+        step = np.rint((1.0 - self._last_obs["budget"][:, 0]) * budget)
+        fresh = step == 0
+        self._hand_over_at = np.where(fresh, self._rng.integers(budget, size=n_envs), self._hand_over_at)
+        return np.asarray(step >= self._hand_over_at)
 
     # --- learning
 
@@ -253,7 +264,9 @@ class TextDQN(DQN):
         if owed < 1 or self.replay_buffer.episodes_seen == 0:
             return
         if self._n_updates == 0:
-            self._start_at_mean_return(self.replay_buffer)
+            first = self.replay_buffer.sample(256)
+            for network in (self.q_net, self.q_net_target):
+                network.start_at((first.rewards * first.acted).sum(-1))
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         losses = [self._update(self.replay_buffer, batch_size) for _ in range(owed)]
@@ -265,40 +278,14 @@ class TextDQN(DQN):
 
     def _update(self, replay: EpisodeReplay, batch_size: int) -> float:
         batch = replay.sample(batch_size)
-        looked_up = self.q_net.look_up(batch.observations["candidates"], batch.tokens)
-        with torch.no_grad():
-            slow = self.q_net_target.episode_values(batch.observations, looked_up).mean(0)  # (B, T, k)
-            target = lambda_targets(
-                batch,
-                slow,
-                beta=self.target_beta,
-                trace=self.target,
-                trace_lambda=self.trace_lambda,
-                gamma=self.gamma,
-            )
-        values = self.q_net.episode_values(batch.observations, looked_up)  # (heads, B, T, k)
-        taken = batch.actions.expand(values.shape[0], -1, -1).unsqueeze(-1)
-        error = (values.gather(-1, taken).squeeze(-1) - target) ** 2
-        loss = error[:, batch.acted].mean()
-        if self.advantage_penalty:
-            mu = prior(batch.observations).exp()
-            advantages = values - (mu * values).sum(-1, keepdim=True)
-            loss = loss + self.advantage_penalty * (mu * advantages**2).sum(-1)[:, batch.acted].mean()
+        trade = Trade(self.target_beta, self.trace_lambda, self.gamma)
+        loss = OBJECTIVES[self.target](self.q_net, self.q_net_target, batch, trade)
         self.policy.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.q_net.parameters(), self.max_grad_norm)
         self.policy.optimizer.step()
         polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
         return float(loss.detach())
-
-    def _start_at_mean_return(self, replay: EpisodeReplay) -> None:
-        """Let the value start where the returns are: a constant changes no policy, and saves updates."""
-        batch = replay.sample(256)
-        mean = float((batch.rewards * batch.acted).sum(-1).mean())
-        with torch.no_grad():
-            for network in (self.q_net, self.q_net_target):
-                for head in network.heads:
-                    head.value.bias.fill_(mean)
 
     # --- what SB3 calls
 
@@ -317,6 +304,8 @@ class TextDQN(DQN):
         kwargs.setdefault("embedding_size", language_model.embedding_size)
         if self.env is not None:
             kwargs["max_new_tokens"] = self.env.get_attr("max_new_tokens")[0]
+        if self.target == "q_sharp":
+            kwargs = {"atoms": 51, **kwargs, "beta": self.target_beta}
         self.policy_kwargs["q_net_kwargs"] = kwargs
         self.replay_buffer_kwargs = {"seed": self.seed}
         super()._setup_model()
@@ -370,6 +359,7 @@ class TextDQN(DQN):
             dones,
             infos,
             self._behaviour_logprobs,
+            self._by_reference,
         )
         self._last_obs = new_obs
 

@@ -11,7 +11,7 @@ from toys import Worth, letters
 import textgen_env  # noqa: F401  (registers the environment)
 from agents.frontier import TextTree
 from agents.replay import EpisodeBatch
-from agents.targets import TRACES, lambda_targets, log_policy, soft_value
+from agents.targets import TRACES, Trade, lambda_targets, log_policy, soft_value
 
 BETA = 0.3
 
@@ -46,6 +46,7 @@ def random_episodes(toy: TextTree, count: int, seed: int = 0) -> tuple[EpisodeBa
         behaviour=torch.from_numpy(-np.log(legal[at].sum(-1))),
         ended=torch.from_numpy((toy.child[at, chosen] < 0) & (nodes >= 0)),
         acted=torch.from_numpy(nodes >= 0),
+        reference=torch.zeros(nodes.shape, dtype=torch.bool),
     )
     return batch, nodes
 
@@ -59,7 +60,7 @@ def test_the_exact_soft_q_is_a_fixed_point_whoever_acted(trace, settings):
     batch, nodes = random_episodes(toy, 64)
     q = torch.from_numpy(np.where(np.isfinite(exact), exact, 0.0)[np.maximum(nodes, 0)])
 
-    target = lambda_targets(batch, q, beta=BETA, trace=trace)
+    target = lambda_targets(batch, q, Trade(BETA), trace)
 
     expected = q.gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(target[batch.acted], expected[batch.acted], atol=1e-5, rtol=0)
@@ -73,8 +74,8 @@ def test_a_target_never_reads_an_illegal_candidate(trace):
     illegal = ~batch.observations["action_mask"].bool()
     assert illegal.any()
 
-    before = lambda_targets(batch, q, beta=BETA, trace=trace, trace_lambda=0.5)
-    after = lambda_targets(batch, q + 1e3 * illegal, beta=BETA, trace=trace, trace_lambda=0.5)
+    before = lambda_targets(batch, q, Trade(BETA, 0.5), trace)
+    after = lambda_targets(batch, q + 1e3 * illegal, Trade(BETA, 0.5), trace)
 
     torch.testing.assert_close(before[batch.acted], after[batch.acted])
 
@@ -92,6 +93,7 @@ def two_steps(behaviour: float = np.log(0.5)) -> EpisodeBatch:
         behaviour=torch.full((1, 2), behaviour),
         ended=torch.tensor([[False, True]]),
         acted=torch.tensor([[True, True]]),
+        reference=torch.tensor([[False, False]]),
     )
 
 
@@ -107,11 +109,11 @@ def test_targets_of_a_text_of_two_tokens_worked_by_hand():
         ("retrace", 1.0): 0.5 + value + (2.0 - 3.0),  # pi/b = 0.88/0.5 is cut at 1
     }
     for (trace, lam), y in expected.items():
-        got = lambda_targets(two_steps(), q, beta=1.0, trace=trace, trace_lambda=lam)
+        got = lambda_targets(two_steps(), q, Trade(1.0, lam), trace)
         np.testing.assert_allclose(got.numpy(), [[y, 2.0]], rtol=1e-6)
-    often = lambda_targets(two_steps(behaviour=0.0), q, beta=1.0, trace="retrace")  # b = 1: pi/b = pi
+    often = lambda_targets(two_steps(behaviour=0.0), q, Trade(1.0), "retrace")  # b = 1: pi/b = pi
     np.testing.assert_allclose(often.numpy(), [[0.5 + value + pi * (2.0 - 3.0), 2.0]], rtol=1e-6)
-    half = lambda_targets(two_steps(), q, beta=1.0, trace="peng", gamma=0.5)
+    half = lambda_targets(two_steps(), q, Trade(1.0, gamma=0.5), "peng")
     np.testing.assert_allclose(half.numpy(), [[0.5 + 0.5 * 2.0, 2.0]], rtol=1e-6)
 
 
@@ -121,7 +123,7 @@ def test_a_text_cut_off_from_outside_bootstraps_from_its_last_state():
     cut.acted[0, 1] = False  # the last state has a value and no action
     q = torch.tensor([[[0.0, 0.0], [1.0, 3.0]]])
 
-    got = lambda_targets(cut, q, beta=1.0, trace="path")
+    got = lambda_targets(cut, q, Trade(1.0), "path")
 
     assert got[0, 0].item() == pytest.approx(0.5 + np.log((np.e + np.e**3) / 2))
 

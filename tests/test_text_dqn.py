@@ -17,6 +17,7 @@ import textgen_env  # noqa: F401  (registers the environment)
 from agents.frontier import TextTree
 from agents.q_networks import NEEDED_KEYS
 from agents.search import LookaheadAgent, SampleAgent
+from agents.targets import OBJECTIVES, soft_value
 from agents.text_dqn import TextDQN
 from textgen_env import TableModel
 from textgen_env.errors import ConfigError, ModelError, UnknownName
@@ -77,21 +78,23 @@ def test_before_the_first_update_the_policy_is_score_lookahead_where_scores_are_
     )
 
 
-@pytest.mark.parametrize("target", ["td", "retrace", "path"])
+@pytest.mark.parametrize("target", sorted({*OBJECTIVES} - {"peng"}))  # peng is biased, as its description says
 def test_q_converges_to_the_exact_soft_values(target):
     """Three letters, three tokens, 13 prefixes that hidden states tell apart; the optimum is enumerated."""
     model = TableModel(["a", "b", "c"], [0.5, 0.3, 0.2], end=None, features=positions)
-    env = make(model=model, prompts=["c"], top_k=3, max_new_tokens=3, reward=lambda text: float(text in {"bca", "aab"}))
+    env = make(32, model=model, prompts=["c"], top_k=3, max_new_tokens=3, reward=lambda text: float(text in {"bca", "aab"}))
     toy = TextTree(make(1, model=model, prompts=["c"], top_k=3, max_new_tokens=3, reward=env.episodes.reward), "c")
     values, exact = toy.soft_values(0.5)
     agent = small_agent(env, target=target, beta_start=2.0, tau=0.1)
 
-    agent.learn(24_000)
+    agent.learn(20_000)
 
     observations, _ = agent.policy.obs_to_tensor(toy.observations)
     with torch.no_grad():
-        learned = agent.q_net_target(observations).numpy()
-    assert np.abs(learned - exact).max() < 0.06
+        learned = agent.q_net_target(observations).double()
+    if target == "residual":  # it fixes Q up to one number a state, which no policy depends on
+        learned += torch.from_numpy(values)[:, None] - soft_value(torch.from_numpy(toy.log_mu), learned, 0.5)[:, None]
+    assert np.abs(learned.numpy() - exact).max() < 0.06
     reached = toy.point(agent.probabilities(toy.observations))
     assert reached.reward - 0.5 * reached.kl == pytest.approx(values[0], abs=0.005)
 
