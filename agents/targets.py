@@ -138,9 +138,7 @@ for _name in TRACES:
 
 
 @OBJECTIVES.register("residual")
-def residual(
-    online: CandidateQNetwork, slow: CandidateQNetwork, batch: EpisodeBatch, trade: Trade
-) -> torch.Tensor:
+def residual(online: CandidateQNetwork, slow: CandidateQNetwork, batch: EpisodeBatch, trade: Trade) -> torch.Tensor:
     """Return the mean squared Bellman residual of whole texts, a step."""
     looked_up = online.look_up(batch.observations["candidates"], batch.tokens)
     q = online.episode_values(batch.observations, looked_up)  # (heads, B, T, k)

@@ -133,7 +133,7 @@ class TextDQN(DQN):
         trace_lambda: float = 1.0,
         learning_rate: float | Any = 1e-3,
         learning_starts: int = 5_000,
-        steps_per_update: int = 160,
+        steps_per_update: int = 80,
         batch_size: int = 32,
         tau: float = 0.02,
         buffer_size: int = 200_000,

@@ -82,7 +82,9 @@ def test_before_the_first_update_the_policy_is_score_lookahead_where_scores_are_
 def test_q_converges_to_the_exact_soft_values(target):
     """Three letters, three tokens, 13 prefixes that hidden states tell apart; the optimum is enumerated."""
     model = TableModel(["a", "b", "c"], [0.5, 0.3, 0.2], end=None, features=positions)
-    env = make(32, model=model, prompts=["c"], top_k=3, max_new_tokens=3, reward=lambda text: float(text in {"bca", "aab"}))
+    env = make(
+        32, model=model, prompts=["c"], top_k=3, max_new_tokens=3, reward=lambda text: float(text in {"bca", "aab"})
+    )
     toy = TextTree(make(1, model=model, prompts=["c"], top_k=3, max_new_tokens=3, reward=env.episodes.reward), "c")
     values, exact = toy.soft_values(0.5)
     agent = small_agent(env, target=target, beta_start=2.0, tau=0.1)

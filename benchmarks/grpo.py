@@ -1,0 +1,162 @@
+"""The policy-gradient rival: TRL's GRPO with LoRA, on the task of ``benchmarks.learning``.
+
+It samples the candidates that the environment proposes (top-k, no end of text), 64 texts a step. Its
+learning rate, of three, and its KL term, on or off, are chosen on the validation prompts by the
+reward after four steps; then three seeds are measured on the test prompts. For the measurement
+its policy is renormalised over the candidates of the untouched language model, as every policy is.
+
+Needs ``pip install trl==1.16.0 peft``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from textgen_env.errors import ConfigError
+from textgen_env.evaluation import evaluate, renormalise
+from textgen_env.models import load_pretrained
+from textgen_env.rewards import make_reward
+from textgen_env.rewards.base import Generation
+
+if TYPE_CHECKING:
+    from benchmarks.learning import Bench
+
+TEXTS_A_STEP = 64
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+KL_TERMS = (0.0, 0.04)
+STEPS_TO_CHOOSE = 4
+
+
+class TunedModel:
+    """The model under training as an agent of the environment."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @torch.inference_mode()
+    def probabilities(self, observation: dict[str, np.ndarray]) -> np.ndarray:
+        """Return its policy over the candidates, (B, k)."""
+        length = torch.from_numpy(observation["length"].astype(np.int64))  # (B, 1)
+        tokens = torch.from_numpy(observation["tokens"].astype(np.int64))[:, : int(length.max())]
+        training = self._model.training
+        self._model.eval()
+        found = self._model(input_ids=tokens, attention_mask=(torch.arange(tokens.shape[1]) < length).long())
+        self._model.train(training)
+        last = found.logits[torch.arange(len(tokens)), length[:, 0] - 1].float().log_softmax(-1)
+        candidates = torch.from_numpy(observation["candidates"].astype(np.int64))
+        return np.exp(renormalise(last.gather(-1, candidates).numpy(), observation["action_mask"])[0])
+
+    def predict(self, observation: Any, **_: Any) -> Any:
+        raise NotImplementedError("measured by its probabilities")
+
+
+def run(bench: Bench, seed: int, steps: int) -> dict[str, Any]:
+    """Return the course of one seed at the chosen settings, and its last point."""
+    chosen = choose(bench)
+    course = train(bench, seed, steps // (TEXTS_A_STEP * 20), bench.test, look_from=2, **chosen)
+    return {"settings": chosen, "seconds": course[-1]["seconds"], "course": course, "points": {"-": course[-1]}}
+
+
+def choose(bench: Bench) -> dict[str, float]:
+    """Return the learning rate and KL term of the highest reward on the validation prompts."""
+    path = bench.folder / "grpo_settings.json"
+    if not path.is_file():
+        found = []
+        for rate in LEARNING_RATES:
+            for kl_term in KL_TERMS:
+                settings = {"learning_rate": rate, "kl_term": kl_term}
+                last = train(bench, 100, STEPS_TO_CHOOSE, bench.validation, look_from=STEPS_TO_CHOOSE, **settings)[-1]
+                found.append({**settings, **last})
+                print(f"  grpo, validation: {found[-1]}", flush=True)
+        path.write_text(json.dumps(found, indent=1))
+    best = max(json.loads(path.read_text()), key=lambda run: run["reward"])
+    return {key: best[key] for key in ("learning_rate", "kl_term")}
+
+
+def train(
+    bench: Bench, seed: int, updates: int, prompts: Any, *, look_from: int, learning_rate: float, kl_term: float
+) -> list[dict[str, float]]:
+    """Train from the start for ``updates`` steps; return what was measured after each from ``look_from`` on."""
+    try:
+        from datasets import Dataset
+        from peft import LoraConfig
+        from transformers import TrainerCallback
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as error:
+        raise ConfigError(f"the rival needs trl and peft ({error}): pip install trl==1.16.0 peft") from error
+
+    model, tokenizer = load_pretrained("smollm2", torch.bfloat16)
+    model = copy.deepcopy(model)
+    reward = make_reward("sentiment")
+    env = bench.env(64, prompts, ("tokens", "length", "candidates", "logprobs", "action_mask"), "sentiment")
+    rows: list[dict[str, float]] = []
+
+    class Look(TrainerCallback):
+        """Measures after a step, with the clock stopped."""
+
+        stopped = 0.0
+        started = 0.0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seconds = time.perf_counter() - self.started - self.stopped
+            if state.global_step < look_from:
+                return
+            begun = time.perf_counter()
+            texts = evaluate(TunedModel(kwargs["model"]), env, bench.texts // 2, 11, prompts)
+            rows.append(
+                {
+                    "steps": state.global_step * TEXTS_A_STEP * 20,
+                    "seconds": seconds,
+                    "reward": texts.reward,
+                    "kl": float(texts.mean_kl or 0.0),
+                    "distinct_2": texts.distinct(2),
+                }
+            )
+            self.stopped += time.perf_counter() - begun
+
+    def score(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        return reward([Generation(p, c) for p, c in zip(prompts, completions, strict=True)]).tolist()
+
+    openings = [bench.train[i].text for i in range(len(bench.train))]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = GRPOConfig(
+            output_dir=folder,
+            seed=seed,
+            use_cpu=True,
+            bf16=True,
+            learning_rate=learning_rate,
+            lr_scheduler_type="constant",
+            beta=kl_term,
+            max_steps=updates,
+            per_device_train_batch_size=TEXTS_A_STEP,
+            num_generations=8,
+            max_completion_length=20,
+            top_k=16,
+            generation_kwargs={"min_new_tokens": 20},
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to="none",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = GRPOTrainer(
+            model=model,
+            processing_class=tokenizer,
+            reward_funcs=score,
+            args=settings,
+            train_dataset=Dataset.from_dict({"prompt": openings}),
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+            callbacks=[Look()],
+        )
+        trainer.train()
+    return rows
