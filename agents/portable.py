@@ -41,7 +41,7 @@ REBUILT = frozenset(
         "_rng", "policy_class", "observation_space", "action_space", "policy_kwargs",  # described, see below
         "lr_schedule", "exploration_schedule", "batch_norm_stats", "batch_norm_stats_target",  # made of settings
         "train_freq", "replay_buffer_class",  # fixed
-        "_last_obs", "_last_original_obs", "_last_episode_starts", "_behaviour_logprobs",  # of a running episode
+        "_last_obs", "_last_original_obs", "_last_episode_starts", "_behaviour_logprobs", "_by_reference",  # now
         "ep_info_buffer", "ep_success_buffer",  # recent episodes, for the log
     }
 )  # fmt: skip

@@ -159,7 +159,7 @@ class TextDQN(DQN):
         self._rng = np.random.default_rng(seed)
         self._behaviour_logprobs: npt.NDArray[np.float64] | None = None
         self._by_reference: npt.NDArray[np.bool_] | None = None
-        self._hand_over_at: Any = 0  # the step from which the language model finishes each row's text
+        self._hand_over_at: int | list[int] = 0  # the step from which the language model finishes each row's text
         OBJECTIVES[target]  # an unknown name is refused here, with a suggestion
         if steps_per_update < 1:
             raise ConfigError(f"steps_per_update must be at least 1, got {steps_per_update}")
@@ -252,8 +252,9 @@ class TextDQN(DQN):
         budget = self.q_net.max_new_tokens
         step = np.rint((1.0 - self._last_obs["budget"][:, 0]) * budget)
         fresh = step == 0
-        self._hand_over_at = np.where(fresh, self._rng.integers(budget, size=n_envs), self._hand_over_at)
-        return np.asarray(step >= self._hand_over_at)
+        at = np.where(fresh, self._rng.integers(budget, size=n_envs), self._hand_over_at)
+        self._hand_over_at = at.tolist()
+        return np.asarray(step >= at)
 
     # --- learning
 

@@ -76,9 +76,9 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "text_dqn": Contestant(
         "TextDQN without score inputs",
-        250_000,
-        looks=(10_000, 25_000, 50_000, 100_000),
-        settings={"beta": BETA, "buffer_size": 250_000},
+        100_000,
+        looks=(10_000, 25_000, 50_000),
+        settings={"beta": BETA, "buffer_size": 100_000},
     ),
     "text_dqn_fast": Contestant(
         "TextDQN without score inputs, speed before KL",
@@ -345,9 +345,8 @@ def _seconds_to(goal: float, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any
 
 
 def print_table(report: Mapping[str, Any]) -> None:
-    print(
-        f"\nlanguage model {report['language_model']['reward']:.2f}, best possible J* {report['best_possible']['value']:.3f}"
-    )
+    before, best = report["language_model"]["reward"], report["best_possible"]["value"]
+    print(f"\nlanguage model {before:.2f}, best possible J* {best:.3f}")
     print(f"{'contestant':22} {'acting beta: reward at KL (share of the optimal gain)'}")
     for name, found in report["contestants"].items():
         shares = found.get("shares", {})
