@@ -35,6 +35,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.frontier import best_of_n, estimated_optimum, share_of_optimal_gain
 from agents.search import LookaheadAgent, SampleAgent
+from agents.targets import OBJECTIVES
 from agents.text_dqn import TextDQN
 from agents.zoo import OBSERVATION
 from benchmarks.throughput import machine
@@ -104,8 +105,18 @@ CONTESTANTS: dict[str, Contestant] = {
         acting=(0.05, 0.1),
         settings={"beta": BETA},
     ),
-    "grpo": Contestant("GRPO with LoRA (TRL)", 12 * 1_280, acting=()),
+    **{
+        f"target_{target}": Contestant(
+            f"TextDQN without score inputs, target {target}",
+            40_000,
+            acting=(0.07, 0.1, 0.13),
+            settings={"beta": BETA, "buffer_size": 40_000, "target": target},
+        )
+        for target in OBJECTIVES
+    },
+    "grpo": Contestant("GRPO with LoRA (TRL)", 10 * 1_280, acting=()),
 }
+SEEDS = {"grpo": 3, **{f"target_{target}": 2 for target in OBJECTIVES}}  # at most; all others take --seeds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -120,9 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the plane and the courses there (PNG)")
     options = parser.parse_args(arguments)
     bench = Bench(options.out or Path("out/learning-quick" if options.quick else "out/learning"), options.quick)
-    names = options.only or [name for name in CONTESTANTS if not (options.quick and name == "grpo")]
+    names = options.only or [name for name in CONTESTANTS if not (options.quick and name in SEEDS)]
     for name in names:
-        for seed in range(1 if options.quick else min(options.seeds, 3) if name == "grpo" else options.seeds):
+        for seed in range(1 if options.quick else min(options.seeds, SEEDS.get(name, options.seeds))):
             bench.run(name, seed)
     report = bench.report()
     (bench.folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -368,9 +379,8 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     lines["best of n"] = ("tab:gray", list(report["best_of_n"].values()), "--")
     for name, (color, points, style) in lines.items():
         plane.plot([kl for _, kl in points], [reward for reward, _ in points], style, color=color, label=name)
-    for i, (name, found) in enumerate(report["contestants"].items()):
-        if name == "text_dqn_classifier":  # another reward
-            continue
+    shown = {name: found for name, found in report["contestants"].items() if "classifier" not in name}
+    for i, found in enumerate(found for name, found in shown.items() if not name.startswith("target_")):
         points = sorted((point["kl"], point["reward"]) for point in found["points"].values())
         plane.plot(*zip(*points, strict=True), "o-", color=f"C{i}", label=found["about"])
         for run in found.get("runs", []):
