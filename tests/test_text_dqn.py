@@ -8,14 +8,17 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import PROMPTS, Worth, letters
 
 import textgen_env  # noqa: F401  (registers the environment)
 from agents.frontier import TextTree
 from agents.q_networks import NEEDED_KEYS
+from agents.sb3_vec import SB3VecEnv
 from agents.search import LookaheadAgent, SampleAgent
 from agents.targets import OBJECTIVES, soft_value
 from agents.text_dqn import TextDQN
@@ -262,3 +265,27 @@ def test_an_agent_of_another_vocabulary_is_refused(tmp_path, tiny_lm):
     small_agent(make(model=tiny_lm, prompts=["the film"])).save(tmp_path / "agent.zip")
     with pytest.raises(ModelError, match="another vocabulary"):
         TextDQN.load(tmp_path / "agent.zip", env=make())
+
+
+@pytest.mark.filterwarnings("ignore:rich is experimental")  # tqdm says so of the bar that SB3 shows
+def test_callbacks_progress_bar_and_tensorboard_work_as_sb3_users_expect(tmp_path):
+    agent = small_agent(make(), tensorboard_log=str(tmp_path / "logs"), learning_starts=64)
+    evaluation = EvalCallback(
+        SB3VecEnv(make(4)), n_eval_episodes=8, eval_freq=40, log_path=str(tmp_path), best_model_save_path=str(tmp_path)
+    )
+    checkpoints = CheckpointCallback(40, str(tmp_path), name_prefix="agent")
+
+    agent.learn(640, callback=[evaluation, checkpoints], log_interval=4, progress_bar=True)
+
+    assert agent.num_timesteps == 640
+    with np.load(tmp_path / "evaluations.npz") as found:
+        assert found["timesteps"].tolist() == [320, 640]
+        assert found["results"].shape == (2, 8)
+    assert {path.name for path in tmp_path.glob("*.zip")} == {
+        "best_model.zip",
+        "agent_320_steps.zip",
+        "agent_640_steps.zip",
+    }
+    assert TextDQN.load(tmp_path / "agent_640_steps.zip", env=make()).num_timesteps == 640
+    events = EventAccumulator(str(next((tmp_path / "logs").iterdir()))).Reload()
+    assert {"rollout/ep_rew_mean", "train/loss", "eval/mean_reward"} <= set(events.Tags()["scalars"])
