@@ -286,6 +286,64 @@ def evaluate(
 
 
 @app.command()
+def record(
+    out: Annotated[
+        Path, typer.Option(help="Folder for the dataset; must be new or empty. Minari finds names like sentiment-v0.")
+    ],
+    run: Annotated[Path | None, typer.Argument(help="A folder that 'textgen train' made.", metavar="[RUN]")] = None,
+    episodes: Annotated[int, typer.Option(help="Texts.", min=1)] = 1000,
+    model: Annotated[str | None, typer.Option(help="Without RUN: sample this language model itself.")] = None,
+    prompts: Prompts = None,
+    reward: Annotated[
+        str | None, typer.Option(help="Without RUN: what to score the texts with.", show_default="sentiment")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Without RUN: length limit of a text, in tokens.", min=1, show_default="20")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Without RUN: candidates a step.", min=1, show_default="16")] = None,
+    candidate_scores: Annotated[
+        bool, typer.Option("--candidate-scores", help="Without RUN: record what each candidate would score.")
+    ] = False,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the most probable token at every step.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+) -> None:
+    """Record texts of a trained agent, or of a language model itself, as a Minari dataset.
+
+    With all that was observed, the masks, and the log-probability of every action: what offline
+    learning needs (see docs/clients.md).
+    """
+    import gymnasium as gym
+
+    from agents.offline import record as write
+    from agents.search import SampleAgent
+    from agents.train import ENV_SETTINGS, load_run
+    from textgen_env.evaluation import choose_prompts
+    from textgen_env.prompts import make_prompts
+
+    if (run is None) == (model is None):
+        raise ConfigError("give either the folder of a run, or --model for the language model itself")
+    chosen: dict[str, Any] = {"reward": _reward(reward), "max_new_tokens": max_new_tokens, "top_k": top_k}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    agent: Agent
+    if run is None:
+        keys = (*ENV_SETTINGS["observation"], "candidate_scores") if candidate_scores else ENV_SETTINGS["observation"]
+        settings = {"max_new_tokens": 20, "prompts": prompts, "model": model, **given, "observation": list(keys)}
+        env: Any = gym.make_vec("TextGen-v0", num_envs=min(episodes, 64), **settings)
+        agent, name = SampleAgent(), "language model"
+    else:
+        if given or candidate_scores:
+            raise ConfigError(
+                "--reward, --max-new-tokens, --top-k and --candidate-scores are those of the run; leave them out"
+            )
+        opened = load_run(run)
+        agent, env, name = opened.agent, opened.env, opened.config.agent
+    source = choose_prompts(env.episodes.prompts if prompts is None else make_prompts(prompts), episodes, seed)
+    texts = [source[i % len(source)] for i in range(episodes)]
+    dataset = write(agent, env, texts, out, seed=seed, deterministic=greedy, metadata={"algorithm_name": name})
+    Console().print(f"{dataset.total_episodes:,} texts of {dataset.total_steps:,} tokens are in {out}/")
+
+
+@app.command()
 def prune(
     model: Annotated[str, typer.Argument(help="A name, folder or hub id.", metavar="MODEL")],
     out: Annotated[Path, typer.Option(help="Folder for the pruned model; must not hold one.")],

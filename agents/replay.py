@@ -155,8 +155,51 @@ class EpisodeReplay(ReplayBuffer):
         self.store["acted"][envs, at] = True
         for env in np.flatnonzero(done).tolist():
             if truncated[env]:
-                self._store_last_state(env, next_obs)
+                self._store_last_state(env, {key: next_obs[key][env] for key in self.keys})
             self._close(env)
+
+    def add_episode(
+        self,
+        observations: dict[str, Array],
+        actions: Array,
+        rewards: Array,
+        behaviour: Array,
+        reference: Array | None = None,
+        ended: bool = True,
+    ) -> None:
+        """Store one whole episode of L steps, in the ring with the most room.
+
+        Args:
+            observations: (L + 1, ...) a key, the last one after the last step.
+            actions, rewards, behaviour, reference: (L,); see ``add``.
+            ended: Whether the text ended by itself, and not by an outside time limit.
+
+        Raises:
+            ConfigError: an environment is in the middle of an episode.
+        """
+        if (self.open != self.written).any():
+            raise ConfigError("environments are in the middle of episodes: add recorded ones before learning")
+        env, steps = int(self.written.argmin()), len(actions)
+        at = np.concatenate([self._next_rows(np.array([env])) for _ in range(steps)])
+        for key in self.keys:
+            self.store[key][env, at] = _storable(key, observations[key][:-1])
+        shaped = np.array(rewards, np.float64)
+        if "score" in self.keys:
+            score = observations["score"][:, 0]
+            unpaid = score - np.concatenate([[0.0], shaped.cumsum()])
+            unpaid[-1] *= not ended
+            shaped += np.diff(unpaid)
+        self.store["action"][env, at] = actions
+        self.store["token"][env, at] = observations["candidates"][np.arange(steps), actions]
+        self.store["behaviour"][env, at] = behaviour
+        self.store["reference"][env, at] = False if reference is None else reference
+        self.store["reward"][env, at] = shaped
+        self.store["ended"][env, at] = False
+        self.store["ended"][env, at[-1]] = ended
+        self.store["acted"][env, at] = True
+        if not ended:
+            self._store_last_state(env, {key: observations[key][-1] for key in self.keys})
+        self._close(env)
 
     def sample(self, batch_size: int, env: Any = None) -> EpisodeBatch:  # type: ignore[override]
         """Return ``batch_size`` episodes, uniformly with replacement.
@@ -254,10 +297,10 @@ class EpisodeReplay(ReplayBuffer):
                 episodes.popleft()
         return at
 
-    def _store_last_state(self, env: int, next_obs: dict[str, Array]) -> None:
+    def _store_last_state(self, env: int, last: dict[str, Array]) -> None:
         at = self._next_rows(np.array([env]))[0]
         for key in self.keys:
-            self.store[key][env, at] = _storable(key, next_obs[key][env])
+            self.store[key][env, at] = _storable(key, last[key])
         for name in _STEP_FIELDS:
             self.store[name][env, at] = 0
 

@@ -22,6 +22,7 @@ from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import save_to_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
@@ -153,6 +154,7 @@ class TextDQN(DQN):
         self.target = target
         self.trace_lambda = trace_lambda
         self.steps_per_update = steps_per_update
+        self.offline_updates = 0  # gradient steps that no environment step has paid for
         self.model_name: str | None = None
         self.task: dict[str, Any] | None = None  # what it has learned on, as plain data
         self.language_model: LanguageModel = None  # type: ignore[assignment]  # found in _setup_model
@@ -261,13 +263,11 @@ class TextDQN(DQN):
     def train(self, gradient_steps: int, batch_size: int = 32) -> None:
         """Do the gradient steps that ``steps_per_update`` owes by now."""
         assert isinstance(self.replay_buffer, EpisodeReplay)
-        owed = self.num_timesteps // self.steps_per_update - self._n_updates
+        owed = self.num_timesteps // self.steps_per_update - (self._n_updates - self.offline_updates)
         if owed < 1 or self.replay_buffer.episodes_seen == 0:
             return
         if self._n_updates == 0:
-            first = self.replay_buffer.sample(256)
-            for network in (self.q_net, self.q_net_target):
-                network.start_at((first.rewards * first.acted).sum(-1))
+            self._start_at_returns(self.replay_buffer)
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         losses = [self._update(self.replay_buffer, batch_size) for _ in range(owed)]
@@ -276,6 +276,35 @@ class TextDQN(DQN):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/loss", float(np.mean(losses)))
         self.logger.record("train/behaviour_beta", self.behaviour_beta())
+
+    def fit(self, gradient_steps: int) -> npt.NDArray[np.float64]:
+        """Do gradient steps on the texts in the replay, without stepping an environment; return their losses.
+
+        ``agents.offline.fill_replay`` fills the replay with recorded texts.
+
+        Raises:
+            ConfigError: the replay holds no finished text.
+        """
+        assert isinstance(self.replay_buffer, EpisodeReplay)
+        if not hasattr(self, "_logger"):
+            self.set_logger(Logger(None, []))
+        if self._n_updates == 0:
+            self._start_at_returns(self.replay_buffer)
+        self.policy.set_training_mode(True)
+        losses = np.zeros(gradient_steps)
+        for i in range(gradient_steps):
+            self._current_progress_remaining = 1.0 - i / gradient_steps
+            self._update_learning_rate(self.policy.optimizer)
+            losses[i] = self._update(self.replay_buffer, self.batch_size)
+        self.policy.set_training_mode(False)
+        self._n_updates += gradient_steps
+        self.offline_updates += gradient_steps
+        return losses
+
+    def _start_at_returns(self, replay: EpisodeReplay) -> None:
+        first = replay.sample(256)
+        for network in (self.q_net, self.q_net_target):
+            network.start_at((first.rewards * first.acted).sum(-1))
 
     def _update(self, replay: EpisodeReplay, batch_size: int) -> float:
         batch = replay.sample(batch_size)

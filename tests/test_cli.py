@@ -72,6 +72,45 @@ def test_generate_without_json_prints_a_line_a_text(run, folder):
     assert "the film|" in lines[0]
 
 
+def test_record_writes_a_dataset_of_a_run_or_of_a_language_model(run, folder):
+    pytest.importorskip("minari", reason="recorded texts need minari[hdf5]")
+    from agents.offline import BEHAVIOUR, open_dataset
+
+    of_model = ("--model", folder / "model", "--reward", "length", "--max-new-tokens", 3, "--top-k", 4)
+    for name, options in {
+        "agent-v0": (folder / "run",),
+        "model-v0": (*of_model, "--prompts", folder / "prompts.txt"),
+    }.items():
+        result = textgen("record", *options, "--out", folder / name, "--episodes", 6)
+        assert result.exit_code == 0, result.output
+        dataset = open_dataset(folder / name)
+        assert f"6 texts of {dataset.total_steps} tokens" in result.stdout
+        assert all((episode.infos[BEHAVIOUR][1:] < 0).all() for episode in dataset)
+        assert all(episode.observations["action_mask"].any(-1).all() for episode in dataset)
+    env = dataset.recover_environment()
+    assert env.observation_space == dataset.observation_space
+    observation, _ = env.reset(options={"prompt": "the film was"})
+    assert env.observation_space.contains(observation)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either the folder of a run"),
+        (["RUN", "--top-k", "4"], "leave them out"),
+        (["RUN"], "not an empty folder"),
+        (["--model", "MODEL", "--top-k", "4", "--reward", "nothing"], "unknown reward 'nothing'"),
+    ],
+)
+def test_record_says_what_is_wrong(arguments, message, run, folder):
+    (folder / "full").mkdir(exist_ok=True)
+    (folder / "full" / "note.txt").write_text("mine")
+    places = {"RUN": folder / "run", "MODEL": folder / "model"}
+    result = textgen("record", *(places.get(a, a) for a in arguments), "--out", folder / "full")
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
+
+
 def test_generate_samples_a_language_model_itself(folder):
     result = textgen(
         *("generate", "--model", folder / "model", "--prompt", "the film", "--max-new-tokens", 3, "--json"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
-from textgen_env.errors import ConfigError
+from textgen_env.errors import ConfigError, UnknownArgument
 from textgen_env.registry import unknown_name
 
 OBSERVATION_KEYS = (
@@ -101,12 +101,13 @@ class EnvConfig:
         """Return the configuration with these fields.
 
         Raises:
-            UnknownName: a field that does not exist (with a suggestion).
+            UnknownArgument: a field that does not exist (with a suggestion).
         """
         known = [field.name for field in fields(cls)]
         for name in settings:
             if name not in known:
-                raise unknown_name("argument", name, ["model", "prompts", "reward", *known])
+                unknown = unknown_name("argument", name, ["model", "prompts", "reward", *known])
+                raise UnknownArgument(f"got an unexpected keyword argument {name!r}: {unknown}")
         return cls(**settings)
 
     def keys(self, scores_prefixes: bool) -> tuple[str, ...]:

@@ -22,6 +22,10 @@ class UnknownName(ConfigError, LookupError):
     """A name that no registry entry has."""
 
 
+class UnknownArgument(UnknownName, TypeError):
+    """A keyword argument that does not exist; in Python's own words too, which other software looks for."""
+
+
 class ModelError(TextGenError, ValueError):
     """A language model cannot be found, loaded, or used for text generation."""
 
@@ -32,6 +36,10 @@ class PromptError(TextGenError, ValueError):
 
 class RewardError(TextGenError, ValueError):
     """A reward raised, or answered something other than one finite number a text."""
+
+
+class DatasetError(TextGenError, ValueError):
+    """A recorded dataset that cannot be read, or does not fit what should learn from it."""
 
 
 class IllegalAction(TextGenError, ValueError):
