@@ -15,7 +15,7 @@ setup: .venv/.ready
 	touch $@
 
 demo: .venv/.ready
-	$(BIN)/textgen train --out $(RUN)
+	$(BIN)/textgen train --model smollm2 --prune l1_unstructured:0.1 --out $(RUN)
 
 test: .venv/.ready
 	$(BIN)/python -m pytest

@@ -78,13 +78,13 @@ def train(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Language model: a name, folder, hub id, or .gguf file.", show_default="smollm2"),
+        typer.Option(help="Language model: a name, folder, hub id, or .gguf file.", show_default="tiny"),
     ] = None,
     prune: Annotated[
         str | None,
         typer.Option(
             help="Prune the language model once: METHOD:AMOUNT, the share to remove, or none.",
-            show_default="l1_unstructured:0.1",
+            show_default="none",
         ),
     ] = None,
     prompts: Prompts = None,
@@ -125,7 +125,7 @@ def train(
 ) -> None:
     """Train an agent, measure it on prompts that it has not seen, and keep the run in a folder.
 
-    Without options SmolLM2-135M, pruned by 10%, learns to write positive texts of 20 tokens (VADER's
+    Without options the small model in the box learns to write positive texts of 20 tokens (VADER's
     compound score, -1 to 1).
     """
     from agents import train as runs

@@ -66,7 +66,7 @@ class PrunedTransformerExtractor(BaseFeaturesExtractor):
         self,
         observation_space: spaces.Dict,
         source: str = "hidden",
-        model: str | PrunedTransformerModel = "smollm2",
+        model: str | PrunedTransformerModel = "tiny",
         pruning_amount: float = 0.1,
         method: str = "l1_unstructured",
         trainable: bool | str = False,

@@ -76,8 +76,8 @@ class RunConfig:
 
     agent: str = "text_dqn"  # a name in AGENTS
     agent_settings: Mapping[str, Any] = field(default_factory=dict)  # keywords of the agent's class
-    model: str | None = "smollm2"  # see textgen_env.models.load_language_model; None: an object
-    prune: str | None = "l1_unstructured:0.1"  # METHOD:AMOUNT, applied to the language model once
+    model: str | None = "tiny"  # see textgen_env.models.load_language_model; None: an object
+    prune: str | None = None  # METHOD:AMOUNT, applied to the language model once
     prompts: Any = None  # see textgen_env.prompts.make_prompts; None: the openings in the box, or an object
     reward: Any = "sentiment"  # see textgen_env.rewards.make_reward; None: an object
     env: Mapping[str, Any] = field(default_factory=dict)  # fields of EnvConfig; those of ENV_SETTINGS are added

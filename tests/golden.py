@@ -15,12 +15,15 @@ from textgen_env import TextGenEnv
 
 PATH = Path(__file__).with_name("golden_episodes.json")
 SMALL = {"top_k": 4, "max_new_tokens": 5, "max_prompt_tokens": 4}
+BOX = {"model": "tiny", "prompts": None, "reward": "sentiment", "dtype": "float32", "max_prompt_tokens": 24}
 SCRIPTS = [
     ({}, 0, [0, 1, 2, 3, 0]),
     ({"observation": "full", "reward_at": "step", "stop": ("ab",), "top_p": 0.75}, 1, [0, 1]),
     ({"observation": "full", "top_k": None, "min_new_tokens": 2}, 2, [4, 3, 5]),
     ({"observation": "hidden", "top_k": 2, "top_p": 0.35, "on_illegal": "last_legal"}, 3, [1, 1, 1, 0, 0]),
     ({"observation": "tokens", "max_new_tokens": 2}, 4, [0, 3]),
+    ({**BOX, "observation": "default"}, 5, [0, 0, 1, 2, 0]),
+    ({**BOX, "observation": ("score", "candidate_scores"), "reward_at": "step", "top_p": 0.5}, 6, [0, 0, 0, 0, 0]),
 ]
 """(settings, seed of the reset, actions to the end of the episode)"""
 
@@ -29,7 +32,8 @@ def episodes():
     """What the environment answers to each script, as plain data."""
     played = []
     for settings, seed, actions in SCRIPTS:
-        env = TextGenEnv(letters(), PROMPTS, Worth(), **(SMALL | settings))
+        objects = {"model": letters(), "prompts": PROMPTS, "reward": Worth()}
+        env = TextGenEnv(**(objects | SMALL | settings))
         steps = [{"observation": _plain(env.reset(seed=seed)[0])}]
         for action in actions:
             observation, reward, terminated, truncated, info = env.step(action)

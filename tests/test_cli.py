@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from agents.cli import INTERRUPTED, app
+from textgen_env.models import MODEL_NAMES
 from textgen_env.openings import OPENINGS
 from textgen_env.rewards import REWARDS
 
@@ -229,7 +230,7 @@ def test_ctrl_c_ends_with_130_and_says_where(folder, monkeypatch):
 
 def test_list_names_everything_there_is():
     shown = textgen("list").stdout
-    for name in (*REWARDS, *OPENINGS, "text_dqn", "lookahead", "smollm2", "wanda"):
+    for name in (*REWARDS, *OPENINGS, "text_dqn", "lookahead", *MODEL_NAMES, "wanda"):
         assert name in shown
     assert "wanda" not in textgen("list", "rewards").stdout
 

@@ -68,7 +68,7 @@ def test_gymnasium_and_sb3_accept_the_registered_environment(observation, top_k)
 
 def test_the_keywords_and_defaults_are_the_documented_ones():
     documented = {
-        "model": "smollm2",
+        "model": "tiny",
         "prompts": None,
         "reward": "sentiment",
         "reward_at": "end",

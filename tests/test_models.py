@@ -178,7 +178,7 @@ def test_rows_on_a_transformer_equal_singles_along_the_same_tokens(tiny_lm):
         (
             "nobody/smollm2",
             ModelError,
-            "model 'nobody/smollm2' could be loaded from the hub: .* Give one of smollm2",
+            "model 'nobody/smollm2' could be loaded from the hub: .* Give one of tiny, smollm2",
         ),
         (b"smollm2", ModelError, "got bytes"),
         (("model",), ModelError, r"must be \(model, tokenizer\), got 1 items"),
@@ -310,7 +310,7 @@ def test_a_missing_package_says_how_to_get_it(cache, monkeypatch):
 @pytest.mark.slow
 def test_smollm2_writes_english():
     model = load_language_model("smollm2")
-    env = gym.make("TextGen-v0", prompts=["The capital of France is"], max_new_tokens=1)
+    env = gym.make("TextGen-v0", model="smollm2", prompts=["The capital of France is"], max_new_tokens=1)
     observation, _ = env.reset()
     assert env.unwrapped.episodes.model is model
     assert (model.vocab_size, model.hidden_size) == (49152, 576)

@@ -109,7 +109,7 @@ class TextGenEnv(OverEpisodes, gym.Env[Any, Any]):
 
     metadata: dict[str, Any] = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4}  # noqa: RUF012
 
-    def __init__(self, model: Any = "smollm2", prompts: Any = None, reward: Any = "sentiment", **settings: Any) -> None:
+    def __init__(self, model: Any = "tiny", prompts: Any = None, reward: Any = "sentiment", **settings: Any) -> None:
         self.episodes = open_episodes(model, prompts, reward, settings, rows=1)
         self.render_mode = self.episodes.config.render_mode
         self.observation_space = observation_space(self.episodes)

