@@ -48,11 +48,11 @@ class Settings:
     """What decides the result, besides the machine. A work folder belongs to one of these."""
 
     teacher: str = "smollm2"
-    shards: int = 16
+    shards: int = 5
     texts: int = 2048  # a shard
     rows: int = 256  # texts that the teacher writes at a time
     vocabulary: int = 3072
-    epochs: int = 12
+    epochs: int = 10
     batch: int = 2048  # tokens
     rate: float = 6e-3  # of AdamW, which trains embeddings and norms
     muon_rate: float = 0.02  # of Muon, which trains the other matrices
@@ -393,8 +393,8 @@ def build(s: Settings, work: Path, out: Path, command: str) -> dict[str, Any]:
     teacher = load_language_model(s.teacher)
     tokenizer = train_tokenizer(work / "tokenizer.json", paths[1:] or paths, teacher, s)
     alignment = Alignment(teacher, tokenizer)
-    held_out = alignment.read(paths[0], slice(0, s.texts // 2))
-    rest = [alignment.read(paths[0], slice(s.texts // 2, None))]
+    held_out = alignment.read(paths[0], slice(0, s.texts // 4))
+    rest = [alignment.read(paths[0], slice(s.texts // 4, None))]
     texts = Texts.joined(rest + [alignment.read(path) for path in tqdm(paths[1:], "tokens", unit="shard")])
     torch.manual_seed(s.seed)
     model = student(tokenizer)

@@ -223,15 +223,11 @@ def test_a_build_that_was_killed_ends_with_the_same_files(toy_teacher, tmp_path)
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
         process.communicate()
-        assert process.returncode in (-signal.SIGKILL, 0)
+        assert process.returncode == -signal.SIGKILL
     last = start(toy_teacher, killed)
-    assert last.communicate(timeout=300)[1] is not None
-    assert last.returncode == 0
+    _, errors = last.communicate(timeout=300)
+    assert last.returncode == 0, errors
     assert checksums(killed) == checksums(tmp_path / "whole")
-
-    other = start(toy_teacher, killed)
-    other.kill()
-    other.communicate()
 
 
 @pytest.mark.slow

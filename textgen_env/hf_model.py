@@ -462,21 +462,22 @@ def _disagreement(model: HFModel, decoder: Decoder) -> float:
     The texts are plain language: on special tokens, half precision differs from itself.
     """
     ids = [*model.encode("The old man went down to the"), *range(8)][:6]
-    texts = [ids[:3], ids[:1]]
+    lengths = [3, 1]
     slots = HFSlots(model, decoder, rows=2, length=len(ids), k=None)
     rows, free = np.arange(2), np.zeros(2, bool)
     gaps = []
     try:
-        slots.start(rows, texts)
-        for _ in range(3):
+        # Both texts are beginnings of one, so its forward gives what each is compared with.
+        uncached = model.model(input_ids=torch.tensor([ids], device=decoder.shape.device)).logits[0]
+        expected = uncached.float().log_softmax(-1).cpu().numpy()
+        slots.start(rows, [ids[:length] for length in lengths])
+        for step in range(3):
             found = slots.propose(rows, free).logprobs
-            for row, text in enumerate(texts):
-                uncached = model.model(input_ids=torch.tensor([text], device=decoder.shape.device))
-                expected = uncached.logits[0, -1].float().log_softmax(-1).cpu().numpy()
-                spread = float(np.linalg.norm(expected - expected.mean()))
-                gaps.append(float(np.linalg.norm(found[row] - expected)) / max(spread, 1e-6))
-            texts = [[*text, ids[len(text)]] for text in texts]
-            slots.advance(rows, np.array([text[-1] for text in texts]))
+            for row, length in enumerate(lengths):
+                target = expected[length + step - 1]
+                spread = float(np.linalg.norm(target - target.mean()))
+                gaps.append(float(np.linalg.norm(found[row] - target)) / max(spread, 1e-6))
+            slots.advance(rows, np.array([ids[length + step] for length in lengths]))
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"{type(model.model).__name__} cannot run on a cache with a row for each text: {error}"
