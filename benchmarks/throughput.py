@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {**machine(), "dtype": str(dtype).removeprefix("torch."), "results": []}
     print(f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}")
     print("model        rows  ms a step: linear      hf   slots make_vec     sb3    make_vec/s  x hf  of limit")
-    for name, (model, tokenizer) in {"smollm2": load_pretrained("smollm2", dtype), "random-1M": million(dtype)}.items():
+    compared = {name: load_pretrained(name, dtype) for name in ("tiny", "smollm2")} | {"random-1M": million(dtype)}
+    for name, (model, tokenizer) in compared.items():
         engine = HFModel(model, tokenizer, name=name)
         words = single_words(tokenizer)
         for n in rows:
