@@ -126,9 +126,7 @@ def intact(folder: Path) -> Path:
         except OSError as error:
             raise ModelError(f"{folder / name} is missing (expected SHA-256 {checksum}): {_REINSTALL}") from error
         if found != checksum:
-            raise ModelError(
-                f"{folder / name} is damaged: its SHA-256 is {found}, expected {checksum}: {_REINSTALL}"
-            )
+            raise ModelError(f"{folder / name} is damaged: its SHA-256 is {found}, expected {checksum}: {_REINSTALL}")
     return folder
 
 
