@@ -50,7 +50,7 @@ def test_the_prompts_in_the_box_are_not_what_the_teacher_began_with(build):
 class Teacher:
     """A vocabulary and nothing else."""
 
-    tokens = ("<end>", "abc", "ab", "a", "c", "\n", "ca")
+    tokens = ("<end>", "abc", "ab", "a", "c", "\n", "ca", "b")
     vocab_size, end_ids = len(tokens), (0,)
 
     @property
@@ -104,15 +104,17 @@ def test_distributions_move_to_the_pieces_of_the_teacher_s_tokens(build, alignme
 
 
 def test_where_the_vocabularies_do_not_meet_the_target_is_the_text(build, alignment):
-    # The teacher writes c, a, then a "b" of its own cannot be: c + ab in the student's words begin inside "ca".
-    candidates, probs = np.zeros((1, build.TEACHER_K), int), np.zeros((1, build.TEACHER_K))
-    candidates[0, :2], probs[0, :2] = [6, 4], [0.5, 0.5]  # ca, c
-    texts = alignment.aligned(
-        [np.array([4, 6, 4])], [np.array([-1, 0, -1])], [np.array([3, 3, 1, 3])], candidates, probs
-    )
-    assert distributions(texts) == [{3: 1.0}, {3: 1.0}, {1: 1.0}, {3: 1.0}]
-    split = alignment.aligned([np.array([4, 3, 4])], [np.array([0, -1, -1])], [np.array([3, 1, 3])], candidates, probs)
-    assert distributions(split)[0] == {3: 1.0}  # both ca and c begin with c
+    # The opening "c", then a + b, which are one token of the student's, then "c".
+    candidates, probs = np.zeros((3, build.TEACHER_K), int), np.zeros((3, build.TEACHER_K))
+    candidates[0, :2], probs[0, :2] = [3, 4], [0.6, 0.4]  # a, c
+    candidates[1, 0], probs[1, 0] = 7, 1.0  # b
+    candidates[2, :3], probs[2, :3] = [4, 6, 3], [0.5, 0.25, 0.25]  # c, ca, a
+    tokens, step, ids = np.array([4, 3, 7, 4]), np.array([-1, 0, 1, 2]), np.array([3, 4, 3])
+
+    texts = alignment.aligned([tokens], [step], [ids], candidates, probs)
+
+    assert distributions(texts) == [{3: 1.0}, {4: 1.0}, {3: 0.75, 1: 0.25}]
+    assert texts.nats == pytest.approx(-math.log(0.6) - math.log(0.5))
 
 
 # --- the baseline
