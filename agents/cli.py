@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
 from textgen_env.errors import ConfigError, TextGenError
 
 if TYPE_CHECKING:
+    from agents.benchmark_report import Table as ReportTable
     from agents.train import RunConfig
     from textgen_env.evaluation import Agent
     from textgen_env.vector_env import TextGenVectorEnv
@@ -373,6 +375,108 @@ def prune(
     texts = None if text is None else _read(text).splitlines()
     report = prune_and_heal(model, out, chosen, heal, texts=texts, seed=seed)
     Console().print(f"{report}. The model is in {out}/")
+
+
+@app.command()
+def benchmark(
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="diagnostic, language, all, or names, with sizes: Needle:depth=6,Dyck. See 'textgen list tasks'."
+        ),
+    ] = "diagnostic",
+    agents: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated. See 'textgen list agents'; your own: module:attribute.", show_default="all"
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="How many, from 0 on; or a comma-separated list.", show_default="5")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Environment steps for an agent to learn from.", min=1, show_default="20000")
+    ] = None,
+    envs: Annotated[int | None, typer.Option(help="Texts written at a time.", min=1, show_default="32")] = None,
+    texts: Annotated[
+        int | None, typer.Option(help="Texts of each evaluation, at least.", min=1, show_default="64")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results; goes on where it stopped.", show_default="runs/benchmark"),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Six agents, three seeds and few steps, unless said otherwise.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes.", min=1, show_default="the cores")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what is recorded as failed.")] = False,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="A B",
+            help="Run nothing: which differences are significant between two folders (or CSV files) of results, or "
+            "between two agents in --out.",
+        ),
+    ] = None,
+) -> None:
+    """Run agents on tasks with several seeds, and report what is known of each.
+
+    A folder belongs to one configuration. The same command goes on where it stopped: by Ctrl-C, a kill or a full disk.
+    """
+    console = Console()
+    if compare is not None:
+        from agents.benchmark_report import COMPARISON_NOTE, compare_results, comparison_table
+
+        for name, found in compare_results(*compare, out):
+            chance = f"[{found.improvement_low:.2f}, {found.improvement_high:.2f}]"
+            console.print(_grid(comparison_table(name, found)))
+            console.print(f"Probability that the first is better: {found.improvement:.2f} {chance}\n", markup=False)
+        console.print(COMPARISON_NOTE, markup=False)
+        return
+    from agents import benchmark as runs
+    from agents.benchmark_report import overall_table, read_results, scores_by_agent, write_report
+    from agents.zoo import agent_names
+
+    if ":" in (agents or ""):
+        sys.path.insert(0, str(Path.cwd()))  # for module:attribute; processes inherit it
+    given = {"seeds": _seeds(seeds), "steps": steps, "envs": envs, "texts": texts}
+    settings: dict[str, Any] = {"agents": agent_names(), **(runs.QUICK if quick else {})}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    settings |= {"agents": tuple(agents.split(","))} if agents else {}
+    config = runs.BenchmarkConfig(tasks=runs.task_ids(tasks), **settings)
+    folder = out or Path("runs/benchmark")
+    try:
+        results = runs.run_benchmark(config, folder, workers=workers, retry_failed=retry_failed, console=console)
+    except KeyboardInterrupt as error:
+        console.print(f"stopped by Ctrl-C: what is done is in {folder}/; the same command goes on")
+        raise typer.Exit(INTERRUPTED) from error
+    write_report(folder, config, results)
+    rows = read_results(folder)
+    scores = scores_by_agent(rows)
+    console.print(_grid(overall_table(rows, scores, [agent for agent in config.agents if agent in scores])))
+    failed = sum(result.status == "failed" for result in results)
+    console.print(f"{len(results)} runs, {failed} failed. Report: {folder}/report.html, report.md; rows: results.csv")
+
+
+def _grid(table: ReportTable) -> Table:
+    """Return a table of a report for the terminal."""
+    grid = Table(*table.headings, title=table.title or None, title_justify="left", box=None)
+    for row in table.rows:
+        grid.add_row(*map(escape, row))
+    return grid
+
+
+def _seeds(text: str | None) -> tuple[int, ...] | None:
+    """Return the seeds that ``5`` or ``0,3,4`` stands for."""
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--seeds must be a number of seeds, or a list such as 0,1,2; got {text!r}") from error
+    if "," in text:
+        return tuple(numbers)
+    return tuple(range(numbers[0]))
 
 
 @app.command("list")

@@ -307,10 +307,10 @@ def samples_page(before: Evaluation, after: Evaluation, notes: Sequence[str] = (
     ]
     for i in range(before.num_prompts):
         cells = [
-            _cell(before.prompts[i]),
-            _cell(before.completions[i]),
+            markdown_cell(before.prompts[i]),
+            markdown_cell(before.completions[i]),
             f"{before.rewards[i]:.2f}",
-            _cell(after.completions[i]),
+            markdown_cell(after.completions[i]),
             f"{after.rewards[i]:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -336,7 +336,7 @@ def _shown(value: float | None, form: str) -> str:
     return "–" if value is None else format(round(value, 6) + 0.0, form)  # no minus before a zero
 
 
-def _cell(text: str) -> str:
+def markdown_cell(text: str) -> str:
     """Return ``text`` as one cell of a Markdown table: generated text is not Markdown, nor HTML."""
     for old, new in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "\\`"), ("*", "\\*"), ("_", "\\_")):
         text = text.replace(old, new)

@@ -29,6 +29,7 @@ from agents.text_dqn import TextDQN
 from textgen_env.errors import ConfigError
 from textgen_env.evaluation import Agent
 from textgen_env.registry import Registry, unknown_name
+from textgen_env.table_model import TableModel
 from textgen_env.vector_env import TextGenVectorEnv
 
 OBSERVATION = ("tokens", "length", "budget", "candidates", "logprobs", "score", "action_mask", "hidden")
@@ -43,7 +44,7 @@ class Budget:
     """What an agent's settings depend on."""
 
     steps: int  # environment steps to learn from
-    envs: int = 16  # texts written at a time
+    envs: int = 32  # texts written at a time
     max_new_tokens: int = 20
     beta: float = 0.1  # price of KL, reward units a nat, for agents that know it
 
@@ -161,6 +162,17 @@ def _text_maskable_ppo() -> type[BaseAlgorithm]:
     return TextMaskablePPO
 
 
+TUNED: Mapping[str, Mapping[str, Any]] = {
+    "text_dqn": {"beta": 0.02, "beta_start": 0.5, "learning_starts": 1_000, "steps_per_update": 16},
+}
+"""Settings for small exact tasks that go over an agent's own."""
+
+
+def tuned_settings(name: str, env: TextGenVectorEnv) -> Mapping[str, Any]:
+    """Return the settings that suit an environment: those of ``TUNED`` on a table, none on a transformer."""
+    return TUNED.get(name, {}) if isinstance(env.language_model, TableModel) else {}
+
+
 # --- any of them, in an environment
 
 
@@ -191,17 +203,21 @@ def find_agent(name: str) -> Any:
     return found
 
 
-def env_settings(name: str) -> Mapping[str, Any]:
-    """Return the settings of ``EnvConfig`` that an agent needs. A user's own may say so in ``env_settings``."""
+def env_settings(name: str, whole_vocabulary: bool = False) -> dict[str, Any]:
+    """Return the settings of ``EnvConfig`` that an agent needs. A user's own may say so in ``env_settings``.
+
+    Args:
+        whole_vocabulary: The environment has ``top_k=None``, and so no ``candidates``.
+    """
     found = find_agent(name)
+    keys = tuple(key for key in OBSERVATION if not (whole_vocabulary and key == "candidates"))
     if name in SEARCH_AGENTS:
         return {"observation": found.needs}
     if name in PLANNING_AGENTS:
-        return {"observation": ("tokens", "length", "budget", "candidates", "logprobs", "action_mask")}
+        return {"observation": tuple(key for key in keys if key not in ("score", "hidden"))}
     if name in AGENTS:
-        return {"observation": OBSERVATION, "on_illegal": "raise" if name in MASKED else "last_legal"}
-    given: Mapping[str, Any] = getattr(found, "env_settings", {})
-    return {"observation": OBSERVATION, **given}
+        return {"observation": keys, "on_illegal": "raise" if name in MASKED else "last_legal"}
+    return {"observation": keys, **getattr(found, "env_settings", {})}
 
 
 def make_agent(
@@ -237,3 +253,8 @@ def acts_greedily(name: str, agent: Agent) -> bool:
     if name in PLANNING_AGENTS:
         return name != "best_of_n"
     return not hasattr(agent, "probabilities")
+
+
+def draws_anew(name: str, agent: Agent) -> bool:
+    """Return whether an agent may answer the same prompt with different texts when it is measured."""
+    return name == "mcts" or not (name == "greedy" or acts_greedily(name, agent))

@@ -19,17 +19,7 @@ def open_env(**settings):
     return TextGenVectorEnv(4, toys.letters(), toys.PROMPTS, toys.Worth(), **size, **settings)
 
 
-class Mine:
-    """A user's agent: the likeliest candidate."""
-
-    def __init__(self, env, seed):
-        self.env, self.seed = env, seed
-
-    def predict(self, observation, state=None, episode_start=None, deterministic=False):
-        return np.zeros(len(observation["length"]), np.int64), None
-
-
-@pytest.mark.parametrize("name", [*agent_names(), "test_zoo:Mine"])
+@pytest.mark.parametrize("name", [*agent_names(), "my_agents:Likeliest"])
 def test_every_agent_learns_if_it_can_and_writes(name):
     if name in ("qrdqn", "maskable_ppo"):
         pytest.importorskip("sb3_contrib")
