@@ -77,9 +77,9 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "text_dqn": Contestant(
         "TextDQN without score inputs",
-        100_000,
-        looks=(10_000, 25_000, 50_000),
-        settings={"beta": BETA, "buffer_size": 100_000},
+        60_000,
+        looks=(10_000, 25_000, 40_000),
+        settings={"beta": BETA, "buffer_size": 60_000},
     ),
     "text_dqn_fast": Contestant(
         "TextDQN without score inputs, speed before KL",
@@ -100,7 +100,7 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "text_dqn_classifier": Contestant(
         "TextDQN on a classifier that judges finished texts only",
-        60_000,
+        40_000,
         reward="classifier",
         acting=(0.05, 0.1),
         settings={"beta": BETA},
