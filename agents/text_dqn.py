@@ -483,8 +483,8 @@ class TextDQN(DQN):
     def logits_processor(self, model: Any, *, max_new_tokens: int | None = None, reward: Any = None) -> Steering:
         """Return what steers ``model.generate`` with this agent: a context manager and logits processor in one.
 
-        >>> with agent.logits_processor(model) as steer:  # doctest: +SKIP
-        ...     model.generate(**inputs, logits_processor=[steer], **steer.settings)
+            with agent.logits_processor(model) as steer:
+                model.generate(**inputs, logits_processor=[steer], **steer.settings)
 
         Args:
             model: The Hugging Face causal LM that generates.
