@@ -4,13 +4,14 @@ Action ``i`` means "append ``ids[row, i]``", so the order must be exact and the 
 machine: by log-probability, ties to the smaller id. bfloat16 logits tie all the time.
 
 A full sort of (64, 49152) costs more than the model's attention. So the vocabulary is cut into
-blocks. The k blocks with the largest maxima (ties: the lower block) contain the top k: a block
-left out has k blocks before it, and each of them holds an element that comes before all of its
-own. Values and positions are packed into one integer, so that no two keys are equal and an
-unstable ``topk`` gives the stable order.
+blocks: what is below the k-th largest of their maxima is not among the k largest. A few
+dozen tokens of each row reach it, and only they are sorted. Logits are ranked as they are, and no
+array of log-probabilities is written: the normaliser alone is computed, in float32.
 
-    logits (B, V)  ->  log_softmax in float32, a few rows at a time, within the cache
-                   ->  block maxima (b, V / 64)  ->  k blocks  ->  (b, 64 k)  ->  ids, logprobs (B, k)
+    logits (B, V)  ->  maxima of n blocks (B, n)  ->  tokens that reach the k-th  ->  ids, logits (B, k)
+                   ->  log of the sum of exponentials (B, 1)                      ->  logprobs (B, k)
+
+The passes over the logits go a few rows at a time, within the CPU's cache.
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ from textgen_env.language_model import MASKED_LOGPROB
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 64  # tokens a block
-CHUNK = 1 << 20  # logits worked on at a time: 4 MB in float32
+CHUNK = 1 << 18  # logits worked on at a time: 1 MB in float32
 
 
 def top_candidates(
@@ -40,7 +40,7 @@ def top_candidates(
     """Return the ``k`` likeliest tokens of each row, best first, and their log-probabilities.
 
     Args:
-        logits: (B, V) of any float dtype, left unchanged. Arithmetic is float32.
+        logits: (B, V) of any float dtype, unchanged in the end. Arithmetic is float32.
         k: Candidates a row, 1 <= k <= V; None for the whole vocabulary in id order.
         end_ids: Tokens that can be blocked.
         block_end: (B,) True where ``end_ids`` get no probability, and the rest is normalised
@@ -58,30 +58,20 @@ def top_candidates(
     rows, vocab = logits.shape
     if k is not None and not 1 <= k <= vocab:
         raise ConfigError(f"k must be in 1..{vocab} (the vocabulary) or None, got {k}")
-    ids = torch.empty((rows, k or vocab), dtype=torch.int32)
-    logprobs = torch.empty((rows, k or vocab), dtype=torch.float32)
-    step = max(1, CHUNK // vocab)
-    scores, normalised = torch.empty((2, min(step, rows), vocab), device=logits.device)
-    ends = torch.tensor(list(end_ids), dtype=torch.long, device=logits.device)
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        size = part.stop - part.start
-        raw, scaled = scores[:size].copy_(logits[part]), normalised[:size]
-        if block_end is not None and block_end[part].any():
-            blocked = torch.from_numpy(np.flatnonzero(block_end[part])).to(logits.device)
-            raw[blocked[:, None], ends] = -torch.inf
-        torch.log_softmax(raw, -1, out=scaled)
+    blocked = np.flatnonzero(block_end) if block_end is not None and len(end_ids) else ()
+    with torch.inference_mode():
+        if len(blocked):
+            ends = torch.from_numpy(blocked)[:, None].to(logits.device), torch.tensor(end_ids, device=logits.device)
+            kept = logits[ends]
+            logits[ends] = -torch.inf
         if k is None:
-            logprobs[part] = scaled
+            ids = np.tile(np.arange(vocab, dtype=np.int32), (rows, 1))
+            logprobs = _without_nan(logits.float().log_softmax(-1))
         else:
-            best_ids, best = _top_k(scaled, k)
-            ids[part], logprobs[part] = best_ids, best
-    if k is None:
-        ids[:] = torch.arange(vocab, dtype=torch.int32)
-    found = logprobs.numpy()
-    if np.isnan(found[:, 0]).any():
-        raise ModelError(f"the model answered NaN in row {int(np.isnan(found[:, 0]).argmax())} of a batch of {rows}")
-    return ids.numpy(), np.maximum(found, np.float32(MASKED_LOGPROB))
+            ids, logprobs = _top_k(logits, k)
+        if len(blocked):
+            logits[ends] = kept
+    return ids, np.maximum(logprobs, np.float32(MASKED_LOGPROB))
 
 
 def nucleus(logprobs: npt.NDArray[np.float32], top_p: float) -> npt.NDArray[np.bool_]:
@@ -107,31 +97,51 @@ def nucleus(logprobs: npt.NDArray[np.float32], top_p: float) -> npt.NDArray[np.b
     return legal
 
 
-def _top_k(logprobs: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact top k of (b, V) log-probabilities: ids (b, k) and values (b, k), ties to the smaller id."""
+def _top_k(logits: torch.Tensor, k: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Exact top k of (B, V) logits, ties to the smaller id, and their log-probabilities: (B, k) each."""
     import torch
 
-    rows, vocab = logprobs.shape
-    blocks = vocab // BLOCK
-    ids = torch.arange(vocab, device=logprobs.device)
-    if blocks <= k:
-        ids = ids.expand(rows, -1)
-    else:
-        whole, rest = ids[: blocks * BLOCK].view(blocks, BLOCK), ids[blocks * BLOCK :]
-        maxima = logprobs[:, : blocks * BLOCK].view(rows, blocks, BLOCK).amax(-1)  # (b, V / 64)
-        chosen = _keys(maxima, ids[:blocks]).topk(k, largest=False, sorted=False).indices
-        # The rest, less than a block, always takes part.
-        ids = torch.cat([whole[chosen].flatten(1), rest.expand(rows, -1)], dim=1)  # (b, 64 k + rest)
-        logprobs = logprobs.gather(1, ids)
-    best = _keys(logprobs, ids).topk(k, largest=False).indices
-    return ids.gather(1, best), logprobs.gather(1, best)
+    vocab = logits.shape[-1]
+    size = 1 << (vocab // k).bit_length() // 2  # tokens a block: about sqrt(V / k)
+    blocks = -(-vocab // size)
+    maxima, log_sum = _scan(logits, size, blocks)
+    least = np.partition(maxima, blocks - k)[:, blocks - k, None]
+    rows, chosen = np.nonzero(maxima >= least)
+    ids = chosen[:, None] + np.arange(0, size * blocks, blocks)  # the tokens of each chosen block
+    found = logits[torch.from_numpy(rows)[:, None], torch.from_numpy(np.minimum(ids, vocab - 1))]
+    values = found.float().cpu().numpy()
+    reach = (values >= least[rows]) & (ids < vocab)
+    rows, ids, values = rows.repeat(reach.sum(-1)), ids[reach], values[reach]
+    order = np.lexsort((ids, -values, rows))
+    best = order[np.searchsorted(rows, np.arange(len(logits)))[:, None] + np.arange(k)]
+    return ids[best].astype(np.int32), values[best] - log_sum
 
 
-def _keys(logprobs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Pack log-probabilities and ids into int64 keys, the best one smallest, no two equal.
+def _scan(logits: torch.Tensor, size: int, blocks: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the maxima of the blocks (B, blocks) and the log-normaliser (B, 1) of (B, V) logits, float32.
 
-    The bits of floats that are not negative are ordered like the floats themselves.
+    Token i is in block i modulo their number, so that maxima are taken at vector speed.
     """
     import torch
 
-    return (logprobs.abs().view(torch.int32).long() << 32) | ids
+    rows, vocab = logits.shape
+    step = min(rows, max(1, CHUNK // vocab))
+    scratch = torch.empty((step, size * blocks), device=logits.device)
+    maxima, log_sum = (torch.empty((rows, n), device=logits.device) for n in (blocks, 1))
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        values = scratch[: part.stop - start]
+        values[:, :vocab] = logits[part]
+        values[:, vocab:] = -torch.inf
+        torch.amax(values.view(-1, size, blocks), 1, out=maxima[part])
+        largest = maxima[part].amax(-1, keepdim=True)
+        torch.sum(values.sub_(largest).exp_(), -1, keepdim=True, out=log_sum[part]).log_().add_(largest)
+    return maxima.cpu().numpy(), _without_nan(log_sum)
+
+
+def _without_nan(found: torch.Tensor) -> npt.NDArray[np.float32]:
+    broken = found[:, 0].isnan().cpu().numpy()
+    if broken.any():
+        raise ModelError(f"the model answered NaN in row {int(broken.argmax())} of a batch of {len(broken)}")
+    values: npt.NDArray[np.float32] = found.cpu().numpy()
+    return values

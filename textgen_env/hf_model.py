@@ -162,7 +162,7 @@ class HFSlots(Slots):
         self._prompt = np.zeros(rows, np.int64)  # how many of them are the prompt
         self._memo: _Bounded[npt.NDArray[np.float32]] = _Bounded(model.memo_bytes // 2)
         self._prompts: _Bounded[tuple[torch.Tensor, torch.Tensor]] = _Bounded(model.memo_bytes // 2)
-        self.cache = KeyValues(decoder.shape, rows, length, decoder.time_last)
+        self.cache = KeyValues(decoder.shape, rows, length)
 
     # --- bookkeeping
 
@@ -340,7 +340,8 @@ class HFSlots(Slots):
             spread[:, kept] = given, positions
             places, positions = spread
         dtype = self._decoder.shape.dtype
-        later = torch.from_numpy(np.arange(self.cache.reach) > positions[..., None])
+        length = min(-(-int(positions.max() + 1) // 8) * 8, self.cache.reach)
+        later = torch.from_numpy(np.arange(length) > positions[..., None])
         mask = torch.zeros(later.shape, dtype=dtype).masked_fill_(later, torch.finfo(dtype).min)
         return Group(
             tokens=None if places is None else self._tensor(places),
