@@ -279,18 +279,19 @@ class Projection:
     def __init__(self, linears: Sequence[nn.Linear], pack: bool) -> None:
         self._linears = linears
         self._packed: Tensor | None = None
+        self._plain: Tensor | None = None
         if pack:
             weight = torch.cat([linear.weight for linear in linears])
             biases: list[Tensor] = [linear.bias for linear in linears]
             self._bias = None if biases[0] is None else torch.cat(biases)
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-            small = weight.dtype == torch.float32 and 4 * weight.numel() < self.SMALL
-            self._plain = weight if small else None
+            if weight.dtype == torch.float32 and 4 * weight.numel() < self.SMALL:
+                self._plain = weight
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._uses_onednn(x):
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        if self._packed is not None:
+        if self._plain is not None:
             return F.linear(x, self._plain, self._bias)
         found = [F.linear(x, linear.weight, linear.bias) for linear in self._linears]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
