@@ -1,9 +1,12 @@
 """DQN in one file that reads from top to bottom, in the manner of CleanRL.
 
-    python examples/cleanrl_dqn.py --steps 20000
+    python examples/cleanrl_dqn.py --steps 30000
 
 The observation is one flat vector a text: hidden state, log-probabilities of the k candidates (-1e4
 where masked), budget, score. So the mask of a state is in the state, also of the next one.
+
+A plain DQN values the i-th candidate, and what the i-th candidate is changes from state to state:
+in half a minute the mean reward goes from about 0.12 to 0.20, no further. ``TextDQN`` values tokens.
 """
 
 import argparse
@@ -37,7 +40,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="DQN in one file")
     parser.add_argument("--model", default=None, help="a name, folder or hub id; the environment's default unless said")
     parser.add_argument("--reward", default="sentiment")
-    parser.add_argument("--steps", type=int, default=20_000, help="tokens")
+    parser.add_argument("--steps", type=int, default=30_000, help="tokens")
     parser.add_argument("--envs", type=int, default=32, help="texts written at a time")
     parser.add_argument("--top-k", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=12)
@@ -63,6 +66,7 @@ def main() -> list[float]:
         "TextGen-v0",
         num_envs=args.envs,
         reward=args.reward,
+        reward_at="step",  # the increments of the running score, which sum to the reward
         observation="hidden",
         top_k=args.top_k,
         max_new_tokens=args.max_new_tokens,

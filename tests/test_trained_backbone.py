@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 
 import gymnasium as gym
 import pytest
@@ -17,7 +18,9 @@ from agents.sb3_vec import SB3VecEnv
 from agents.transformer_model import PrunedTransformerModel
 from textgen_env.errors import ConfigError
 
-MODES = (True, "lora", "last_layers")
+needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="LoRA needs peft")
+LORA = pytest.param("lora", marks=needs_peft)
+MODES = (True, LORA, "last_layers")
 
 
 @pytest.fixture
@@ -95,7 +98,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(env, backbone, trainab
     assert all(p.grad is None and p.requires_grad for p in backbone.parameters())  # as it was given
 
 
-@pytest.mark.parametrize("trainable", ["lora", "last_layers"])
+@pytest.mark.parametrize("trainable", [LORA, "last_layers"])
 def test_frozen_weights_are_stored_once_and_stay_as_they_were(env, backbone, trainable):
     before = {name: p.detach().clone() for name, p in backbone.named_parameters()}
     agent = dqn(env, backbone, trainable)
@@ -149,6 +152,7 @@ def test_ppo_does_not_initialise_a_pretrained_transformer_anew(env, backbone, tr
     assert not torch.equal(agent.policy.features_extractor(observation), frozen(observation))
 
 
+@needs_peft
 def test_lora_reaches_the_linear_layers_of_gpt2(env):
     config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=16, n_positions=32)
     gpt2 = PrunedTransformerModel(GPT2LMHeadModel(config).eval(), pruning_amount=0.0)
