@@ -1,6 +1,6 @@
 """``textgen``: train an agent, let it write, measure it, and see what there is to choose from.
 
-What a user got wrong is answered in one line on stderr, with exit code 2; Ctrl-C ends with 130.
+What a user got wrong is answered in one line on stderr, with exit code 2; Ctrl-C ends with 130, SIGTERM with 143.
 Heavy imports wait until a command needs them, so ``--help`` is quick.
 """
 
@@ -23,7 +23,7 @@ from textgen_env.errors import ConfigError, TextGenError
 
 if TYPE_CHECKING:
     from agents.benchmark_report import Table as ReportTable
-    from agents.train import RunConfig
+    from agents.train import RunConfig, RunResult
     from textgen_env.evaluation import Agent
     from textgen_env.vector_env import TextGenVectorEnv
 
@@ -121,8 +121,15 @@ def train(
     ] = False,
     texts: Texts = None,
     samples: Samples = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(help="Steps from one checkpoint to the next; 0 for none.", min=0, show_default="20000"),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="Start from the config.json of another run; other options go over it.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder, from its last checkpoint.", metavar="RUN")
     ] = None,
 ) -> None:
     """Train an agent, measure it on prompts that it has not seen, and keep the run in a folder.
@@ -130,11 +137,17 @@ def train(
     Without options the small model in the box learns to write positive texts of 20 tokens (VADER's
     compound score, -1 to 1).
     """
+    given = sorted(name for name, value in locals().items() if name != "resume" and value not in (None, False))
     from agents import train as runs
-    from agents.report import table
     from agents.zoo import OBSERVATION
 
     console = Console()
+    if resume is not None:
+        if given:
+            options = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ConfigError(f"a run is resumed with its own configuration: leave out {options}")
+        _show_result(runs.resume(resume, console=console), console)
+        return
     settings = _changed(
         runs.RunConfig.from_json(_read(config)) if config else runs.RunConfig(),
         agent=agent,
@@ -148,21 +161,30 @@ def train(
         beta=beta,
         eval_texts=texts,
         eval_samples=samples,
+        checkpoint_every=checkpoint_every,
     )
     env: dict[str, Any] = {"top_k": top_k, "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
     env["min_new_tokens"] = max_new_tokens if min_new_tokens is None else min_new_tokens
     env["observation"] = (*OBSERVATION, "candidate_scores") if candidate_scores else None
-    given = {name: value for name, value in env.items() if value is not None}
-    settings = replace(settings, env={**settings.env, **given})
+    chosen = {name: value for name, value in env.items() if value is not None}
+    settings = replace(settings, env={**settings.env, **chosen})
     folder = out or _free_folder(Path("runs"), settings.agent)
-    result = runs.train(settings, folder, console=console)
+    _show_result(runs.train(settings, folder, console=console), console)
+
+
+def _show_result(result: RunResult, console: Console) -> None:
+    """Print the table of a run and what became of it; one that was stopped ends with 128 + the signal's number."""
+    from agents.report import table
+
     if result.report is not None:
         console.print(table(result.report))
     state = "finished" if result.finished else "stopped early: what there is was saved"
-    console.print(f"{state}. {result.steps:,} steps in {result.seconds:.0f} s of training. Everything is in {folder}/")
+    console.print(
+        f"{state}. {result.steps:,} steps in {result.seconds:.0f} s of training. Everything is in {result.folder}/"
+    )
     if not result.finished:
-        raise typer.Exit(INTERRUPTED)
-    console.print(f'try: textgen generate {folder} --prompt "The movie was"')
+        raise typer.Exit(INTERRUPTED if result.signum is None else 128 + result.signum)
+    console.print(f'try: textgen generate {result.folder} --prompt "The movie was"')
 
 
 @app.command()

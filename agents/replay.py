@@ -248,8 +248,11 @@ class EpisodeReplay(ReplayBuffer):
             "episodes": [list(episodes) for episodes in self.episodes],
             "episodes_seen": self.episodes_seen,
             "rng": self.rng.bit_generator.state,
+            "ring": self.ring,
         }
-        save_file(self.store, path, metadata={"state": json.dumps(state)})
+        used = min(self.ring, int(self.written.max()))  # of each ring: what was never written is left out
+        held = {name: np.ascontiguousarray(array[:, :used]) for name, array in self.store.items()}
+        save_file(held, path, metadata={"state": json.dumps(state)})
 
     def load(self, path: str | Path) -> None:
         """Read what ``save`` wrote, into a replay of the same shape.
@@ -265,11 +268,15 @@ class EpisodeReplay(ReplayBuffer):
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} is no replay file that save_replay_buffer wrote: {error}") from error
+        used = min(self.ring, max(state["written"]))
         for name, array in self.store.items():
-            if name not in arrays or arrays[name].shape != array.shape:
-                given = arrays[name].shape if name in arrays else None
-                raise ConfigError(f"replay file {path}: {name!r} must have shape {array.shape}, got {given}")
-            array[...] = arrays[name]
+            shape, given = array[:, :used].shape, arrays[name].shape if name in arrays else None
+            if given != shape or state.get("ring") != self.ring:
+                raise ConfigError(
+                    f"replay file {path}: {name!r} must have shape {shape} of {self.ring} steps a row, got {given} of "
+                    f"{state.get('ring')}: use the same buffer_size, environment and number of rows"
+                )
+            array[:, :used] = arrays[name]
         self.written[:] = state["written"]
         self.open[:] = state["open"]
         self.unpaid[:] = state["unpaid"]

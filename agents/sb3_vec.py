@@ -74,6 +74,24 @@ class SB3VecEnv(VecEnv):
         self._lengths[ended] = 0
         return observation, rewards.astype(np.float32), ended, rows
 
+    def state_dict(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Return the environment's rows as arrays and plain data, and what is counted here."""
+        arrays, plain = self.env.unwrapped.state_dict()  # type: ignore[attr-defined]
+        return arrays | {"sb3_returns": self._returns.copy(), "sb3_lengths": self._lengths.copy()}, plain
+
+    def load_state_dict(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
+        """Put back what ``state_dict`` returned."""
+        self.env.unwrapped.load_state_dict(arrays, plain)  # type: ignore[attr-defined]
+        self._returns[:] = arrays["sb3_returns"]
+        self._lengths[:] = arrays["sb3_lengths"]
+        self._reset_seeds()  # no reset is due: the rows are in the middle of their texts
+        self._reset_options()
+
+    def observe(self) -> VecEnvObs:
+        """Return the observation of all rows as they are."""
+        observation: VecEnvObs = self.env.unwrapped.observe()  # type: ignore[attr-defined]
+        return observation
+
     def close(self) -> None:
         self.env.close()
 

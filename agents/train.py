@@ -9,6 +9,7 @@
     summary.json   every figure of the table
     plane.png      reward against KL: the agent, what needs no learning, the best possible
     samples.md     texts before and after
+    checkpoints/   while the run goes on: what it takes to resume it
 
 Learning and measuring use different prompts, split by template.
 """
@@ -19,6 +20,8 @@ import csv
 import json
 import os
 import platform
+import shutil
+import signal
 import sys
 import time
 from collections import deque
@@ -34,9 +37,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+from torch.utils.tensorboard.writer import SummaryWriter
 
+from agents.checkpoint import Stopped, load_checkpoint, newest_checkpoint, save_checkpoint, stop_signals
 from agents.report import Report, Yardstick, draw_learning, draw_plane, evaluate_agent, samples_page
 from agents.sb3_vec import SB3VecEnv
+from agents.text_dqn import TextDQN
 from agents.zoo import AGENTS, MASKED, OBSERVATION, Budget, acts_greedily, make_agent
 from textgen_env.config import EnvConfig
 from textgen_env.errors import ConfigError, PromptError, RunFolderError
@@ -61,9 +67,12 @@ FEWEST_TO_SPLIT = 20
 
 CONFIG_FILE = "config.json"
 AGENT_FILE = "agent.zip"
+SUMMARY_FILE = "summary.json"
+
+CHECKPOINTS = "checkpoints"
 
 PORTABLE_AGENTS = ("text_dqn",)
-"""Agents stored without pickles: their files run no code when they are read."""
+"""Agents stored without pickles: their files run no code when they are read, and their training can be resumed."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,7 @@ class RunConfig:
     reward: Any = "sentiment"  # see textgen_env.rewards.make_reward; None: an object
     env: Mapping[str, Any] = field(default_factory=dict)  # fields of EnvConfig; those of ENV_SETTINGS are added
     steps: int = 70_000  # environment steps to learn from: one token each
+    checkpoint_every: int = 20_000  # steps from one checkpoint to the next, and one at the end; 0: none
     envs: int = 64  # texts written at a time
     seed: int = 0
     beta: float = 0.1  # price of KL, reward units a nat, in the agent's objective and in the report
@@ -97,6 +107,8 @@ class RunConfig:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
         if not isinstance(self.eval_samples, int) or self.eval_samples < 2:
             raise ConfigError(f"eval_samples must be a whole number of at least 2, got {self.eval_samples!r}")
+        if not isinstance(self.checkpoint_every, int) or self.checkpoint_every < 0:
+            raise ConfigError(f"checkpoint_every must be a whole number, 0 for none, got {self.checkpoint_every!r}")
         if not self.beta > 0:
             raise ConfigError(f"beta must be above 0 (reward units a nat), got {self.beta!r}")
         if self.prune is not None:
@@ -234,11 +246,9 @@ def load_run(
         TextGenError: what ``open_run`` raises.
     """
     path = Path(folder)
-    if not (path / CONFIG_FILE).is_file():
-        raise RunFolderError(f"{str(path)!r} holds no {CONFIG_FILE}: not a folder that 'textgen train' made")
+    config = _stored_config(path)
     if not (path / AGENT_FILE).is_file():
         raise RunFolderError(f"{str(path)!r} holds no {AGENT_FILE}: the run was stopped before it had learned anything")
-    config = RunConfig.from_json((path / CONFIG_FILE).read_text(encoding="utf-8"))
     if config.agent not in PORTABLE_AGENTS and not trust:
         raise ConfigError(
             f"{str(path / AGENT_FILE)!r} holds a {config.agent!r}, which Stable-Baselines3 unpickles, and that runs "
@@ -302,10 +312,11 @@ class RunResult:
     """What became of a run."""
 
     folder: Path
-    finished: bool  # False: stopped by Ctrl-C
+    finished: bool  # False: stopped by a signal
     steps: int
     seconds: float  # of training
     report: Report | None  # None where the run was stopped before the agent was measured
+    signum: int | None = None  # what stopped it: SIGINT is Ctrl-C
 
 
 def train(
@@ -319,7 +330,8 @@ def train(
 ) -> RunResult:
     """Train an agent, measure it, and leave everything in the folder ``out``.
 
-    Ctrl-C ends the run: what there is by then is saved, and the result says so.
+    Ctrl-C and SIGTERM end the run: what there is by then is saved, and the result says so. ``resume``
+    goes on with it.
 
     Args:
         config: What to do.
@@ -339,28 +351,102 @@ def train(
     stored = _storable(config, model=model, prompts=prompts, reward=reward)
     with (folder / CONFIG_FILE).open("x", encoding="utf-8") as file:
         file.write(stored.to_json())
+    return _carry_out(run, stored, folder, console)
+
+
+def resume(
+    folder: str | os.PathLike[str],
+    *,
+    model: Any = None,
+    prompts: Any = None,
+    reward: Any = None,
+    console: Console | None = None,
+) -> RunResult:
+    """Go on with a run that was stopped or killed, from its last checkpoint.
+
+    It ends with the weights and metrics of a run that passed the same checkpoints and was never
+    stopped: bit for bit on the same machine with the same number of threads, on a CPU.
+
+    Args:
+        folder: Of the run.
+        model, prompts, reward: The Python objects that the run was made with, if it was.
+        console: Shows progress. None: silence.
+
+    Raises:
+        RunFolderError: no run, a finished one, or one without a checkpoint.
+        ConfigError: an agent that cannot be resumed, or a configuration that was changed.
+        TextGenError: what ``train`` raises.
+    """
+    path, console = Path(folder), console or Console(quiet=True)
+    config = _stored_config(path)
+    if config.agent not in PORTABLE_AGENTS:
+        raise ConfigError(
+            f"agent {config.agent!r} keeps no checkpoints, since Stable-Baselines3 does not say all that it is made "
+            f"of: only {', '.join(PORTABLE_AGENTS)} can be resumed; start again in another folder"
+        )
+    if (path / SUMMARY_FILE).is_file() and json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))["finished"]:
+        raise RunFolderError(f"{str(path)!r} holds a finished run: there is nothing to resume")
+    checkpoint = newest_checkpoint(path / CHECKPOINTS)
+    if checkpoint is None:
+        raise RunFolderError(f"{str(path)!r} holds no checkpoint: it was stopped before the first; start it again")
+    with console.status("loading the language model"):
+        run = open_run(config, model=model, prompts=prompts, reward=reward)
+    return _carry_out(run, config, path, console, checkpoint)
+
+
+def _stored_config(path: Path) -> RunConfig:
+    if not (path / CONFIG_FILE).is_file():
+        raise RunFolderError(f"{str(path)!r} holds no {CONFIG_FILE}: not a folder that 'textgen train' made")
+    return RunConfig.from_json((path / CONFIG_FILE).read_text(encoding="utf-8"))
+
+
+def _carry_out(
+    run: Run, stored: RunConfig, folder: Path, console: Console, checkpoint: Path | None = None
+) -> RunResult:
+    """Measure, learn, measure, from the start or from a checkpoint."""
     for note in run.notes:
         console.print(note)
-
-    log = RunLog(folder, config.steps, console)
-    yardstick: Yardstick | None = None
+    log = RunLog(folder, stored, console)
+    if checkpoint is not None:
+        assert isinstance(run.agent, TextDQN)
+        extra = load_checkpoint(checkpoint, run.agent)
+        _check_unchanged(extra["config"], stored)
+        log.restore(extra["log"])
+        console.print(f"going on after {log.steps:,} steps")
     report: Report | None = None
+    signum: int | None = None
     try:
-        with console.status("measuring") as status:
-            yardstick = run.yardstick(lambda what: status.update(f"measuring: {what}"))
-        _learn(run, log, folder)
-        draw_learning(log.rows, yardstick.samples.reward, folder / "learning.png")
-        with console.status("measuring") as status:
-            evaluations = run.evaluate(lambda what: status.update(f"measuring: {what}"))
-        report = yardstick.report(run.agent_name, evaluations, run.notes)
-        draw_plane(report, folder / "plane.png")
-        page = samples_page(yardstick.samples, evaluations[0], run.notes)
-        (folder / "samples.md").write_text(page, encoding="utf-8")
-    except KeyboardInterrupt:
-        console.print("stopped by Ctrl-C")
+        with stop_signals(log.stop_soon):
+            with console.status("measuring") as status:
+                yardstick = run.yardstick(lambda what: status.update(f"measuring: {what}"))
+            _learn(run, log, folder)
+            draw_learning(log.rows, yardstick.samples.reward, folder / "learning.png")
+            with console.status("measuring") as status:
+                evaluations = run.evaluate(lambda what: status.update(f"measuring: {what}"))
+            report = yardstick.report(run.agent_name, evaluations, run.notes)
+            draw_plane(report, folder / "plane.png")
+            page = samples_page(yardstick.samples, evaluations[0], run.notes)
+            (folder / "samples.md").write_text(page, encoding="utf-8")
+    except KeyboardInterrupt as stop:
+        signum = getattr(stop, "signum", signal.SIGINT)
+        console.print(f"stopped by {'Ctrl-C' if signum == signal.SIGINT else 'SIGTERM'} after {log.steps:,} steps")
+        if newest_checkpoint(folder / CHECKPOINTS) is not None:
+            console.print(f"go on with: textgen train --resume {folder}", soft_wrap=True, markup=False)
     finally:
-        write_summary(folder / "summary.json", log, report)
-    return RunResult(folder, report is not None, log.steps, log.seconds, report)
+        write_summary(folder / SUMMARY_FILE, log, report)
+    if report is not None:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return RunResult(folder, report is not None, log.steps, log.seconds, report, signum)
+
+
+def _check_unchanged(then: Mapping[str, Any], config: RunConfig) -> None:
+    now = json.loads(config.to_json())
+    changed = [f"{name} ({now[name]!r}, was {then.get(name)!r})" for name in now if now[name] != then.get(name)]
+    if changed:
+        raise ConfigError(
+            f"{CONFIG_FILE} was changed since the checkpoint: {', '.join(changed)}. Put it back, or start a new run "
+            "with textgen train --config"
+        )
 
 
 def check_free(folder: Path) -> None:
@@ -379,15 +465,21 @@ class RunLog(BaseCallback):
     and whatever the agent records.
     """
 
-    def __init__(self, folder: Path, total: int, console: Console) -> None:
+    def __init__(self, folder: Path, config: RunConfig, console: Console) -> None:
         super().__init__()
         self.rows: list[dict[str, float]] = []
         self.steps = 0
         self.seconds = 0.0
         self.episodes = 0
         self._folder = folder
-        self._total = total
+        self._config = config
+        self._total = total = config.steps
+        self._console = console
         self._next_row = 0
+        self._next_checkpoint = config.checkpoint_every
+        self._learning = False
+        self._signum: int | None = None
+        self._logged: Any = None  # what the logger had gathered at the checkpoint
         self._latest: deque[tuple[float, float]] = deque(maxlen=256)
         self._parts: deque[Mapping[str, float]] = deque(maxlen=256)  # of the reward, by name
         self._progress = Progress(
@@ -411,8 +503,15 @@ class RunLog(BaseCallback):
             self.logger.close()
 
     def _on_training_start(self) -> None:
-        self.model.set_logger(Logger(None, [TensorBoardOutputFormat(str(self._folder / "tensorboard"))]))
-        self._started = time.perf_counter()
+        events = TensorBoardOutputFormat(str(self._folder / "tensorboard"))
+        self.model.set_logger(Logger(None, [events]))
+        self._started = time.perf_counter() - self.seconds
+        self._learning = True
+        if self._logged is not None:  # events after the checkpoint are written again: hide the first ones
+            events.writer.close()
+            events.writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self.steps + 1)
+            for name, gathered in self._logged.items():
+                getattr(self.logger, name).update(gathered)
 
     def _on_step(self) -> bool:
         infos = [info for info in self.locals["infos"] if "episode" in info]
@@ -427,6 +526,67 @@ class RunLog(BaseCallback):
             self._write_row()
         self._progress.update(self._task, completed=min(self.steps, self._total))
         return True
+
+    # --- checkpoints
+
+    def stop_soon(self, signum: int) -> bool:
+        """Answer whether the learning will stop by itself at its next step: once, and only while it learns."""
+        soon = self._learning and self._signum is None
+        self._signum = signum
+        return soon
+
+    def _on_rollout_start(self) -> None:
+        every, steps = self._config.checkpoint_every, self.num_timesteps
+        if steps and every and (steps >= self._next_checkpoint or self._signum is not None):
+            self._next_checkpoint = (steps // every + 1) * every
+            self._save_checkpoint()
+        if self._signum is not None:
+            raise Stopped(self._signum)
+
+    def _on_training_end(self) -> None:
+        self._learning = False
+        if self._config.checkpoint_every:
+            self._save_checkpoint()
+        if self._signum is not None:
+            raise Stopped(self._signum)
+
+    def _save_checkpoint(self) -> None:
+        if not isinstance(self.model, TextDQN):
+            return
+        try:
+            extra = {"config": json.loads(self._config.to_json()), "log": self._state()}
+            save_checkpoint(self._folder / CHECKPOINTS, self.model, extra)
+        except RunFolderError as error:  # the run is worth more than its checkpoint
+            self._console.print(f"warning: {error}; the one before is still there")
+
+    def _state(self) -> dict[str, Any]:
+        names = ("name_to_value", "name_to_count", "name_to_excluded")
+        logged = {name: dict(getattr(self.logger, name)) for name in names}
+        logged["name_to_value"] = {
+            name: float(value)
+            for name, value in logged["name_to_value"].items()
+            if isinstance(value, int | float | np.number)
+        }
+        return {
+            "rows": self.rows,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "episodes": self.episodes,
+            "next_row": self._next_row,
+            "next_checkpoint": self._next_checkpoint,
+            "latest": list(self._latest),
+            "parts": [dict(parts) for parts in self._parts],
+            "logged": logged,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to where a checkpoint was made."""
+        self.rows, self.steps, self.seconds = state["rows"], state["steps"], state["seconds"]
+        self.episodes, self._next_row = state["episodes"], state["next_row"]
+        self._next_checkpoint = state["next_checkpoint"]
+        self._latest.extend((reward, length) for reward, length in state["latest"])
+        self._parts.extend(state["parts"])
+        self._logged = state["logged"]
 
     def _write_row(self) -> None:
         row = {"steps": float(self.steps), "seconds": self.seconds, "episodes": float(self.episodes)}
@@ -455,11 +615,14 @@ class RunLog(BaseCallback):
 
 def _learn(run: Run, log: RunLog, folder: Path) -> None:
     """Train the agent, and save it whatever happens."""
+    agent, done = run.agent, run.agent.num_timesteps
     try:
         with log:
-            run.agent.learn(run.config.steps, callback=log, log_interval=sys.maxsize)
+            agent.learn(run.config.steps - done, log, log_interval=sys.maxsize, reset_num_timesteps=not done)
     finally:
-        run.agent.save(folder / AGENT_FILE)
+        half_written = folder / f".{AGENT_FILE}"
+        agent.save(half_written)
+        half_written.replace(folder / AGENT_FILE)
 
 
 def write_summary(path: Path, log: RunLog, report: Report | None) -> None:

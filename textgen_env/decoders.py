@@ -84,6 +84,11 @@ class KeyValues:
             for layer in range(len(old)):  # old and new share their storage
                 new[layer, :, :, :before] = old[layer].clone()
 
+    def clear(self) -> None:
+        """Let no room be in use, as at first."""
+        self.reach = 0
+        self.keys, self.values = self._views()
+
     @torch.inference_mode()
     def read(self, rows: Any, length: int) -> tuple[Tensor, Tensor]:
         """Return a copy of the first ``length`` tokens of a row, or of several."""

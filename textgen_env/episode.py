@@ -288,8 +288,53 @@ class Episodes:
         self.state.load(row, saved.state)
 
     def rebuild(self) -> None:
-        """Forget memos and caches but the token ids, as a resumed process must."""
+        """Forget memos, caches and running scores but the token ids and texts, as a resumed process must."""
         self._slots.rebuild()
+        for row in np.flatnonzero(self.begun(np.arange(self.rows))):
+            score = self._start_score(self.state.prompt[row])
+            if score is not None and self._running is not None:
+                if self.state.completion[row]:
+                    score = self._running.extend(score, self.state.completion[row])
+                self.state.score_state[row], self.state.score[row] = score, score.value
+
+    def state_dict(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Return all rows as arrays and plain data, and ``rebuild``: who goes on and who resumes are alike."""
+        self.rebuild()
+        state = self.state
+        arrays = {f.name: getattr(state, f.name) for f in fields(state)}
+        prompts = [
+            None if p is None else {"text": p.text, "reference": p.reference, "metadata": dict(p.metadata)}
+            for p in state.prompt
+        ]
+        objects = {name: arrays[name].tolist() for name in ("completion", "continuations")}
+        return {name: a.copy() for name, a in arrays.items() if a.dtype != object}, {"prompt": prompts, **objects}
+
+    def load_state_dict(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
+        """Put back what ``state_dict`` returned, under the same model, reward and configuration.
+
+        Raises:
+            ConfigError: it is of other shapes.
+        """
+        state = self.state
+        for name in (f.name for f in fields(state)):
+            array = getattr(state, name)
+            if array.dtype == object:
+                continue
+            if name not in arrays or arrays[name].shape != array.shape:
+                given = arrays[name].shape if name in arrays else None
+                raise ConfigError(f"the stored rows are of another environment: {name} is {given}, not {array.shape}")
+            array[...] = arrays[name]
+        for row, prompt in enumerate(plain["prompt"]):
+            state.prompt[row] = None if prompt is None else Prompt(**prompt)
+            state.completion[row] = plain["completion"][row]
+            state.continuations[row] = plain["continuations"][row]
+        begun = np.flatnonzero(self.begun(np.arange(self.rows))).tolist()
+        ids = {row: self.ids_of(row) for row in begun}
+        self._slots.start(np.array(begun, np.int64), [ids[row][0] for row in begun])
+        for step in range(self.config.max_new_tokens):
+            longer = [row for row in begun if step < len(ids[row][1])]
+            self._slots.advance(np.array(longer, np.int64), np.array([ids[row][1][step] for row in longer], np.int64))
+        self.rebuild()
 
     # --- what is seen
 

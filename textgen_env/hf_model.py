@@ -221,6 +221,7 @@ class HFSlots(Slots):
         self._memo.clear()
         self._prompts.clear()
         self._cached[:] = 0
+        self.cache.clear()  # its width decides in which order numbers are added
 
     # --- proposals
 

@@ -120,6 +120,30 @@ class TextGenVectorEnv(OverEpisodes, VectorEnv[Any, Any, Any]):
         self.episodes.fork(np.atleast_1d(np.asarray(src)), np.atleast_1d(np.asarray(dst)))
         return self._observation(self._all)
 
+    def state_dict(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Return all rows and their generators as arrays and plain data; see ``Episodes.state_dict``."""
+        arrays, plain = self.episodes.state_dict()
+        generators = [None if rng is None else rng.bit_generator.state for rng in self._generators]
+        return arrays, plain | {"generators": generators}
+
+    def load_state_dict(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
+        """Put back what ``state_dict`` returned; ``observe`` shows it.
+
+        Raises:
+            ConfigError: it is of an environment of other shapes.
+        """
+        self.episodes.load_state_dict(arrays, plain)
+        for row, state in enumerate(plain["generators"]):
+            if state is None:
+                self._generators[row] = None
+            else:
+                self._seed(self._all[row : row + 1], [0] * self.num_envs)
+                self._generator(row).bit_generator.state = state
+
+    def observe(self) -> Any:
+        """Return the observation of all rows as they are."""
+        return self._observation(self._all)
+
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions are legal now, (N, k) bool."""
         return self.episodes.state.legal.copy()
