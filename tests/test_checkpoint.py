@@ -292,8 +292,8 @@ def tiny_run(tiny_lm, tmp_path):
         prompts=str(tmp_path / "prompts.txt"),
         reward={"name": "keywords", "words": ["good"]},
         env={"top_k": 4, "max_new_tokens": 8, "min_new_tokens": 4, "max_prompt_tokens": 8},
-        steps=6_000,
-        checkpoint_every=400,
+        steps=3_200,
+        checkpoint_every=160,
     )
     (tmp_path / "config.json").write_text(config.to_json())
     return tmp_path
