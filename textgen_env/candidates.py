@@ -102,16 +102,18 @@ def _top_k(logits: torch.Tensor, k: int) -> tuple[npt.NDArray[np.int32], npt.NDA
     import torch
 
     vocab = logits.shape[-1]
-    size = 1 << (vocab // k).bit_length() // 2  # tokens a block: about sqrt(V / k)
+    size = 1 << ((vocab // k).bit_length() - 1) // 2  # tokens a block: at most sqrt(V / k)
     blocks = -(-vocab // size)
     maxima, log_sum = _scan(logits, size, blocks)
     least = np.partition(maxima, blocks - k)[:, blocks - k, None]
-    rows, chosen = np.nonzero(maxima >= least)
-    ids = chosen[:, None] + np.arange(0, size * blocks, blocks)  # the tokens of each chosen block
-    found = logits[torch.from_numpy(rows)[:, None], torch.from_numpy(np.minimum(ids, vocab - 1))]
-    values = found.float().cpu().numpy()
-    reach = (values >= least[rows]) & (ids < vocab)
-    rows, ids, values = rows.repeat(reach.sum(-1)), ids[reach], values[reach]
+    rows, chosen = np.divmod(np.flatnonzero(maxima >= least), blocks)
+    places = (rows * vocab + chosen)[:, None] + np.arange(0, size * blocks, blocks)  # in the flat logits
+    found = logits.reshape(-1)[torch.from_numpy(np.minimum(places, logits.numel() - 1).ravel())]
+    values = found.float().cpu().numpy().reshape(places.shape)
+    values[chosen + (size - 1) * blocks >= vocab, -1] = np.nan  # the last blocks are one token shorter
+    reach = np.flatnonzero(values >= least[rows])
+    block, place = np.divmod(reach, size)
+    rows, ids, values = rows[block], chosen[block] + blocks * place, values.ravel()[reach]
     order = np.lexsort((ids, -values, rows))
     best = order[np.searchsorted(rows, np.arange(len(logits)))[:, None] + np.arange(k)]
     return ids[best].astype(np.int32), values[best] - log_sum

@@ -23,6 +23,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from textgen_env.device import available_bytes
 from textgen_env.errors import ModelError
+from textgen_env.one_row import OneRow
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Batch:
     rows: Tensor  # (N,) row of each token
     positions: Tensor  # (N,)
     last: Tensor | None  # (B,) place of each row's last token; None: every token is the last of its row
-    groups: Sequence[Group]
+    groups: Sequence[Group]  # none for a single token that a decoder takes ``alone``
 
 
 class Decoder(Protocol):
@@ -140,6 +141,7 @@ class Decoder(Protocol):
 
     shape: CacheShape
     splits: bool  # whether rows with one token and rows with several form groups of their own
+    alone: bool  # whether a single token of a single row needs no group
 
     def __call__(self, batch: Batch, cache: KeyValues) -> tuple[Tensor, Tensor]:
         """Return logits (B, V) and hidden (B, d)."""
@@ -175,6 +177,8 @@ class LlamaDecoder:
         self._heads = attention.k_proj.out_features // size
         self._groups = attention.q_proj.out_features // size // self._heads
         self._scale = attention.scaling
+        self._one_row = OneRow(model) if OneRow.fits(model) else None
+        self.alone = self._one_row is not None
         self.shape = CacheShape(config.num_hidden_layers, self._heads, size, size, embed.dtype, embed.device)
 
     @staticmethod
@@ -194,6 +198,10 @@ class LlamaDecoder:
 
     def __call__(self, batch: Batch, cache: KeyValues) -> tuple[Tensor, Tensor]:
         cos, sin = self._rotation(batch.positions, cache.reach)
+        if self._one_row is not None and not batch.groups:
+            where = int(batch.ids), int(batch.rows), int(batch.positions)
+            found = self._one_row(*where, (cos[0], sin[0]), cache.keys, cache.values)
+            return torch.from_numpy(found[0])[None], torch.from_numpy(found[1])[None]
         groups = [self._attention(group) for group in batch.groups]
         x = F.embedding(batch.ids, self._embed)  # (N, d)
         heads, size = self._heads, self.shape.key_size
@@ -355,6 +363,7 @@ class GenericDecoder:
     """
 
     splits = False
+    alone = False
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -313,7 +313,9 @@ class HFSlots(Slots):
             places = np.minimum(places, stops[some][:, None] - 1)
             return self._group(places, rows[some], positions[places])
 
-        if self._decoder.splits and not single.all():
+        if len(owners) == 1 and self._decoder.alone:
+            groups = []
+        elif self._decoder.splits and not single.all():
             groups = [group_of(some) for some in (single, ~single) if some.any()]
         elif single.all() or len(rows) * counts.max() > 2 * len(owners):
             # Each token attends for itself: padding would cost more.
@@ -342,12 +344,13 @@ class HFSlots(Slots):
             places, positions = spread
         dtype = self._decoder.shape.dtype
         length = min(-(-int(positions.max() + 1) // 8) * 8, self.cache.reach)
-        later = torch.from_numpy(np.arange(length) > positions[..., None])
-        mask = torch.zeros(later.shape, dtype=dtype).masked_fill_(later, torch.finfo(dtype).min)
+        later = np.arange(length) > positions[..., None]
+        lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+        mask = torch.from_numpy(np.where(later, np.float32(lowest), np.float32(0)))
         return Group(
             tokens=None if places is None else self._tensor(places),
             rows=None if every else self._tensor(rows),
-            mask=mask.to(self._decoder.shape.device),
+            mask=mask.to(self._decoder.shape.device, dtype),
             kept=None if kept is None else self._tensor(kept),
         )
 
