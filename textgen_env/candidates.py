@@ -128,22 +128,21 @@ def _scan(logits: torch.Tensor, size: int, blocks: int) -> tuple[npt.NDArray[np.
 
     rows, vocab = logits.shape
     step = min(rows, max(1, CHUNK // vocab))
-    scratch = torch.empty((step, size * blocks), device=logits.device)
+    scratch = torch.full((step, size * blocks), -torch.inf, device=logits.device)  # behind the last token too
     maxima, log_sum = (torch.empty((rows, n), device=logits.device) for n in (blocks, 1))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
-        values = scratch[: part.stop - start]
-        values[:, :vocab] = logits[part]
-        values[:, vocab:] = -torch.inf
-        torch.amax(values.view(-1, size, blocks), 1, out=maxima[part])
+        table = scratch[: part.stop - start]
+        values = table[:, :vocab].copy_(logits[part])
+        torch.amax(table.view(-1, size, blocks), 1, out=maxima[part])
         largest = maxima[part].amax(-1, keepdim=True)
         torch.sum(values.sub_(largest).exp_(), -1, keepdim=True, out=log_sum[part]).log_().add_(largest)
     return maxima.cpu().numpy(), _without_nan(log_sum)
 
 
 def _without_nan(found: torch.Tensor) -> npt.NDArray[np.float32]:
-    broken = found[:, 0].isnan().cpu().numpy()
+    values: npt.NDArray[np.float32] = found.cpu().numpy()
+    broken = np.isnan(values[:, 0])
     if broken.any():
         raise ModelError(f"the model answered NaN in row {int(broken.argmax())} of a batch of {len(broken)}")
-    values: npt.NDArray[np.float32] = found.cpu().numpy()
     return values

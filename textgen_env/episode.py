@@ -149,6 +149,8 @@ class Episodes:
         )
         self._keeps_text = self._scores or bool(config.stop)
         self.k = model.vocab_size if config.top_k is None else config.top_k
+        self._is_end = np.zeros(model.vocab_size, np.bool_)
+        self._is_end[list(model.end_ids)] = True
         self._slots = model.slots(rows, self.max_length, config.top_k)
         self.state = RowStates.empty(rows, self.max_length, config.max_new_tokens, self.k, model.hidden_size)
         self._encode: Callable[[str], tuple[int, ...]] = lru_cache(maxsize=4096)(self._encode_prompt)
@@ -217,7 +219,7 @@ class Episodes:
         state.length[rows] += 1
         self._slots.advance(rows, tokens.astype(np.int64))
         if self._keeps_text:
-            self._extend_texts(rows, chosen)
+            self._extend_texts(rows, chosen, tokens)
         reasons = self._finish_reasons(rows, tokens)
         ended = np.array([reason is not None for reason in reasons], np.bool_)
         rewards = np.zeros(len(rows), np.float64)
@@ -430,11 +432,13 @@ class Episodes:
             self.state.illegal[rows] += masked
         return chosen
 
-    def _extend_texts(self, rows: Rows, chosen: npt.NDArray[np.int64]) -> None:
+    def _extend_texts(self, rows: Rows, chosen: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> None:
         state = self.state
-        for row, action in zip(rows, chosen, strict=True):
+        for row, action, token in zip(rows.tolist(), chosen.tolist(), tokens.tolist(), strict=True):
             known = state.continuations[row]
-            completion = known[action] if known is not None else self.text_of(row)
+            completion = self.model.extended(state.completion[row], token) if known is None else known[action]
+            if completion is None:
+                completion = self.text_of(row)
             state.completion[row] = completion
             if self._scores and self._running is not None:
                 state.score_state[row] = self._running.extend(state.score_state[row], completion)
@@ -451,7 +455,7 @@ class Episodes:
             state.candidate_scores[row] = self._running.lookahead(state.score_state[row], texts)
 
     def _finish_reasons(self, rows: Rows, tokens: npt.NDArray[np.int32]) -> list[str | None]:
-        at_end = np.isin(tokens, self.model.end_ids)
+        at_end = self._is_end[tokens]
         full = self.steps(rows) >= self.config.max_new_tokens
         reasons: list[str | None] = []
         for row, eos, length in zip(rows, at_end.tolist(), full.tolist(), strict=True):

@@ -87,6 +87,7 @@ class HFModel(LanguageModel):
                 "model.generation_config.eos_token_id"
             )
         self._token_bytes = _byte_level_tokens(tokenizer, self.vocab_size)
+        self._token_text = [_decoded(token) for token in self._token_bytes or []]
         self.decoder = _agreeing_decoder(self)
 
     def encode(self, text: str) -> list[int]:
@@ -108,6 +109,13 @@ class HFModel(LanguageModel):
             text[len(before) :] if text.startswith(before) else self.decode([*ids, c])
             for text, c in zip(texts, candidates, strict=True)
         ]
+
+    def extended(self, completion: str, token: int) -> str | None:
+        # A text that ends in the replacement character may end within a character.
+        if self._token_bytes is None or completion.endswith("\ufffd"):
+            return None
+        text = self._token_text[token]
+        return None if text is None else completion + text
 
     @torch.inference_mode()
     def embed(self, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
@@ -439,6 +447,14 @@ def _byte_level_tokens(tokenizer: Any, vocab_size: int) -> list[bytes] | None:
             known = all(c in alphabet for c in text)
             tokens[i] = bytes(alphabet[c] for c in text) if known else text.encode()
     return tokens
+
+
+def _decoded(token: bytes) -> str | None:
+    """Return the text of a token, or None if it is a part of a character."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _agreeing_decoder(model: HFModel) -> Decoder:

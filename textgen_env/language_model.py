@@ -121,3 +121,7 @@ class LanguageModel(ABC):
         ``prompt_ids`` is the context that ``ids`` continue (some tokenizers strip a leading space
         at the start of a text).
         """
+
+    def extended(self, completion: str, token: int) -> str | None:
+        """Return the completion once ``token`` is appended, or None where that takes the ids before it."""
+        return None
