@@ -255,6 +255,23 @@ def test_a_row_does_not_depend_on_its_neighbours(name):
             crowd.advance(np.array([row]), step[row : row + 1])
 
 
+@pytest.mark.parametrize("name", LEAN)
+def test_a_single_token_of_a_single_row_equals_the_forward_of_many(name):
+    model, ids = engine(name, memo_bytes=0), np.random.default_rng(2).integers(2, VOCAB, 30)
+    assert model.decoder.alone
+    pair = model.slots(1, 40, None), model.slots(1, 40, None)
+    pair[1]._decoder = LlamaDecoder(model.model)
+    pair[1]._decoder.alone = False
+    for slots in pair:
+        slots.start(every(slots), [ids[:3]])
+    for token in ids[3:]:
+        found, expected = (proposed(slots) for slots in pair)
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
+        np.testing.assert_allclose(found.hidden, expected.hidden, atol=1e-4)
+        for slots in pair:
+            slots.advance(every(slots), np.array([token]))
+
+
 def test_half_precision_stays_near_the_uncached_forward():
     for name in ("llama", "gpt2"):
         model = engine(name, dtype=torch.bfloat16)
@@ -453,10 +470,10 @@ def test_rows_of_other_models_and_impossible_rows_are_refused():
 def test_the_memory_of_slots_is_what_the_formula_says():
     model = engine(memo_bytes=1000)
     layers, heads, head_size, float32 = 3, 2, 8, 4
-    cache = 6 * 64 * layers * heads * (head_size + head_size) * float32  # 40 tokens are rounded up to 64
+    cache = 6 * 48 * layers * heads * (head_size + head_size) * float32  # 43 tokens are rounded up to 48
 
-    assert model.slots(6, 40, 3).cache.nbytes == cache
-    assert model.slots_bytes(6, 40) == cache + 6 * VOCAB * float32 + (8 << 20) + 1000
+    assert model.slots(6, 43, 3).cache.nbytes == cache
+    assert model.slots_bytes(6, 43) == cache + 6 * VOCAB * float32 + (8 << 20) + 1000
 
 
 def test_more_rows_than_memory_holds_are_refused_with_the_bytes():
@@ -543,8 +560,15 @@ def test_packed_projections_equal_the_layers_they_pack(rows, bias, dtype):
         expected = torch.cat([layer.to(torch.float64)(x.double()) for layer in layers], -1)
         layers = [layer.to(dtype) for layer in layers]
         for pack in (True, False):
-            found = Projection(layers, pack)(x).double()
-            torch.testing.assert_close(found, expected, atol=1e-5 if dtype == torch.float32 else 0.02, rtol=1e-2)
+            packed, other = Projection(layers, pack), torch.randn(rows, 328, dtype=dtype)
+            for found, wanted in [
+                (packed(x), expected),
+                (packed.silu(x), torch.nn.functional.silu(expected)),
+                (packed.multiplied(x, other.clone()), expected * other),
+                (packed.added_to(other, x), expected + other),
+            ]:
+                atol = 1e-5 if dtype == torch.float32 else 0.03
+                torch.testing.assert_close(found.double(), wanted.double(), atol=atol, rtol=1e-2)
 
 
 def test_precision_follows_the_hardware_unless_said(monkeypatch):
@@ -587,6 +611,15 @@ def test_continuations_of_byte_level_tokens_equal_decoding(byte_model, text, ids
     candidates = list(range(259))
     expected = [byte_model.decode([*prefix, c]) for c in candidates]
     assert byte_model.continuations([65], prefix, candidates) == expected
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=st.text(max_size=4), ids=st.lists(st.integers(0, 258), max_size=4), token=st.integers(0, 258))
+def test_a_token_extends_a_text_as_decoding_all_of_it_does(byte_model, text, ids, token):
+    ids = [*byte_model.encode(text), *ids]
+    extended = byte_model.extended(byte_model.decode(ids), token)
+    assert extended in (None, byte_model.decode([*ids, token]))
+    assert extended is not None or "\ufffd" in byte_model.decode(ids) + byte_model.decode([token])
 
 
 def test_an_emoji_appears_with_its_last_byte(byte_model):

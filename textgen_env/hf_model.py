@@ -351,8 +351,7 @@ class HFSlots(Slots):
             spread[:, kept] = given, positions
             places, positions = spread
         dtype = self._decoder.shape.dtype
-        length = min(-(-int(positions.max() + 1) // 8) * 8, self.cache.reach)
-        later = np.arange(length) > positions[..., None]
+        later = np.arange(self.cache.reach) > positions[..., None]
         lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
         mask = torch.from_numpy(np.where(later, np.float32(lowest), np.float32(0)))
         return Group(
