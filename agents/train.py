@@ -263,10 +263,10 @@ def open_language_model(config: RunConfig) -> tuple[LanguageModel, str | None]:
     if config.prune is None:
         return load_language_model(config.model, env.dtype, trust_remote_code=env.trust_remote_code), None
     from agents.transformer_model import parse_pruning, prune_
-    from textgen_env.device import pick_device, pick_dtype
+    from textgen_env.device import pick_device
     from textgen_env.hf_model import HFModel
 
-    model, tokenizer = load_pretrained(str(config.model), pick_dtype(env.dtype), env.trust_remote_code)
+    model, tokenizer = load_pretrained(str(config.model), env.dtype, env.trust_remote_code)
     reports = []
     for method, amount in parse_pruning(config.prune):
         model, report = prune_(model, method, amount, tokenizer=tokenizer, seed=config.seed)

@@ -19,7 +19,7 @@ import textgen_env
 from textgen_env import hf_model
 from textgen_env.candidates import top_candidates
 from textgen_env.decoders import GenericDecoder, LlamaDecoder, Projection, _can_pack
-from textgen_env.device import pick_dtype
+from textgen_env.device import NARROW, pick_dtype
 from textgen_env.errors import CapacityError, ConfigError, ModelError, PromptError, ResetNeeded
 from textgen_env.hf_model import HFModel, _Bounded
 from textgen_env.language_model import Proposals, Slots
@@ -577,7 +577,9 @@ def test_precision_follows_the_hardware_unless_said(monkeypatch):
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
         assert pick_dtype("auto", cpu) == pick_dtype(None, cpu) == dtype
-    assert pick_dtype("float16") == torch.float16
+        assert pick_dtype("auto", cpu, width=NARROW + 1) == dtype
+        assert pick_dtype("auto", cpu, width=NARROW) == torch.float32
+    assert pick_dtype("float16", width=8) == torch.float16
     with pytest.raises(ConfigError, match="'int8'"):
         pick_dtype("int8")
 

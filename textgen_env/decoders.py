@@ -286,49 +286,40 @@ class Projection:
     are packed, before the result is rounded: a pass over memory less.
     """
 
-    SMALL = 1 << 20  # float32 multiplications below which oneDNN's set-up costs more than it saves
     MANY = 64  # rows from which multiplying within oneDNN is the faster way
 
     def __init__(self, linears: Sequence[nn.Linear], pack: bool) -> None:
         self._linears = linears
         self._packed: Tensor | None = None
-        self._plain: Tensor | None = None
         if pack:
             weight = torch.cat([linear.weight for linear in linears])
             biases: list[Tensor] = [linear.bias for linear in linears]
             self._bias = None if biases[0] is None else torch.cat(biases)
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-            if weight.dtype == torch.float32 and 4 * weight.numel() < self.SMALL:
-                self._plain = weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._uses_onednn(x):
+        if self._packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        if self._plain is not None:
-            return F.linear(x, self._plain, self._bias)
         found = [F.linear(x, linear.weight, linear.bias) for linear in self._linears]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
     def silu(self, x: Tensor) -> Tensor:
         """Return SiLU of the projection of ``x``."""
-        if self._uses_onednn(x):
+        if self._packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "swish", [], "")
         return F.silu(self(x), inplace=True)
 
     def multiplied(self, x: Tensor, factor: Tensor) -> Tensor:
         """Return the projection of ``x`` times ``factor``, which may be overwritten."""
-        if self._uses_onednn(x) and len(x) >= self.MANY:
+        if self._packed is not None and len(x) >= self.MANY:
             return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self._packed, self._bias, "mul")
         return factor.mul_(self(x))
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """Return ``residual`` plus the projection of ``x``."""
-        if self._uses_onednn(x):
+        if self._packed is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self._bias, "add")
         return self(x).add_(residual)
-
-    def _uses_onednn(self, x: Tensor) -> bool:
-        return self._packed is not None and (self._plain is None or len(x) * self._plain.numel() >= self.SMALL)
 
 
 def _can_pack(weight: Tensor) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+NARROW = 256  # hidden units
 
 
 def pick_device() -> torch.device:
@@ -29,12 +30,16 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
-def pick_dtype(requested: str | None = "auto", device: torch.device | None = None) -> torch.dtype:
+def pick_dtype(
+    requested: str | None = "auto", device: torch.device | None = None, width: int | None = None
+) -> torch.dtype:
     """Return the dtype named ``requested``; for "auto" or None, the one that is fast on ``device``.
 
     Automatic is bfloat16 where the hardware multiplies it (a CPU with AVX512-BF16 or AMX, a CUDA
     device that says so), else float32. On a CPU without such instructions bfloat16 is emulated,
-    several times slower than float32.
+    several times slower than float32. On any CPU a model whose hidden states have a known ``width``
+    of at most ``NARROW`` runs in float32: its matrix products are too small for bfloat16 to gain
+    much, and a single row takes the way of ``textgen_env.one_row``.
 
     Raises:
         ConfigError: ``requested`` is none of ``DTYPES``.
@@ -50,7 +55,8 @@ def pick_dtype(requested: str | None = "auto", device: torch.device | None = Non
     if device.type == "cuda":
         multiplies_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        multiplies_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        multiplies_bf16 = supported and (width is None or width > NARROW)
     else:
         multiplies_bf16 = False
     return torch.bfloat16 if multiplies_bf16 else torch.float32

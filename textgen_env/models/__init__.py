@@ -146,10 +146,10 @@ def _from_objects(model: Any, tokenizer: Any, dtype: str) -> LanguageModel:
 
 
 def _from_name(name: str, dtype: str, trust_remote_code: bool) -> LanguageModel:
-    from textgen_env.device import pick_device, pick_dtype
+    from textgen_env.device import pick_device
     from textgen_env.hf_model import HFModel
 
-    model, tokenizer = load_pretrained(name, pick_dtype(dtype), trust_remote_code)
+    model, tokenizer = load_pretrained(name, dtype, trust_remote_code)
     model.to(pick_device())  # type: ignore[arg-type]  # transformers types it for itself
     return HFModel(model, tokenizer, name=name)
 
@@ -159,14 +159,22 @@ def load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the causal LM (eval mode, on the CPU) and the tokenizer that ``name`` means.
 
+    ``dtype`` is a torch dtype, or a name as ``load_language_model`` takes it.
+
     Raises:
         ModelError: see ``load_language_model``; or the weights lack a part that a causal LM needs.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from textgen_env.device import pick_device, pick_dtype
 
     source = model_folder(name)
     part = "model"
     try:
+        if isinstance(dtype, str):
+            config: Any = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            width = getattr(config.get_text_config(), "hidden_size", None)
+            dtype = pick_dtype(dtype, pick_device(), width)
         with _quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
