@@ -36,3 +36,11 @@ def tiny_lm():
         eos_token_id=0,
     )
     return LlamaForCausalLM(config).eval(), tokenizer
+
+
+def pytest_terminal_summary(terminalreporter):
+    from fuzzing import tried
+
+    if tried:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(tried.items()))
+        terminalreporter.write_line(f"fuzzed: {counts}")
