@@ -576,7 +576,7 @@ def _reward(text: str | None) -> Any:
         return text
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--reward looks like JSON but is none: {error}") from error
 
 

@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -232,7 +233,7 @@ class _Run:
         _save(state, path)
 
     def load(self, path: Path, settings: dict[str, Any]) -> None:
-        state = torch.load(path, weights_only=True)
+        state = _load(path)
         if state["settings"] != settings:
             raise RunFolderError(
                 f"{path} belongs to another run ({state['settings']}); this one is {settings}. "
@@ -293,7 +294,8 @@ def _rows(
     if texts is None:
         cached = None if folder is None else Path(folder) / f"written-{count}x{length}-{seed}.pt"
         if cached is not None and cached.is_file():
-            return torch.load(cached, weights_only=True)
+            written: torch.Tensor = _load(cached)
+            return written
         _log.info("the teacher writes %d rows of %d tokens", count, length)
         written = self_written(teacher, count, length, seed)
         if cached is not None:
@@ -333,3 +335,15 @@ def _save(state: Any, path: Path) -> None:
     half_written = path.with_suffix(".partial")
     torch.save(state, half_written)
     os.replace(half_written, path)
+
+
+def _load(path: Path) -> Any:
+    """Read what ``_save`` wrote; nothing else is unpickled.
+
+    Raises:
+        RunFolderError: another file, or a damaged one.
+    """
+    try:
+        return torch.load(path, weights_only=True)
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError, UnpicklingError) as error:
+        raise RunFolderError(f"{path} is damaged, or nothing that distillation wrote: delete it ({error})") from error

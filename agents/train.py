@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import platform
 import shutil
@@ -44,7 +45,7 @@ from agents.report import Report, Yardstick, draw_learning, draw_plane, evaluate
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn import TextDQN
 from agents.zoo import AGENTS, MASKED, OBSERVATION, Budget, acts_greedily, make_agent
-from textgen_env.config import EnvConfig
+from textgen_env.config import EnvConfig, check_at_least, check_type
 from textgen_env.errors import ConfigError, PromptError, RunFolderError
 from textgen_env.evaluation import Evaluation, choose_prompts
 from textgen_env.language_model import LanguageModel
@@ -101,16 +102,23 @@ class RunConfig:
     objects: tuple[str, ...] = ()  # of model, prompts and reward: those that were given as Python objects
 
     def __post_init__(self) -> None:
+        check_type("agent", self.agent, str)
         AGENTS[self.agent]
         for name in ("steps", "envs", "eval_prompts", "eval_texts"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
-        if not isinstance(self.eval_samples, int) or self.eval_samples < 2:
-            raise ConfigError(f"eval_samples must be a whole number of at least 2, got {self.eval_samples!r}")
-        if not isinstance(self.checkpoint_every, int) or self.checkpoint_every < 0:
-            raise ConfigError(f"checkpoint_every must be a whole number, 0 for none, got {self.checkpoint_every!r}")
-        if not self.beta > 0:
-            raise ConfigError(f"beta must be above 0 (reward units a nat), got {self.beta!r}")
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("checkpoint_every", self.checkpoint_every, 0)
+        check_at_least("eval_samples", self.eval_samples, 2)
+        check_at_least("seed", self.seed, 0)
+        check_type("beta", self.beta, int, float)
+        if not 0 < self.beta < math.inf:
+            raise ConfigError(f"beta must be above 0 (reward units a nat) and finite, got {self.beta!r}")
+        for name in ("model", "prune"):
+            check_type(name, getattr(self, name), str, type(None))
+        for name in ("agent_settings", "env"):
+            check_type(name, getattr(self, name), Mapping)
+        if "tensorboard_log" in self.agent_settings:  # any folder of the machine
+            raise ConfigError("agent_settings cannot have tensorboard_log: the run's events are in its own folder")
+        check_type("objects", self.objects, list, tuple)
         if self.prune is not None:
             from agents.transformer_model import parse_pruning
 
@@ -129,15 +137,19 @@ class RunConfig:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> RunConfig:
+    def from_json(cls, text: str, trust: bool = False) -> RunConfig:
         """Return what ``to_json`` wrote.
 
+        Args:
+            trust: Also take a file that lets a hub repository's code run.
+
         Raises:
-            ConfigError: not JSON, not an object, or a field that does not exist (with a suggestion).
+            ConfigError: not JSON, not an object, a field that does not exist (with a suggestion), or
+                ``trust_remote_code`` without ``trust``.
         """
         try:
             read = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"a run's configuration must be JSON: {error}") from error
         if not isinstance(read, dict):
             raise ConfigError(f"a run's configuration must be a JSON object, got {type(read).__name__}")
@@ -145,7 +157,13 @@ class RunConfig:
         for name in read:
             if name not in known:
                 raise unknown_name("field", name, known)
-        return cls(**read)
+        config = cls(**read)
+        if config.env_config().trust_remote_code and not trust:
+            raise ConfigError(
+                "the file asks to run code that a hub repository ships (trust_remote_code): load only what you trust, "
+                "with --trust, or trust=True in Python"
+            )
+        return config
 
 
 # --- what a run is made of
@@ -249,6 +267,7 @@ def load_run(
     config = _stored_config(path)
     if not (path / AGENT_FILE).is_file():
         raise RunFolderError(f"{str(path)!r} holds no {AGENT_FILE}: the run was stopped before it had learned anything")
+    config = _stored_config(path, trust)
     if config.agent not in PORTABLE_AGENTS and not trust:
         raise ConfigError(
             f"{str(path / AGENT_FILE)!r} holds a {config.agent!r}, which Stable-Baselines3 unpickles, and that runs "
@@ -394,10 +413,10 @@ def resume(
     return _carry_out(run, config, path, console, checkpoint)
 
 
-def _stored_config(path: Path) -> RunConfig:
+def _stored_config(path: Path, trust: bool = False) -> RunConfig:
     if not (path / CONFIG_FILE).is_file():
         raise RunFolderError(f"{str(path)!r} holds no {CONFIG_FILE}: not a folder that 'textgen train' made")
-    return RunConfig.from_json((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    return RunConfig.from_json((path / CONFIG_FILE).read_text(encoding="utf-8"), trust)
 
 
 def _carry_out(

@@ -180,7 +180,10 @@ class PrunedTransformerModel(nn.Module):
                 f"{str(folder)!r} holds no {REPORT_FILE}: not written by PrunedTransformerModel.save_pretrained"
             )
         loaded = cls(folder, pruning_amount=0.0, dtype=dtype)
-        loaded._report = PruningReport(**json.loads(path.read_text()))
+        try:
+            loaded._report = PruningReport(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ModelError(f"{path} is damaged: {error}") from error
         return loaded
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("textgen_env", "agents")
-OUTSIDE = {"examples", "tests", "benchmarks", "scripts", "toys", "conftest", "golden", "my_agents"}
+OUTSIDE = {"examples", "tests", "benchmarks", "scripts", "toys", "conftest", "golden", "my_agents", "fuzzing"}
 
 
 def module_name(path: Path) -> str:

@@ -83,11 +83,11 @@ class EnvConfig:
             check_one_of("observation", self.observation, ("default", "full", *FLAT_OBSERVATIONS))
             return
         keys = tuple(self.observation)
-        if not keys or len(set(keys)) != len(keys):
-            raise ConfigError(f"observation must name distinct keys, at least one, got {keys}")
         for key in keys:
             if key not in OBSERVATION_KEYS:
                 raise unknown_name("observation key", key, OBSERVATION_KEYS)
+        if not keys or len(set(keys)) != len(keys):
+            raise ConfigError(f"observation must name distinct keys, at least one, got {keys}")
         if self.top_k is None:
             for key in {"candidates", "candidate_scores"} & set(keys):
                 raise ConfigError(
@@ -150,3 +150,10 @@ def check_at_least(name: str, value: object, least: int) -> None:
     """Raise ``ConfigError`` unless ``value`` is an integer (no bool) from ``least`` on."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def check_type(name: str, value: object, *allowed: type) -> None:
+    """Raise ``ConfigError`` unless ``value`` is of an allowed type; a bool is no number."""
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
+        raise ConfigError(f"{name} must be {names}, got {value!r}")

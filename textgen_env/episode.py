@@ -259,7 +259,7 @@ class Episodes:
             ResetNeeded: a ``src`` that never began.
         """
         for name, rows in (("src", src), ("dst", dst)):
-            if rows.dtype.kind not in "iu" or not ((rows >= 0) & (rows < self.rows)).all():
+            if rows.dtype.kind not in "iu" or rows.ndim != 1 or not ((rows >= 0) & (rows < self.rows)).all():
                 raise IndexError(f"{name} must be rows in 0..{self.rows - 1}, got {rows.tolist()}")
         if len(src) != len(dst) or len(set(dst.tolist())) != len(dst):
             raise IndexError(f"each src needs one dst, each dst named once; got src={src.tolist()}, dst={dst.tolist()}")

@@ -225,7 +225,7 @@ class FilePrompts(PromptSource):
             return as_prompt(text, place)
         try:
             row = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise PromptError(f"{place}: not JSON ({error}); give one object a line") from error
         if not isinstance(row, dict):
             raise PromptError(f'{place}: expected an object like {{"prompt": ...}}, got {text[:40]!r}')

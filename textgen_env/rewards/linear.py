@@ -51,11 +51,18 @@ class WordClassifier:
             content = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"no classifier at {str(file)!r} ({error.strerror}); {advice}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{str(file)!r} is no classifier ({error}); {advice}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ConfigError(f"{str(file)!r} is no classifier of the format {FORMAT!r}; {advice}")
-        return cls(content["label"], content["bias"], content["weights"])
+        label, bias, weights = (content.get(name) for name in ("label", "bias", "weights"))
+        if not isinstance(label, str) or not isinstance(weights, dict) or not all(map(_is_weight, (bias, *weights.values()))):
+            raise ConfigError(f"{str(file)!r} lacks a label, or a finite bias and weights: it is damaged; {advice}")
+        return cls(label, bias, weights)
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def word_features(words: Sequence[str]) -> Iterator[str]:

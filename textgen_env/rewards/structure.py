@@ -7,7 +7,9 @@ them a potential with ``Shaped`` where the agent needs a hint on the way.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -61,8 +63,7 @@ class Regex(Reward):
 
     def __post_init__(self) -> None:
         check_part(self.part)
-        if not self.timeout > 0:
-            raise ConfigError(f"the timeout of a regex must be above 0 seconds, got {self.timeout!r}")
+        _check_timeout(self.name, self.timeout)
         _ = self._compiled
 
     def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:
@@ -84,8 +85,8 @@ class Regex(Reward):
 
         try:
             return regex.compile(self.pattern)
-        except (regex.error, TypeError) as error:
-            raise ConfigError(f"{self.pattern!r} is no regular expression: {error}") from error
+        except (regex.error, OverflowError, RecursionError, TypeError) as error:
+            raise ConfigError(f"{shorten(str(self.pattern))} is no regular expression: {error}") from error
 
 
 @REWARDS.register("json")
@@ -101,16 +102,21 @@ class Json(Reward):
 
     Args:
         schema: A JSON schema, draft 2020-12. References to the network are not followed.
+            ``unevaluatedProperties`` cannot stand together with ``patternProperties``.
         part: ``"completion"`` or ``"text"``, for a prompt that opens the brace.
+        timeout: Seconds that one text may take; more is a ``RewardError``, since patterns that
+            backtrack and references that branch would otherwise hang the training.
     """
 
     schema: Mapping[str, Any] | bool | None = None
     part: str = "completion"
+    timeout: float = 1.0
 
     name = "json"
 
     def __post_init__(self) -> None:
         check_part(self.part)
+        _check_timeout(self.name, self.timeout)
         _ = self._validator
 
     def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:
@@ -123,21 +129,120 @@ class Json(Reward):
             return 0.0
         if self._validator is None:
             return 1.0
-        return 1.0 if self._validator.is_valid(value) else 0.5
+        self._deadline.start(self.timeout)
+        try:
+            return 1.0 if self._validator.is_valid(value) else 0.5
+        except (OverflowError, RecursionError):  # numbers and nestings beyond what can be checked
+            return 0.5
+        except TimeoutError as error:
+            raise RewardError(
+                f"the JSON schema took more than {self.timeout} s on {shorten(text)}; make its patterns backtrack "
+                "less and its references branch less, or raise timeout"
+            ) from error
+
+    @cached_property
+    def _deadline(self) -> _Deadline:
+        return _Deadline()
 
     @cached_property
     def _validator(self) -> Validator | None:
         if self.schema is None:
             return None
-        from jsonschema import Draft202012Validator, SchemaError
+        from jsonschema import Draft202012Validator, FormatChecker, SchemaError
+        from jsonschema.validators import extend
         from referencing import Registry
+        from referencing.exceptions import Unresolvable
 
         try:
-            Draft202012Validator.check_schema(self.schema)
+            Draft202012Validator.check_schema(self.schema, format_checker=FormatChecker(["regex"]))
+            timed = extend(Draft202012Validator, _timed(Draft202012Validator.VALIDATORS, self._deadline))
+            validator: Validator = timed(self.schema, registry=Registry())
+            self._deadline.start(self.timeout)
+            validator.is_valid(None)
         except SchemaError as error:
             raise ConfigError(f"not a JSON schema: {error.message}") from error
-        return Draft202012Validator(self.schema, registry=Registry())
+        except (RecursionError, TimeoutError, Unresolvable) as error:
+            raise ConfigError(f"the JSON schema cannot be followed: {type(error).__name__}: {error}") from error
+        if {"patternProperties", "unevaluatedProperties"} <= _keys(self.schema):
+            raise ConfigError(
+                "a JSON schema with patternProperties cannot have unevaluatedProperties, whose patterns know no "
+                "time limit: use additionalProperties"
+            )
+        return validator
 
 
 def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _check_timeout(name: str, timeout: object) -> None:
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+        raise ConfigError(f"the timeout of reward {name!r} must be a number of seconds above 0, got {timeout!r}")
+
+
+# --- JSON schemas that stop in time
+
+Keyword = Callable[[Any, Any, Any, Any], Iterator[Any] | None]
+"""What ``jsonschema`` calls for a keyword: (validator, its value, instance, schema) to errors."""
+
+
+class _Deadline:
+    """When the text at hand has had its time."""
+
+    def start(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Return the seconds left, or raise ``TimeoutError``."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+
+def _timed(keywords: Mapping[str, Keyword], deadline: _Deadline) -> dict[str, Keyword]:
+    """Return keywords that heed the deadline, for those that may take long: patterns, which
+    ``jsonschema`` gives to ``re``, and references, which may branch at every level."""
+    import regex
+    from jsonschema import ValidationError
+
+    def found(pattern: str, text: str) -> bool:
+        return regex.search(pattern, text, timeout=deadline.left()) is not None
+
+    def pattern(validator: Any, wanted: str, instance: Any, schema: Any) -> Iterator[Any]:
+        if isinstance(instance, str) and not found(wanted, instance):
+            yield ValidationError(f"{instance!r} does not match {wanted!r}")
+
+    def pattern_properties(validator: Any, schemas: Mapping[str, Any], instance: Any, schema: Any) -> Iterator[Any]:
+        for wanted, subschema in schemas.items() if isinstance(instance, dict) else ():
+            for key, value in instance.items():
+                if found(wanted, key):
+                    yield from validator.descend(value, subschema, path=key, schema_path=wanted)
+
+    def additional_properties(validator: Any, subschema: Any, instance: Any, schema: Any) -> Iterator[Any]:
+        for key, value in instance.items() if isinstance(instance, dict) else ():
+            named = key in schema.get("properties", {})
+            if not named and not any(found(wanted, key) for wanted in schema.get("patternProperties", {})):
+                yield from validator.descend(value, subschema, path=key)
+
+    def heeding(keyword: Keyword) -> Keyword:
+        def heeded(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any] | None:
+            deadline.left()
+            return keyword(validator, value, instance, schema)
+
+        return heeded
+
+    return {
+        "pattern": pattern,
+        "patternProperties": pattern_properties,
+        "additionalProperties": additional_properties,
+        "$ref": heeding(keywords["$ref"]),
+        "$dynamicRef": heeding(keywords["$dynamicRef"]),
+    }
+
+
+def _keys(schema: Any) -> set[str]:
+    """Return every key at any depth."""
+    if isinstance(schema, Mapping):
+        return set(schema).union(*map(_keys, schema.values()))
+    return set().union(*map(_keys, schema)) if isinstance(schema, list | tuple) else set()

@@ -1,0 +1,20 @@
+"""A short soak: memory that stays and a cache that does not drift; ``make soak`` is the long one."""
+
+from __future__ import annotations
+
+import pytest
+from benchmarks.soak import slope, soak, toy
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_leave_memory_flat_and_the_cache_exact():
+    found = soak(toy(), 10_000)
+    assert (found.steps, found.forks) == (10_000, 10_000 // 7)
+    assert found.texts > 1_000
+    assert found.drift < 1e-4
+    assert found.slope < 20  # MB per 100,000 steps: 1.4 MB in what follows the warm-up, the noise of an allocator
+
+
+def test_the_slope_of_a_leak_is_its_size():
+    assert slope([(step, 50_000_000 + 20 * step) for step in range(0, 100_000, 1_000)]) == pytest.approx(2.0)
+    assert slope([(0, 1)]) == 0.0
