@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 
-.PHONY: demo test check bench setup
+.PHONY: demo test check bench soak fuzz setup
 setup: .venv/.ready
 
 .venv/.ready: setup.cfg constraints.txt
@@ -27,3 +27,9 @@ check: .venv/.ready
 
 bench: .venv/.ready
 	$(BIN)/python -m benchmarks.throughput
+
+soak: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
+
+fuzz: .venv/.ready
+	OMP_NUM_THREADS=1 FUZZ=large $(BIN)/python -m pytest tests/test_fuzz_env.py tests/test_fuzz_readers.py

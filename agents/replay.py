@@ -266,9 +266,19 @@ class EpisodeReplay(ReplayBuffer):
             with safe_open(path, "np") as file:
                 state = json.loads(file.metadata()["state"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            used = min(self.ring, max(state["written"]))
+            episodes = [deque((int(first), int(length)) for first, length in ring) for ring in state["episodes"]]
+            counts = np.array([state[name] for name in ("written", "open", "unpaid")], np.float64)
+            if (
+                counts.shape != (3, self.n_envs)
+                or len(episodes) != self.n_envs
+                or not isinstance(state["episodes_seen"], int)
+            ):
+                raise ValueError(f"its state is not that of {self.n_envs} rows")
+            rng = np.random.default_rng()
+            rng.bit_generator.state = state["rng"]
+        except (OSError, OverflowError, RecursionError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} is no replay file that save_replay_buffer wrote: {error}") from error
-        used = min(self.ring, max(state["written"]))
         for name, array in self.store.items():
             shape, given = array[:, :used].shape, arrays[name].shape if name in arrays else None
             if given != shape or state.get("ring") != self.ring:
@@ -280,9 +290,9 @@ class EpisodeReplay(ReplayBuffer):
         self.written[:] = state["written"]
         self.open[:] = state["open"]
         self.unpaid[:] = state["unpaid"]
-        self.episodes = [deque((first, length) for first, length in ring) for ring in state["episodes"]]
+        self.episodes = episodes
         self.episodes_seen = state["episodes_seen"]
-        self.rng.bit_generator.state = state["rng"]
+        self.rng = rng
 
     def _shaped(self, obs: dict[str, Array], next_obs: dict[str, Array], reward: Array, ended: Array) -> Array:
         if "score" not in self.keys:

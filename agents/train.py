@@ -161,7 +161,7 @@ class RunConfig:
         if config.env_config().trust_remote_code and not trust:
             raise ConfigError(
                 "the file asks to run code that a hub repository ships (trust_remote_code): load only what you trust, "
-                "with --trust, or trust=True in Python"
+                "with --trust where a command has it, or with trust=True in Python"
             )
         return config
 
@@ -264,10 +264,9 @@ def load_run(
         TextGenError: what ``open_run`` raises.
     """
     path = Path(folder)
-    config = _stored_config(path)
+    config = _stored_config(path, trust)
     if not (path / AGENT_FILE).is_file():
         raise RunFolderError(f"{str(path)!r} holds no {AGENT_FILE}: the run was stopped before it had learned anything")
-    config = _stored_config(path, trust)
     if config.agent not in PORTABLE_AGENTS and not trust:
         raise ConfigError(
             f"{str(path / AGENT_FILE)!r} holds a {config.agent!r}, which Stable-Baselines3 unpickles, and that runs "
@@ -379,6 +378,7 @@ def resume(
     model: Any = None,
     prompts: Any = None,
     reward: Any = None,
+    trust: bool = False,
     console: Console | None = None,
 ) -> RunResult:
     """Go on with a run that was stopped or killed, from its last checkpoint.
@@ -389,6 +389,7 @@ def resume(
     Args:
         folder: Of the run.
         model, prompts, reward: The Python objects that the run was made with, if it was.
+        trust: Also go on with a run whose configuration lets a hub repository's code run.
         console: Shows progress. None: silence.
 
     Raises:
@@ -397,7 +398,7 @@ def resume(
         TextGenError: what ``train`` raises.
     """
     path, console = Path(folder), console or Console(quiet=True)
-    config = _stored_config(path)
+    config = _stored_config(path, trust)
     if config.agent not in PORTABLE_AGENTS:
         raise ConfigError(
             f"agent {config.agent!r} keeps no checkpoints, since Stable-Baselines3 does not say all that it is made "

@@ -95,7 +95,7 @@ def soak(model: HFModel, steps: int, rows: int = 4, seed: int = 0, stop: Callabl
 
 
 def toy() -> HFModel:
-    """Return a random Llama of two small layers over ``WORDS``: a step costs the bookkeeping, which is what is soaked."""
+    """Return a random Llama of two small layers over ``WORDS``: a step is mostly bookkeeping."""
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(("<end>", *WORDS))}, unk_token="<end>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     config = LlamaConfig(

@@ -23,14 +23,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import PROMPTS, TABLE, Worth, letters
 
+from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.distil import _load, _save
+from agents.offline import fill_replay, open_dataset, record
 from agents.q_networks import NEEDED_KEYS
+from agents.replay import EpisodeReplay
+from agents.search import SampleAgent
 from agents.text_dqn import TextDQN
 from agents.train import RunConfig
 from agents.transformer_model import parse_pruning
 from textgen_env import TableModel, TextGenVectorEnv, make_prompts, make_reward
 from textgen_env.config import EnvConfig
 from textgen_env.errors import TextGenError
+from textgen_env.prompts import Prompt
 from textgen_env.rewards import REWARDS, Generation, reward_spec
 from textgen_env.rewards.linear import WordClassifier
 
@@ -41,7 +46,9 @@ JUNK = st.sampled_from(
     [None, True, False, 0, 1, -1, 3, 10**30, 0.5, -0.5, math.nan, math.inf, 1e308, "", " ", "a", "é\ud800", "\0", "1",
      "(a+)+$", "../../x", "/etc/passwd", [], [[]], {}, {"": None}, ["a"], [0], {"name": "length"}]
 )  # fmt: skip
-JSON = st.recursive(JUNK, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3))
+JSON = st.recursive(
+    JUNK, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+)
 
 
 def places(tree, path=()):
@@ -65,9 +72,9 @@ def damaged_json(draw, *starts):
             case "leave out" if path:
                 del holder[last]
             case "add" if isinstance(holder[last], dict):
-                holder[last][draw(st.text(max_size=6))] = draw(JSON)
+                holder[last][draw(st.text(max_size=6))] = copy.deepcopy(draw(JSON))  # a drawn list is one list
             case _:
-                holder[last] = draw(JSON)
+                holder[last] = copy.deepcopy(draw(JSON))
     return document[""]
 
 
@@ -78,7 +85,10 @@ def damaged_bytes(draw, content):
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(content)))
         until = min(at + draw(st.sampled_from([1, 1, 4, 64, len(content)])), len(content))
-        new = draw(st.sampled_from([b"", content[at:until] * 2, b"\0", b"\xff", b"\n", b"[" * 5_000, b"9" * 5_000]) | st.binary(max_size=8))
+        new = draw(
+            st.sampled_from([b"", content[at:until] * 2, b"\0", b"\xff", b"\n", b"[" * 5_000, b"9" * 5_000])
+            | st.binary(max_size=8)
+        )
         content = content[:at] + new + content[until:]
     return content
 
@@ -90,8 +100,7 @@ def outcome(read, kind, *content):
         with no_hang():
             return read(*content)
     except TextGenError as error:
-        assert str(error).strip()
-        return None
+        return None if str(error).strip() else pytest.fail("an error without a message")
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +171,10 @@ def test_damaged_environment_settings_are_refused_or_kept(document):
 
 
 @examples(60, 800)
-@given(st.text("layersfn:+.0129-e_ ", max_size=12) | damaged_bytes(b"layers:0.1+ffn:0.23").map(lambda b: b.decode("latin-1")))
+@given(
+    st.text("layersfn:+.0129-e_ ", max_size=12)
+    | damaged_bytes(b"layers:0.1+ffn:0.23").map(lambda b: b.decode("latin-1"))
+)
 def test_a_damaged_pruning_is_refused_or_within_range(text):
     cuts = outcome(parse_pruning, True, text)
     assert cuts is None or all(0 <= amount < 1 for _, amount in cuts)
@@ -172,9 +184,13 @@ def test_a_damaged_pruning_is_refused_or_within_range(text):
 
 
 SCHEMA = {
-    "type": "object", "properties": {"a": {"$ref": "#/$defs/list"}}, "required": ["a"], "additionalProperties": False,
-    "patternProperties": {"^b+$": {"pattern": "(x+)+y", "minLength": 1}}, "$defs": {"list": {"type": "array", "items": {"multipleOf": 0.5}}},
-}  # fmt: skip
+    "type": "object",
+    "properties": {"a": {"$ref": "#/$defs/list"}},
+    "required": ["a"],
+    "additionalProperties": False,
+    "patternProperties": {"^b+$": {"pattern": "(x+)+y", "minLength": 1}},
+    "$defs": {"list": {"type": "array", "items": {"multipleOf": 0.5}}},
+}
 SPECS = [
     *({"name": name} for name in sorted(set(REWARDS) - LOADS_A_MODEL)),
     {"sentiment": 1.0, "repetition": -0.5},
@@ -200,7 +216,12 @@ def test_a_damaged_reward_is_refused_or_scores_every_text(document):
         assert scored is None or np.isfinite(scored.total).all()
 
 
-CLASSIFIER = {"format": "textgen-env word classifier 1", "label": "good", "bias": 0.1, "weights": {"sun": 1.5, "the sea": -2}}
+CLASSIFIER = {
+    "format": "textgen-env word classifier 1",
+    "label": "good",
+    "bias": 0.1,
+    "weights": {"sun": 1.5, "the sea": -2},
+}
 
 
 @examples(100, 1_500)
@@ -230,9 +251,7 @@ def test_a_damaged_table_is_refused_or_proposes_probabilities(table, tokens):
 
 
 def open_env():
-    return TextGenVectorEnv(
-        2, letters(), PROMPTS, Worth(), top_k=4, max_new_tokens=4, observation=NEEDED_KEYS
-    )
+    return TextGenVectorEnv(2, letters(), PROMPTS, Worth(), top_k=4, max_new_tokens=4, observation=NEEDED_KEYS)
 
 
 @pytest.fixture(scope="module")
@@ -247,14 +266,18 @@ def stored(folder):
 
 
 def test_a_damaged_agent_zip_is_refused_or_acts(stored):
-    folder, agent = stored
+    folder, _agent = stored
     with zipfile.ZipFile(folder / "agent.zip") as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     settings, env = json.loads(parts["data"]), open_env()
     observation, _ = env.reset(seed=0)
 
     @examples(25, 300)
-    @given(damaged_json(settings).map(lambda d: json.dumps(d).encode()) | damaged_bytes(parts["data"]), st.sampled_from(sorted(parts)), st.data())
+    @given(
+        damaged_json(settings).map(lambda d: json.dumps(d).encode()) | damaged_bytes(parts["data"]),
+        st.sampled_from(sorted(parts)),
+        st.data(),
+    )
     def check(data, name, draw):
         damaged = {**parts, "data": data} if name == "data" else {**parts, name: draw.draw(damaged_bytes(parts[name]))}
         path = folder / "damaged.zip"
@@ -269,7 +292,7 @@ def test_a_damaged_agent_zip_is_refused_or_acts(stored):
 
 
 def test_a_damaged_agent_folder_is_refused_or_acts(stored):
-    folder, agent = stored
+    folder, _agent = stored
     settings, env = json.loads((folder / "agent" / "agent.json").read_text()), open_env()
     weights = (folder / "agent" / "model.safetensors").read_bytes()
     observation, _ = env.reset(seed=0)
@@ -308,5 +331,51 @@ def test_a_damaged_checkpoint_of_distillation_is_refused_or_read(stored):
     def check(damaged):
         (folder / "damaged.pt").write_bytes(damaged)
         outcome(_load, True, folder / "damaged.pt")
+
+    check()
+
+
+def test_a_damaged_checkpoint_of_training_is_refused_or_restored(stored):
+    folder, agent = stored
+    path = save_checkpoint(folder / "checkpoints", agent, {})
+    parts = {part.name: part.read_bytes() for part in path.iterdir()}
+
+    @examples(25, 300)
+    @given(st.sampled_from(sorted(parts)), st.data())
+    def check(name, draw):
+        start = parts[name]
+        if name == "state.json":
+            damaged = json.dumps(draw.draw(damaged_json(json.loads(start)))).encode()
+        else:
+            damaged = draw.draw(damaged_bytes(start[:2_000])) + start[2_000:]
+        (path / name).write_bytes(damaged)
+        outcome(load_checkpoint, True, path, agent)
+        (path / name).write_bytes(start)
+
+    check()
+
+
+# --- recorded texts
+
+
+def test_a_damaged_minari_dataset_is_refused_or_fills_the_replay(folder):
+    pytest.importorskip("minari")
+    record(SampleAgent(), open_env(), [Prompt("a")] * 4, folder / "letters-v0", seed=0)
+    files = sorted(path for path in (folder / "letters-v0").rglob("*") if path.is_file())
+    start = {path: path.read_bytes() for path in files}
+    env = open_env()
+    replay = EpisodeReplay(100, env.single_observation_space, env.single_action_space, device="cpu", n_envs=2)
+
+    @examples(25, 300)
+    @given(st.sampled_from(files), st.data())
+    def check(path, draw):
+        if path.suffix == ".json":
+            damaged = json.dumps(draw.draw(damaged_json(json.loads(start[path])))).encode()
+        else:
+            at = draw.draw(st.integers(0, len(start[path])))
+            damaged = start[path][:at] + draw.draw(damaged_bytes(start[path][at : at + 200])) + start[path][at + 200 :]
+        path.write_bytes(damaged)
+        outcome(lambda: fill_replay(replay, open_dataset(folder / "letters-v0")), True)
+        path.write_bytes(start[path])
 
     check()

@@ -51,8 +51,9 @@ class TableModel(LanguageModel):
         hidden_size: int | None = None,
         name: str = "table",
     ) -> None:
-        if not tokens or len(set(tokens)) != len(tokens) or not all(tokens):
-            raise ModelError(f"tokens must be distinct and non-empty, at least one, got {list(tokens)}")
+        are_texts = isinstance(tokens, Sequence) and all(isinstance(token, str) and token for token in tokens)
+        if not are_texts or not tokens or len(set(tokens)) != len(tokens):
+            raise ModelError(f"tokens must be distinct and non-empty strings, at least one, got {tokens!r}")
         if end is not None and end not in tokens:
             raise ModelError(f"end={end!r} must be one of the tokens {list(tokens)}, or None")
         self.name = name
@@ -187,7 +188,10 @@ def _lookup(table: Table, vocab: int) -> Callable[[tuple[int, ...]], npt.NDArray
 
 
 def _probabilities(table: npt.ArrayLike, *shapes: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    values = np.array(table, dtype=np.float64)
+    try:
+        values = np.array(table, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ModelError(f"a table must be numbers: {error}") from error
     if values.shape not in shapes:
         raise ModelError(f"a table must have shape {' or '.join(map(str, shapes))}, got {values.shape}")
     if (values < 0).any() or not (np.abs(values.sum(-1) - 1.0) <= 1e-6).all():

@@ -56,7 +56,11 @@ class WordClassifier:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ConfigError(f"{str(file)!r} is no classifier of the format {FORMAT!r}; {advice}")
         label, bias, weights = (content.get(name) for name in ("label", "bias", "weights"))
-        if not isinstance(label, str) or not isinstance(weights, dict) or not all(map(_is_weight, (bias, *weights.values()))):
+        if (
+            not isinstance(label, str)
+            or not isinstance(weights, dict)
+            or not all(map(_is_weight, (bias, *weights.values())))
+        ):
             raise ConfigError(f"{str(file)!r} lacks a label, or a finite bias and weights: it is damaged; {advice}")
         return cls(label, bias, weights)
 
