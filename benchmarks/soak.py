@@ -51,7 +51,7 @@ class Soaked:
     drift: float  # largest difference of a log-probability, cached against uncached, nats
 
 
-def soak(model: HFModel, steps: int, rows: int = 4, seed: int = 0, stop: Callable[[], bool] = lambda: False) -> Soaked:
+def soak(model: HFModel, steps: int, rows: int = 2, seed: int = 0, stop: Callable[[], bool] = lambda: False) -> Soaked:
     """Step ``steps`` times, or until ``stop()``."""
     rng = np.random.default_rng(seed)
     env = TextGenVectorEnv(
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> Soaked:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--minutes", type=float, default=14.5)
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--model", default="toy", help="toy: a small random one; or a name, folder or hub id")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)

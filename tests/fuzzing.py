@@ -23,7 +23,7 @@ tried: Counter[str] = Counter()
 
 def examples(small: int, large: int, steps: int = 50) -> settings:
     return settings(
-        max_examples=large if LARGE else int(os.environ.get("FUZZ_SMALL", small)),
+        max_examples=large if LARGE else small,
         stateful_step_count=steps,
         derandomize=not LARGE,
         database=None,

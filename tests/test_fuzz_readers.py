@@ -120,7 +120,7 @@ ROWS = b'{"prompt": "Once", "reference": "upon"}\n{"prompt": "The film", "topic"
 def test_a_damaged_prompt_file_is_refused_or_read_whole(folder, suffix, start):
     path = folder / f"prompts.{suffix}"
 
-    @examples(120, 2_500)
+    @examples(80, 1_500)
     @given(damaged_bytes(start) | st.binary(max_size=60))
     def check(content):
         path.write_bytes(content)
@@ -141,7 +141,7 @@ RUN = {**json.loads(RunConfig().to_json()), "model": "tiny"}
 ENV = {field.name: field.default for field in fields(EnvConfig)}
 
 
-@examples(250, 3_000)
+@examples(150, 2_000)
 @given(damaged_json(RUN, RUN, {"agent": "dqn", "env": {"top_k": 4}}))
 def test_a_damaged_run_configuration_is_refused_or_kept(document):
     text = json.dumps(document)
@@ -153,7 +153,7 @@ def test_a_damaged_run_configuration_is_refused_or_kept(document):
         assert all(kept[name] == value for name, value in document.items() if name != "env")
 
 
-@examples(60, 1_000)
+@examples(60, 600)
 @given(damaged_bytes(RunConfig().to_json().encode()))
 def test_a_run_configuration_of_damaged_bytes_is_refused_or_kept(content):
     config = outcome(RunConfig.from_json, True, content.decode("utf-8", "replace"))
@@ -161,7 +161,7 @@ def test_a_run_configuration_of_damaged_bytes_is_refused_or_kept(content):
         assert RunConfig.from_json(config.to_json()) == config
 
 
-@examples(120, 1_500)
+@examples(80, 1_000)
 @given(damaged_json(ENV, {"top_k": None, "observation": ["tokens", "length"], "stop": ["."]}))
 def test_damaged_environment_settings_are_refused_or_kept(document):
     if isinstance(document, dict) and all(isinstance(name, str) for name in document):
@@ -203,7 +203,7 @@ SPECS = [
 ]
 
 
-@examples(300, 4_000)
+@examples(150, 2_000)
 @given(damaged_json(*SPECS) | JSON)
 def test_a_damaged_reward_is_refused_or_scores_every_text(document):
     reward = outcome(make_reward, True, document)
@@ -224,7 +224,7 @@ CLASSIFIER = {
 }
 
 
-@examples(100, 1_500)
+@examples(60, 800)
 @given(damaged_json(CLASSIFIER).map(lambda d: json.dumps(d).encode()) | damaged_bytes(json.dumps(CLASSIFIER).encode()))
 def test_a_damaged_classifier_is_refused_or_scores(content):
     with TemporaryDirectory() as folder:
@@ -239,7 +239,7 @@ def test_a_damaged_classifier_is_refused_or_scores(content):
 # --- what is said of a model
 
 
-@examples(80, 1_000)
+@examples(60, 600)
 @given(damaged_json(TABLE.tolist(), [0.5, 0.5, 0, 0, 0, 0]), damaged_json(["a", "b", "ab", " ", ".", "<end>"]))
 def test_a_damaged_table_is_refused_or_proposes_probabilities(table, tokens):
     model = outcome(TableModel, True, tokens, table)
@@ -272,7 +272,7 @@ def test_a_damaged_agent_zip_is_refused_or_acts(stored):
     settings, env = json.loads(parts["data"]), open_env()
     observation, _ = env.reset(seed=0)
 
-    @examples(25, 300)
+    @examples(15, 200)
     @given(
         damaged_json(settings).map(lambda d: json.dumps(d).encode()) | damaged_bytes(parts["data"]),
         st.sampled_from(sorted(parts)),
@@ -297,7 +297,7 @@ def test_a_damaged_agent_folder_is_refused_or_acts(stored):
     weights = (folder / "agent" / "model.safetensors").read_bytes()
     observation, _ = env.reset(seed=0)
 
-    @examples(25, 300)
+    @examples(15, 200)
     @given(damaged_json(settings), st.just(weights) | damaged_bytes(weights))
     def check(document, content):
         (folder / "agent" / "agent.json").write_text(json.dumps(document))
@@ -313,7 +313,7 @@ def test_a_damaged_replay_is_refused_or_sampled(stored):
     folder, agent = stored
     content = (folder / "replay.safetensors").read_bytes()
 
-    @examples(60, 800)
+    @examples(40, 300)
     @given(damaged_bytes(content) | damaged_bytes(content[:600]).map(lambda head: head + content[600:]))
     def check(damaged):
         (folder / "damaged.safetensors").write_bytes(damaged)
@@ -326,7 +326,7 @@ def test_a_damaged_checkpoint_of_distillation_is_refused_or_read(stored):
     folder, _ = stored
     content = (folder / "distil.pt").read_bytes()
 
-    @examples(60, 800)
+    @examples(40, 300)
     @given(damaged_bytes(content))
     def check(damaged):
         (folder / "damaged.pt").write_bytes(damaged)
@@ -340,7 +340,7 @@ def test_a_damaged_checkpoint_of_training_is_refused_or_restored(stored):
     path = save_checkpoint(folder / "checkpoints", agent, {})
     parts = {part.name: part.read_bytes() for part in path.iterdir()}
 
-    @examples(25, 300)
+    @examples(15, 200)
     @given(st.sampled_from(sorted(parts)), st.data())
     def check(name, draw):
         start = parts[name]
@@ -366,7 +366,7 @@ def test_a_damaged_minari_dataset_is_refused_or_fills_the_replay(folder):
     env = open_env()
     replay = EpisodeReplay(100, env.single_observation_space, env.single_action_space, device="cpu", n_envs=2)
 
-    @examples(25, 300)
+    @examples(15, 200)
     @given(st.sampled_from(files), st.data())
     def check(path, draw):
         if path.suffix == ".json":

@@ -55,7 +55,8 @@ class WordClassifier:
             raise ConfigError(f"{str(file)!r} is no classifier ({error}); {advice}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ConfigError(f"{str(file)!r} is no classifier of the format {FORMAT!r}; {advice}")
-        label, bias, weights = (content.get(name) for name in ("label", "bias", "weights"))
+        bias: Any = content.get("bias")
+        label, weights = content.get("label"), content.get("weights")
         if (
             not isinstance(label, str)
             or not isinstance(weights, dict)
