@@ -1,9 +1,9 @@
 """A trained agent steers ``model.generate``: back into Hugging Face, with any prompt.
 
-    python examples/steer_generate.py        # about a minute on 2 cores
+    python examples/steer_generate.py        # half a minute on 2 cores
 
-A TextDQN learns for a while to write positive texts with SmolLM2. It is saved as a folder of
-safetensors and JSON, loaded again without an environment, and steers the plain language model.
+A TextDQN learns for a while to write positive texts with the small model in the box. It is saved
+as a folder of safetensors and JSON, loaded again without an environment, and steers the plain model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 
 import textgen_env  # registers the environment
 from agents.text_dqn import TextDQN
-from textgen_env.models import load_language_model
 
 PROMPTS = ["The movie was", "My neighbour is a person who", "The weather this morning:", "I think that this city"]
 TOKENS = 20
@@ -33,8 +32,7 @@ def main(steps: int = 20_000) -> None:
         learn(steps).save_pretrained(folder)
         agent = TextDQN.from_pretrained(folder)
 
-    language_model = load_language_model("smollm2")
-    model, tokenizer = language_model.model, language_model.tokenizer
+    model, tokenizer = agent.language_model.model, agent.language_model.tokenizer
     tokenizer.pad_token = tokenizer.eos_token
     inputs = tokenizer(PROMPTS * 8, padding=True, padding_side="left", return_tensors="pt")
     start = inputs["input_ids"].shape[1]
