@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm import trange
 
 import textgen_env
 from agents.search import SampleAgent
@@ -64,7 +63,7 @@ class Search:
     @property
     def best(self) -> float:
         """The mean over prompts of the best reward found."""
-        return float(np.mean([pool[0][0] for pool in self.pools]))
+        return float(np.mean([pool[0][0] if pool else np.nan for pool in self.pools]))
 
     def _cut(self, prompt: int) -> Actions:
         pool = self.pools[prompt]
@@ -99,17 +98,14 @@ class Search:
             self.pools[prompt] = sorted(pool, reverse=True)[:POOL]
 
 
-def bounds_of(task: Task, seconds: float, texts: int, rows: int, seed: int) -> dict[str, Any]:
+def bounds_of(task: Task, search_texts: int, texts: int, rows: int, seed: int) -> dict[str, Any]:
     """Return the entry of ``bounds.json`` for ``task``."""
     search = Search(task, rows, seed)
     search.plant_references()
-    end, steps = time.monotonic() + seconds, 0
-    with tqdm(desc=task.id, unit="text", unit_scale=rows) as bar:
-        while time.monotonic() < end:
+    with trange(0, search_texts, rows, desc=task.id, unit="text", unit_scale=rows) as rounds:
+        for _ in rounds:
             search.step()
-            steps += 1
-            bar.update()
-            bar.set_postfix(best=f"{search.best:.3f}")
+            rounds.set_postfix(best=f"{search.best:.3f}")
     sampled = evaluate(SampleAgent(), search.env, texts, seed, task.test_prompts)
     return {
         "id": task.id,
@@ -118,7 +114,7 @@ def bounds_of(task: Task, seconds: float, texts: int, rows: int, seed: int) -> d
         "best": round(search.best, 6),
         "standard_error": round(float(sampled.rewards.std() / len(sampled.rewards) ** 0.5), 6),
         "texts": len(sampled.rewards),
-        "searched": steps * rows,
+        "searched": search_texts,
     }
 
 
@@ -143,7 +139,7 @@ def main() -> None:
     names = [f"TextGen/{name}-v0" for name in textgen_env.LANGUAGE_TASKS]
     parser.add_argument("--tasks", nargs="+", default=names, help="ids of language tasks; all unless said")
     parser.add_argument("--sizes", nargs="*", default=[], metavar="NAME=VALUE", help="sizes other than the default")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of search for each task")
+    parser.add_argument("--search", type=int, default=32_768, help="texts to search through, for each task")
     parser.add_argument("--texts", type=int, default=4096, help="of the language model, for its mean reward")
     parser.add_argument("--rows", type=int, default=128, help="texts written at a time")
     parser.add_argument("--seed", type=int, default=0)
@@ -155,7 +151,7 @@ def main() -> None:
     sizes = {name: _value(value) for name, _, value in (size.partition("=") for size in given.sizes)}
     entries = json.loads(PATH.read_text("utf-8"))["bounds"] if PATH.exists() else []
     for id in given.tasks:
-        found = bounds_of(make_task(id, **sizes), given.seconds, given.texts, given.rows, given.seed)
+        found = bounds_of(make_task(id, **sizes), given.search, given.texts, given.rows, given.seed)
         entries = [e for e in entries if (e["id"], e["sizes"]) != (id, found["sizes"])] + [found]
         lines = ",\n".join(f"  {json.dumps(entry)}" for entry in sorted(entries, key=lambda e: names.index(e["id"])))
         text = f'{{"made_by": "python -m benchmarks.bounds", "bounds": [\n{lines}\n]}}\n'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +13,7 @@ from gymnasium.utils.env_checker import check_env
 import textgen_env
 from agents.frontier import TextTree
 from agents.search import SampleAgent
+from benchmarks.bounds import tables
 from textgen_env import make_task
 from textgen_env.errors import ConfigError, PromptError, UnknownName
 from textgen_env.evaluation import evaluate
@@ -231,6 +233,16 @@ def test_language_tasks_play_on_any_model(language, tiny_lm):
     vec = task.make_vec(4, top_k=small, max_prompt_tokens=60, max_new_tokens=4, min_new_tokens=0)
     texts = evaluate(SampleAgent(), vec, 8, seed=0, prompts=task.test_prompts)
     assert ((texts.rewards >= -1) & (texts.rewards <= 1)).all()
+
+
+def test_the_search_has_beaten_the_language_model_on_every_language_task(language):
+    bounds = language.bounds()
+    assert bounds.language_model < bounds.best <= bounds.ceiling == 1.0
+
+
+def test_the_documentation_has_the_tables_that_its_command_prints():
+    page = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    assert [line for line in tables().splitlines() if line not in page.splitlines()] == []
 
 
 def test_bounds_that_nobody_has_searched_say_how_to():

@@ -24,7 +24,7 @@ from textgen_env.rewards import Generation, Json, Reward, make_reward
 from textgen_env.tasks.base import TASKS, Bounds, Task
 from textgen_env.tasks.exact import check_between, check_number
 
-MODEL = "smollm2"
+MODEL = "tiny"
 """What language tasks run on unless said."""
 
 WORDS = ("day", "friend", "home", "love", "old", "water", "door", "music", "rain", "dog", "window", "bread")
@@ -231,7 +231,7 @@ def json_object(model: Any = MODEL, length: int = 16, keys: int = 3) -> Recipe:
     to add the keys that are missing, and to end there; the last brace is not insisted on.
 
     ## Action space
-    `Discrete(64)`: the likeliest tokens, since quotation marks are not always among the first.
+    `Discrete(16)`: the likeliest tokens.
 
     ## Observation
     As of `TextGen-v0`; a prefix has no running score.
@@ -263,11 +263,11 @@ def json_object(model: Any = MODEL, length: int = 16, keys: int = 3) -> Recipe:
         for mood in ("very ", "not ", "a bit ", "")
     ]
     reward = ClosedJson({"type": "object", "required": list(KEYS[:keys])})
-    return Recipe(ListPrompts(begun), reward, {"max_new_tokens": length, "top_k": 64, "stop": ("}",)})
+    return Recipe(ListPrompts(begun), reward, {"max_new_tokens": length, "stop": ("}",)})
 
 
 @language_task("TextGen/Couplet-v0")
-def couplet(model: Any = MODEL, length: int = 16) -> Recipe:
+def couplet(model: Any = MODEL, length: int = 10) -> Recipe:
     """Write the second line of a couplet: it rhymes, and has as many syllables as the first.
 
     ## Description
