@@ -139,8 +139,8 @@ def main() -> None:
     names = [f"TextGen/{name}-v0" for name in textgen_env.LANGUAGE_TASKS]
     parser.add_argument("--tasks", nargs="+", default=names, help="ids of language tasks; all unless said")
     parser.add_argument("--sizes", nargs="*", default=[], metavar="NAME=VALUE", help="sizes other than the default")
-    parser.add_argument("--search", type=int, default=32_768, help="texts to search through, for each task")
-    parser.add_argument("--texts", type=int, default=4096, help="of the language model, for its mean reward")
+    parser.add_argument("--search", type=int, default=2560, help="texts to search through, for each task")
+    parser.add_argument("--texts", type=int, default=1024, help="of the language model, for its mean reward")
     parser.add_argument("--rows", type=int, default=128, help="texts written at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="print what is known, and search nothing")

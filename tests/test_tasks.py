@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -227,12 +226,16 @@ def test_no_template_is_both_trained_and_tested_on(language):
     assert not templates(language.train_prompts) & templates(language.test_prompts)
 
 
-def test_language_tasks_play_on_any_model(language, tiny_lm):
-    task = replace(language, model=tiny_lm)
-    small = None if task.settings.get("top_k", 16) is None else 4
-    vec = task.make_vec(4, top_k=small, max_prompt_tokens=60, max_new_tokens=4, min_new_tokens=0)
-    texts = evaluate(SampleAgent(), vec, 8, seed=0, prompts=task.test_prompts)
+def test_language_tasks_play_on_the_model_in_the_box(language):
+    texts = evaluate(SampleAgent(), language.make_vec(8), 16, seed=0, prompts=language.test_prompts)
     assert ((texts.rewards >= -1) & (texts.rewards <= 1)).all()
+    assert len(set(texts.completions)) > 8
+
+
+def test_a_language_task_takes_any_model(tiny_lm):
+    vec = gym.make_vec("TextGen/Sentiment-v0", num_envs=2, model=tiny_lm, length=3, top_k=4)
+    assert vec.reset(seed=0)[0]["logprobs"].shape == (2, 4)
+    assert gym.make_vec(vec.spec).single_action_space.n == 4
 
 
 def test_the_search_has_beaten_the_language_model_on_every_language_task(language):
@@ -257,8 +260,8 @@ def test_bounds_that_nobody_has_searched_say_how_to():
         ("Keywords", " a day with a friend a day with a friend", 0.5 - 2 / 7),
         ("Json", 'glad"', 0.5),
         ("Json", 'glad"}', 0.5),
-        ("Json", 'glad", "city": "Rome"', 1.0),
-        ("Json", 'glad", "city": "Rome"}', 1.0),
+        ("Json", 'glad", "job": "cook"', 1.0),
+        ("Json", 'glad", "job": "cook"}', 1.0),
         ("Json", "glad", 0.0),
         ("Json", 'glad" and', 0.0),
         ("Couplet", "and so the day will go to bed\n", 1.0),  # eight syllables, "bread" before

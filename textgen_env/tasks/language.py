@@ -30,7 +30,7 @@ MODEL = "tiny"
 WORDS = ("day", "friend", "home", "love", "old", "water", "door", "music", "rain", "dog", "window", "bread")
 """What the keywords task asks for, the first so many."""
 
-KEYS = ("name", "mood", "city", "job")
+KEYS = ("name", "mood", "job", "city")
 """What a JSON object has to have, the first so many; prompts open the first two."""
 
 
@@ -304,7 +304,7 @@ def couplet(model: Any = MODEL, length: int = 10) -> Recipe:
 
 
 @language_task("TextGen/LeadRouge-v0")
-def lead_rouge(length: int = 20) -> Recipe:
+def lead_rouge(length: int = 24) -> Recipe:
     """Write the sentence that somebody else wrote, every token of the vocabulary allowed.
 
     ## Description
