@@ -2,8 +2,10 @@
 
 SmolLM2 proposes ten candidates for every next token of a text. A pruned copy of it reads the prefix,
 and a small Q-network on its hidden state learns which of the ten earns 1 by being the true token.
-Always taking rank 1 is the baseline. What the network can gain is what it learns about this kind of
-text; the language model itself learns nothing.
+Always taking rank 1 is the baseline, and where the network starts: at how often each rank is right.
+It can gain what it learns about this kind of text; the language model itself learns nothing. Expect
+no difference: "rank 2" is another token in every state, so there is little that a rank's value can
+learn. TextDQN therefore values the tokens themselves, not their ranks.
 
     python examples/classic.py                                     # about 3 minutes on 2 cores
     python examples/classic.py --train my/texts --test other/texts
@@ -58,17 +60,20 @@ def run(options: argparse.Namespace) -> None:
     replay_buffer = ExperienceReplay(capacity=50_000, seed=options.seed)
     print(f"transformer: {transformer.report()}")
 
+    decisions = itertools.islice(train_data, options.batches)
+    first = next(decisions)
+    start_at_rank_1(dq_learning_model, first)
     history = train_model(
         transformer,
         dq_learning_model,
         optimizer,
         1,
         tokenizer,
-        itertools.islice(train_data, options.batches),
+        itertools.chain([first], decisions),
         replay_buffer,
         device,
         gamma=0.0,
-        epsilon=0.1,
+        epsilon=0.5,
         batch_size=256,
         updates_per_batch=5,  # each decision is learnt from about 2.5 times; at 20 times the network learns it by heart
         seed=options.seed,
@@ -80,6 +85,14 @@ def run(options: argparse.Namespace) -> None:
     # Held-out text: the agent's choice and rank 1, on the same decisions.
     agent, rank_1 = choose(itertools.islice(test_data, options.test_batches), transformer, dq_learning_model, device)
     compare(agent, rank_1)
+
+
+@torch.no_grad()
+def start_at_rank_1(dq_learning_model: DeepQLearningModel, batch: Batch) -> None:
+    """Let every state's Q-values start at how often each rank is right; rank 1 is most often."""
+    last = dq_learning_model.layers[-1]
+    last.weight.zero_()
+    last.bias.copy_(batch.rewards[batch.attention_mask.bool()].mean(dim=0))
 
 
 @torch.inference_mode()
