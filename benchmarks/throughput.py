@@ -3,8 +3,9 @@
     linear    the model's linear layers alone, as ``F.linear`` runs them: the limit of a plain engine
     hf        Hugging Face's cached decode loop with top-k
     slots     the engine: ``advance`` and ``propose``
-    make_vec  ``gym.make_vec("TextGen-v0")``: rewards, observations and infos too
+    make_vec  ``gym.make_vec("TextGen-v0")``: running sentiment, rewards, observations and infos too
     sb3       the same through ``SB3VecEnv``
+    make      ``gym.make("TextGen-v0")``, beside the others at 1 row
 
 All take one step in turn, on the same prompts, at the same prefix lengths, in one process, and the
 median is reported: a busy machine slows them alike. Prompts are random words, new ones in every
@@ -30,12 +31,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache
 
 import textgen_env  # noqa: F401  registers TextGen-v0
 from agents.sb3_vec import SB3VecEnv
-from textgen_env.device import pick_dtype
 from textgen_env.hf_model import HFModel
 from textgen_env.models import load_pretrained
 
@@ -54,22 +53,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     rows = options.rows or ([1, 64] if options.quick else [1, 16, 64, 256])
     episodes, steps = (1, 6) if options.quick else (3, 12)
-    dtype = pick_dtype(options.dtype)
-    report: dict[str, Any] = {**machine(), "dtype": str(dtype).removeprefix("torch."), "results": []}
-    print(f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}")
+    report: dict[str, Any] = {**machine(), "results": []}
+    print(f"{report['machine']}, {report['threads']} threads, torch {report['torch']}")
     print("model        rows  ms a step: linear      hf   slots make_vec     sb3    make_vec/s  x hf  of limit")
-    compared = {name: load_pretrained(name, dtype) for name in ("tiny", "smollm2")} | {"random-1M": million(dtype)}
-    for name, (model, tokenizer) in compared.items():
+    for name in ("tiny", "smollm2"):
+        model, tokenizer = load_pretrained(name, options.dtype)
+        dtype = str(model.dtype).removeprefix("torch.")
         engine = HFModel(model, tokenizer, name=name)
         words = single_words(tokenizer)
         for n in rows:
             times = compare(contestants(engine, n, steps), words, n, episodes, steps)
-            result = {"model": name, "rows": n, "milliseconds": times, **ratios(times, n)}
+            result = {"model": name, "dtype": dtype, "rows": n, "milliseconds": times, **ratios(times, n)}
             report["results"].append(result)
             shown = " ".join(f"{times[key]:8.2f}" for key in ("linear", "hf", "slots", "make_vec", "sb3"))
             print(
                 f"{name:12} {n:4}          {shown}    {result['steps_a_second']:10,.0f}"
-                f" {result['times_hf']:5.2f} {result['of_limit']:9.2f}",
+                f" {result['times_hf']:5.2f} {result['of_limit']:9.2f}"
+                + (f"   gym.make: {1e3 / times['make']:,.0f} steps/s" if "make" in times else f"   {dtype}"),
                 flush=True,
             )
     if options.json:
@@ -81,7 +81,6 @@ def contestants(engine: HFModel, rows: int, steps: int) -> dict[str, Contestant]
     settings: dict[str, Any] = {
         "model": engine,
         "prompts": ["unused"],
-        "reward": "length",
         "top_k": CANDIDATES,
         "max_prompt_tokens": PROMPT_TOKENS,
         "max_new_tokens": steps + 2,  # no row ends while the clock runs
@@ -91,6 +90,7 @@ def contestants(engine: HFModel, rows: int, steps: int) -> dict[str, Contestant]
     rng = np.random.default_rng(0)
     slots = engine.slots(rows, PROMPT_TOKENS + steps + 2, CANDIDATES)
     environment = gym.make_vec("TextGen-v0", num_envs=rows, **settings)
+    alone = gym.make("TextGen-v0", **settings)
     adapter = SB3VecEnv(gym.make_vec("TextGen-v0", num_envs=rows, **settings))
 
     def linear(prompts: list[str]) -> Step:
@@ -142,7 +142,12 @@ def contestants(engine: HFModel, rows: int, steps: int) -> dict[str, Contestant]
         adapter.reset()
         return lambda: adapter.step(rng.integers(CANDIDATES, size=rows))
 
-    return {"linear": linear, "hf": hugging_face, "slots": slotted, "make_vec": vectorised, "sb3": adapted}
+    def single(prompts: list[str]) -> Step:
+        alone.reset(options={"prompt": prompts[0]})
+        return lambda: alone.step(rng.integers(CANDIDATES))
+
+    every_one = {"linear": linear, "hf": hugging_face, "slots": slotted, "make_vec": vectorised, "sb3": adapted}
+    return every_one | ({"make": single} if rows == 1 else {})
 
 
 def compare(
@@ -185,28 +190,6 @@ def single_words(tokenizer: Any) -> list[str]:
     ]
     words = sorted(" " + (text.removeprefix("Ġ")) for text in marked or tokenizer.get_vocab() if "<" not in text)
     return [word for word in words if len(tokenizer(word)["input_ids"]) == 1]
-
-
-def million(dtype: torch.dtype) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Return a random Llama of 1.1 million parameters over 4,096 words, and its tokenizer."""
-    vocabulary = {"<end>": 0, **{f"w{i}": i for i in range(1, 4096)}}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(dtype).eval()
-    return model, PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
 
 
 def machine() -> dict[str, Any]:

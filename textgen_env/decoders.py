@@ -207,7 +207,7 @@ class LlamaDecoder:
         heads, size = self._heads, self.shape.key_size
         turned = heads * (self._groups + 1)
         for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
-            qkv = layer.qkv(_normed(x, layer.norm)).view(len(x), turned + heads, size)
+            qkv = layer.qkv(layer.qkv.normed(x)).view(len(x), turned + heads, size)
             qk = qkv[:, :turned]
             qk = torch.addcmul(qk * cos, qk.roll(size // 2, -1), sin)  # (N, Hq + Hk, D)
             keys[batch.rows, :, batch.positions] = qk[:, -heads:]
@@ -220,7 +220,7 @@ class LlamaDecoder:
             x = layer.mlp(x)
         if batch.last is not None:
             x = x[batch.last]
-        hidden = _normed(x, self._norm)
+        hidden = F.rms_norm(x, (x.shape[-1],), self._norm.weight, self._norm.variance_epsilon)
         return self._head(hidden), hidden
 
     def _attention(self, group: Group) -> Callable[..., Tensor]:
@@ -267,15 +267,15 @@ class LlamaDecoder:
 class _LlamaLayer:
     def __init__(self, layer: Any, pack: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.norm = layer.input_layernorm
-        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], pack)
+        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], pack, layer.input_layernorm)
         self.out = Projection([attention.o_proj], pack)
-        self._mlp_norm = layer.post_attention_layernorm
-        self._gate, self._up, self._down = (Projection([p], pack) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self._gate = Projection([mlp.gate_proj], pack, layer.post_attention_layernorm)
+        self._up = Projection([mlp.up_proj], pack, layer.post_attention_layernorm)
+        self._down = Projection([mlp.down_proj], pack)
 
     def mlp(self, x: Tensor) -> Tensor:
         """Return ``x`` plus what the feed-forward block makes of it."""
-        normed = _normed(x, self._mlp_norm)
+        normed = self._gate.normed(x)  # as ``_up`` wants it too
         return self._down.added_to(x, self._up.multiplied(normed, self._gate.silu(normed)))
 
 
@@ -283,19 +283,33 @@ class Projection:
     """Linear layers that read the same input, as one: (N, d) -> (N, sum of outputs).
 
     What follows the product (SiLU, the gate, the residual sum) is done by oneDNN where the weights
-    are packed, before the result is rounded: a pass over memory less.
+    are packed, before the result is rounded: a pass over memory less. The weight of the norm before
+    the layers is folded into packed weights.
     """
 
     MANY = 64  # rows from which multiplying within oneDNN is the faster way
 
-    def __init__(self, linears: Sequence[nn.Linear], pack: bool) -> None:
-        self._linears = linears
+    def __init__(self, linears: Sequence[nn.Linear], pack: bool, norm: Any = None) -> None:
+        self._linears, self._norm = linears, norm
         self._packed: Tensor | None = None
         if pack:
             weight = torch.cat([linear.weight for linear in linears])
+            if norm is not None:
+                weight = (weight.float() * norm.weight.float()).to(weight.dtype)
             biases: list[Tensor] = [linear.bias for linear in linears]
             self._bias = None if biases[0] is None else torch.cat(biases)
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """Return ``x`` as the layers read it: its root mean square 1, times the norm's weight unless that is folded."""
+        width, eps = x.shape[-1], self._norm.variance_epsilon
+        if self._packed is None:
+            return F.rms_norm(x, (width,), self._norm.weight, eps)
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, (width,), None, eps)
+        # Batch norm with rows as channels: one pass in bfloat16, where rms_norm makes float32 copies.
+        square = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_().div_(width)
+        return F.batch_norm(x[None], torch.zeros_like(square), square, eps=eps)[0]
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed is not None:
@@ -335,10 +349,6 @@ def _can_pack(weight: Tensor) -> bool:
             or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
         )
     )
-
-
-def _normed(x: Tensor, norm: Any) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
 def _nbytes(model: nn.Module) -> int:
