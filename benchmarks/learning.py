@@ -389,8 +389,8 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
                     [row[key] for row in run["course"]], [row["reward"] for row in run["course"]], ".-", color=f"C{i}"
                 )
     plane.set(xlabel="KL, nats a text", ylabel="reward", xlim=(0, 12))
-    tokens.set(xlabel="tokens", xscale="log")
-    seconds.set(xlabel="seconds of training", xscale="log")
+    tokens.set(xlabel="tokens")
+    seconds.set(xlabel="seconds of training")
     plane.legend(frameon=False, fontsize=7, loc="lower right")
     for axes in (plane, tokens, seconds):
         axes.grid(alpha=0.3)
