@@ -149,8 +149,10 @@ def test_a_damaged_run_configuration_is_refused_or_kept(document):
     if config is not None:
         assert RunConfig.from_json(config.to_json()) == config
         kept = json.loads(config.to_json())
-        assert all(kept["env"][name] == value for name, value in document.get("env", {}).items())
-        assert all(kept[name] == value for name, value in document.items() if name != "env")
+        assert all(
+            json.dumps(kept["env"][name]) == json.dumps(value) for name, value in document.get("env", {}).items()
+        )
+        assert all(json.dumps(kept[name]) == json.dumps(value) for name, value in document.items() if name != "env")
 
 
 @examples(60, 600)
