@@ -414,9 +414,12 @@ def run_benchmark(
         console: Shows progress. None: silence.
 
     Raises:
+        ConfigError: a task whose bounds nobody has searched, so that scores could not be normalised; says how to.
         RunFolderError: the folder belongs to another configuration, or cannot be written to.
     """
     folder, console = Path(out), console or Console(quiet=True)
+    for task in config.tasks:
+        known_bounds(task)
     open_folder(folder, config)
     done = {result.cell: result for result in read_cells(folder)}
     if retry_failed:

@@ -244,7 +244,7 @@ def sections_of(config: BenchmarkConfig, rows: Sequence[Row], results: Sequence[
 
 
 def overall_table(rows: Sequence[Row], scores: Mapping[str, Scores], agents: Sequence[str]) -> Table:
-    """Return a line an agent, the best first."""
+    """Return a line an agent, the best first; those without a run on some task come last."""
     lines = []
     for agent in agents:
         runs = np.concatenate(list(scores[agent].values()))
@@ -253,7 +253,7 @@ def overall_table(rows: Sequence[Row], scores: Mapping[str, Scores], agents: Seq
         best, worst = max(scores[agent].items(), key=_mean), min(scores[agent].items(), key=_mean)
         lines.append(
             (
-                interquartile_mean(runs),
+                (len(scores[agent]), interquartile_mean(runs)),
                 [
                     agent,
                     f"{interquartile_mean(runs):.2f} {_interval(low, high)}",
@@ -267,7 +267,7 @@ def overall_table(rows: Sequence[Row], scores: Mapping[str, Scores], agents: Seq
             )
         )
     headings = ["agent", "interquartile mean", "mean", "worst task", "best task", "tokens a text", "seconds", "runs"]
-    return Table(headings, [line for _, line in sorted(lines, key=lambda line: -line[0])])
+    return Table(headings, [line for _, line in sorted(lines, key=lambda line: line[0], reverse=True)])
 
 
 def task_table(task: str, rows: Sequence[Row], agents: Sequence[str]) -> Table:

@@ -179,6 +179,12 @@ def test_a_folder_of_another_configuration_is_refused(done, tmp_path):
         run_benchmark(CONFIG, tmp_path)
 
 
+def test_scores_that_could_not_be_normalised_are_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ConfigError, match=r"no bounds are known.*benchmarks\.bounds"):
+        run_benchmark(replace(CONFIG, tasks=("Sentiment:length=3",)), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
