@@ -47,6 +47,8 @@ NUMBERS = ("seed", "step", "seconds", "reward", "normalised", "kl", "tokens", "l
 
 @dataclass(frozen=True)
 class Table:
+    """Headings and rows of text, for both forms of the report."""
+
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""

@@ -16,6 +16,7 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,14 +251,21 @@ def _check_spaces(replay: EpisodeReplay, dataset: MinariDataset) -> None:
 
 
 def _lengths(dataset: MinariDataset) -> list[int]:
-    metadata = dataset.storage.get_episode_metadata(dataset.episode_indices)
-    return [int(episode["total_steps"]) for episode in metadata]
+    with _damage_named():
+        metadata = dataset.storage.get_episode_metadata(dataset.episode_indices)
+        return [int(episode["total_steps"]) for episode in metadata]
 
 
 def _episodes(dataset: MinariDataset) -> Iterator[EpisodeData]:
-    try:
+    with _damage_named():
         yield from dataset.iterate_episodes()
-    except (ValueError, KeyError, OSError) as error:
+
+
+@contextmanager
+def _damage_named() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise DatasetError(f"an episode cannot be read: {error}") from error
 
 

@@ -12,8 +12,10 @@ asked for at loading.
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +136,16 @@ def read_zip(path: Any) -> Any:
             file.seek(0)
         else:
             file.close()
+
+
+@contextmanager
+def damage_named(path: Any) -> Iterator[None]:
+    """Turn what torch says of weights that cannot be read, or would run code, into one error."""
+    try:
+        yield
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, KeyError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"the weights in {path} cannot be read, the file is damaged: {reason}") from error
 
 
 def _policy_name(agent: TextDQN) -> str | None:

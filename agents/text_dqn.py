@@ -432,14 +432,15 @@ class TextDQN(DQN):
         """Read what ``save`` wrote; as in SB3, but nothing is unpickled.
 
         Raises:
-            ConfigError: no zip of a ``TextDQN``, or pickled entries in it.
+            ConfigError: no zip of a ``TextDQN``, a damaged one, or pickled entries in it.
             ModelError: the environment has another language model or vocabulary.
         """
         objects = portable.objects_from(portable.read_zip(path), custom_objects or {}, cls.policy_aliases, path)
         if env is not None:
             env = cls._wrap_env(env)
             portable.check_language_model(objects["task"], env.get_attr("language_model")[0])
-        agent = super().load(path, env, device, objects, print_system_info, force_reset, **kwargs)
+        with portable.damage_named(path):
+            agent = super().load(path, env, device, objects, print_system_info, force_reset, **kwargs)
         agent._rng = objects["_rng"]  # the seed has just set it to its beginning
         return agent
 

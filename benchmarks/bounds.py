@@ -53,7 +53,7 @@ class Search:
             if episodes.config.top_k is None and prompt.reference is not None:
                 begun, whole = (episodes.model.encode(text) for text in (prompt.text, prompt.text + prompt.reference))
                 new = whole[len(begun) :] if whole[: len(begun)] == begun else episodes.model.encode(prompt.reference)
-                self._write([i], [tuple(new[: episodes.config.max_new_tokens])])
+                self._write([i], [(*new, *episodes.model.end_ids[:1])])
 
     def step(self) -> None:
         """Write one more text in every row and keep the best."""

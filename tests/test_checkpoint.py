@@ -302,7 +302,8 @@ def tiny_run(tiny_lm, tmp_path):
 @pytest.mark.slow
 def test_ten_kills_and_a_resumed_run_ends_like_one_that_was_never_killed(tiny_run):
     whole = command("--config", tiny_run / "config.json", "--out", tiny_run / "whole")
-    assert whole.wait() == 0, whole.stdout.read()
+    said, _ = whole.communicate()
+    assert whole.returncode == 0, said
     rng = random.Random(0)
     killed = tiny_run / "killed"
     process = command("--config", tiny_run / "config.json", "--out", killed)
@@ -317,11 +318,12 @@ def test_ten_kills_and_a_resumed_run_ends_like_one_that_was_never_killed(tiny_ru
         seen = int(checkpoint.name)  # a new one has come: kill at a random moment after it
         time.sleep(rng.uniform(0.0, 0.2))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()  # waits, and closes the pipe
         kills += 1
         process = command("--resume", killed)
     assert kills == 10
-    assert process.wait() == 0, process.stdout.read()
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
     assert_same_run(tiny_run / "whole", killed)
 
 

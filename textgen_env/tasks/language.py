@@ -304,7 +304,7 @@ def couplet(model: Any = MODEL, length: int = 10) -> Recipe:
 
 
 @language_task("TextGen/LeadRouge-v0")
-def lead_rouge(length: int = 24) -> Recipe:
+def lead_rouge(length: int = 20) -> Recipe:
     """Write the sentence that somebody else wrote, every token of the vocabulary allowed.
 
     ## Description
