@@ -3,9 +3,11 @@
 SmolLM2 proposes ten candidates for every next token of a text. A pruned copy of it reads the prefix,
 and a small Q-network on its hidden state learns which of the ten earns 1 by being the true token.
 Always taking rank 1 is the baseline, and where the network starts: at how often each rank is right.
-It can gain what it learns about this kind of text; the language model itself learns nothing. Expect
-no difference: "rank 2" is another token in every state, so there is little that a rank's value can
-learn. TextDQN therefore values the tokens themselves, not their ranks.
+What it can gain is what it learns about this kind of text; the language model itself learns nothing.
+
+That is little, for "rank 2" is another token in every state, and what it learns from few texts costs
+more: on the Python reference the agent is right in 36.9% of 7,321 held-out decisions and rank 1 in
+37.7%. TextDQN therefore values the tokens themselves, not their ranks.
 
     python examples/classic.py                                     # about 3 minutes on 2 cores
     python examples/classic.py --train my/texts --test other/texts
