@@ -265,7 +265,7 @@ def _episodes(dataset: MinariDataset) -> Iterator[EpisodeData]:
 def _damage_named() -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise DatasetError(f"an episode cannot be read: {error}") from error
 
 
