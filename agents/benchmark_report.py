@@ -57,6 +57,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
+    """A figure and what it is called."""
+
     id: str
     alt: str
     svg: bytes

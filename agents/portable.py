@@ -12,7 +12,6 @@ asked for at loading.
 from __future__ import annotations
 
 import json
-import pickle
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.vec_env import VecEnv
 
-from textgen_env.errors import ConfigError, ModelError, PromptError
+from textgen_env.errors import ConfigError, ModelError, PromptError, TextGenError
 from textgen_env.language_model import LanguageModel
 from textgen_env.rewards import reward_spec
 
@@ -143,7 +142,9 @@ def damage_named(path: Any) -> Iterator[None]:
     """Turn what torch says of weights that cannot be read, or would run code, into one error."""
     try:
         yield
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, KeyError, EOFError) as error:
+    except TextGenError:
+        raise
+    except Exception as error:  # torch and zipfile have a dozen kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"the weights in {path} cannot be read, the file is damaged: {reason}") from error
 
