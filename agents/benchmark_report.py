@@ -70,6 +70,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
+    """A heading with its tables, pictures and words."""
+
     id: str
     title: str
     note: str = ""

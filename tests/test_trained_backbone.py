@@ -75,10 +75,11 @@ def names(extractor):
 
 
 @pytest.mark.parametrize("trainable", MODES)
-def test_training_starts_at_the_frozen_features_bit_by_bit(env, backbone, trainable):
+def test_training_starts_at_the_frozen_features(env, backbone, trainable):
     frozen, observation = features_of(env, backbone, False)
     trained, _ = features_of(env, backbone, trainable)
-    assert torch.equal(trained(observation), frozen(observation))
+    # To rounding: matrix products sum in an order that depends on where in memory their arguments lie.
+    torch.testing.assert_close(trained(observation), frozen(observation), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("trainable", MODES)
@@ -147,7 +148,7 @@ def test_a_saved_agent_brings_its_trained_weights_back(env, backbone, trainable,
 def test_ppo_does_not_initialise_a_pretrained_transformer_anew(env, backbone, trainable):
     frozen, observation = features_of(env, backbone, False)
     agent = agent_of(PPO, env, backbone, trainable, n_steps=8, batch_size=16, n_epochs=1)
-    assert torch.equal(agent.policy.features_extractor(observation), frozen(observation))
+    torch.testing.assert_close(agent.policy.features_extractor(observation), frozen(observation), atol=1e-5, rtol=0)
     agent.learn(32)
     assert not torch.equal(agent.policy.features_extractor(observation), frozen(observation))
 
@@ -158,7 +159,7 @@ def test_lora_reaches_the_linear_layers_of_gpt2(env):
     gpt2 = PrunedTransformerModel(GPT2LMHeadModel(config).eval(), pruning_amount=0.0)
     extractor, observation = features_of(env, gpt2, "lora", lora_rank=3)
     frozen, _ = features_of(env, gpt2, False)
-    assert torch.equal(extractor(observation), frozen(observation))
+    torch.testing.assert_close(extractor(observation), frozen(observation), atol=1e-5, rtol=0)
     layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert names(extractor) == [
         f"model.transformer.h.{i}.{layer}.lora_{m}.default.weight" for i in range(2) for layer in layers for m in "AB"
