@@ -36,7 +36,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from agents.distil import distil
+from agents.distil import CHECKPOINT, distil
 from agents.frontier import estimated_optimum, share_of_optimal_gain
 from agents.search import SampleAgent
 from agents.train import RunConfig, open_env, open_run
@@ -182,13 +182,23 @@ class Bench:
         for method, amount in parse_pruning(cut.pruning):
             prune_(model, method, amount, calibration=self.text.calibration)
         if cut.heal:
-            started, cpu = time.perf_counter(), time.process_time()
-            texts = [*self.text.healing, *self._written()]
-            distil(model, self.dense, texts, cut.heal, tokenizer=self.tokenizer)
-            minutes, cpu_minutes = (time.perf_counter() - started) / 60, (time.process_time() - cpu) / 60
+            figures = self._heal(model, cut.heal, folder / "healing")
             self._save(model, folder)
-            cells.add(cut.name, "healing", {"healing_minutes": minutes, "healing_cpu_minutes": cpu_minutes})
+            cells.add(cut.name, "healing", figures)
         return model
+
+    def _heal(self, model: PreTrainedModel, steps: int, folder: Path) -> dict[str, float]:
+        """Distil in place, going on from a checkpoint if there is one; return the minutes of all steps at this pace."""
+        texts = [*self.text.healing, *self._written()]
+        checkpoint = folder / CHECKPOINT
+        done = len(torch.load(checkpoint, weights_only=True)["losses"]) if checkpoint.exists() else 0
+        wall, cpu = time.perf_counter(), time.process_time()
+        distil(model, self.dense, texts, steps, tokenizer=self.tokenizer, folder=folder, checkpoint_every=25)
+        share = 60 * max(1, steps - done) / steps
+        return {
+            "healing_minutes": (time.perf_counter() - wall) / share,
+            "healing_cpu_minutes": (time.process_time() - cpu) / share,
+        }
 
     def _written(self) -> list[str]:
         """Return what the dense model writes from the agent's training prompts, to heal on."""
