@@ -645,7 +645,7 @@ def test_other_tokenizers_keep_the_space_after_the_prompt():
 
 @pytest.mark.slow
 def test_smollm2_equals_its_uncached_forward():
-    model = textgen_env.models.load_language_model("smollm2", "float32")
+    model = textgen_env.load_language_model("smollm2", "float32")
     assert isinstance(model.decoder, LlamaDecoder)
     ids = model.encode("The film was a slow, careful study of two brothers who inherit a lighthouse.")
     slots, oracle = model.slots(3, 32, 16), UncachedSlots(model, 3, 32, 16)
