@@ -35,26 +35,46 @@ STEPS_TO_CHOOSE = 4
 
 
 class TunedModel:
-    """The model under training as an agent of the environment."""
+    """The model under training as an agent of the environment. Texts that all grow by a token are read on from a cache."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self._tokens = torch.zeros(0, 0, dtype=torch.long)  # read so far, left-padded, (B, T)
+        self._cache: Any = None
 
     @torch.inference_mode()
     def probabilities(self, observation: dict[str, np.ndarray]) -> np.ndarray:
         """Return its policy over the candidates, (B, k)."""
-        length = torch.from_numpy(observation["length"].astype(np.int64))  # (B, 1)
-        tokens = torch.from_numpy(observation["tokens"].astype(np.int64))[:, : int(length.max())]
+        tokens, mask = left_padded(observation["tokens"], observation["length"][:, 0])
+        known = self._tokens.shape[1]
+        goes_on = tokens.shape == (len(self._tokens), known + 1) and torch.equal(tokens[:, :known], self._tokens)
+        read = tokens[:, known:] if goes_on else tokens
         training = self._model.training
         self._model.eval()
-        found = self._model(input_ids=tokens, attention_mask=(torch.arange(tokens.shape[1]) < length).long())
+        found = self._model(
+            input_ids=read,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, -read.shape[1] :],
+            past_key_values=self._cache if goes_on else None,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         self._model.train(training)
-        last = found.logits[torch.arange(len(tokens)), length[:, 0] - 1].float().log_softmax(-1)
+        self._tokens, self._cache = tokens, found.past_key_values
+        last = found.logits[:, -1].float().log_softmax(-1)
         candidates = torch.from_numpy(observation["candidates"].astype(np.int64))
         return np.exp(renormalise(last.gather(-1, candidates).numpy(), observation["action_mask"])[0])
 
     def predict(self, observation: Any, **_: Any) -> Any:
         raise NotImplementedError("measured by its probabilities")
+
+
+def left_padded(tokens: np.ndarray, lengths: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and attention mask, (B, T) each, of texts that are padded on the right."""
+    longest = int(lengths.max())
+    at = np.arange(longest) - (longest - lengths)[:, None]
+    ids = np.where(at >= 0, np.take_along_axis(tokens, np.maximum(at, 0), axis=1), 0)
+    return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy((at >= 0).astype(np.int64))
 
 
 def run(bench: Bench, seed: int, steps: int) -> dict[str, Any]:
@@ -67,16 +87,14 @@ def run(bench: Bench, seed: int, steps: int) -> dict[str, Any]:
 def choose(bench: Bench) -> dict[str, float]:
     """Return the learning rate and KL term of the highest reward on the validation prompts."""
     path = bench.folder / "grpo_settings.json"
-    if not path.is_file():
-        found = []
-        for rate in LEARNING_RATES:
-            for kl_term in KL_TERMS:
-                settings = {"learning_rate": rate, "kl_term": kl_term}
-                last = train(bench, 100, STEPS_TO_CHOOSE, bench.validation, look_from=STEPS_TO_CHOOSE, **settings)[-1]
-                found.append({**settings, **last})
-                print(f"  grpo, validation: {found[-1]}", flush=True)
+    found = json.loads(path.read_text()) if path.is_file() else []
+    grid = [{"learning_rate": rate, "kl_term": kl_term} for rate in LEARNING_RATES for kl_term in KL_TERMS]
+    for settings in grid[len(found) :]:
+        last = train(bench, 100, STEPS_TO_CHOOSE, bench.validation, look_from=STEPS_TO_CHOOSE, **settings)[-1]
+        found.append({**settings, **last})
+        print(f"  grpo, validation: {found[-1]}", flush=True)
         path.write_text(json.dumps(found, indent=1))
-    best = max(json.loads(path.read_text()), key=lambda run: run["reward"])
+    best = max(found, key=lambda run: run["reward"])
     return {key: best[key] for key in ("learning_rate", "kl_term")}
 
 

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from agents.frontier import estimated_optimum
+from benchmarks.grpo import TunedModel
 from benchmarks.learning import BETA, Bench, Course, _seconds_to, middle
+from textgen_env.evaluation import renormalise
+from textgen_env.vector_env import TextGenVectorEnv
 
 
 def test_the_middle_of_five_leaves_out_the_best_and_the_worst():
@@ -49,3 +52,21 @@ def test_the_best_policy_has_the_whole_share_and_the_language_model_none(tmp_pat
     reward, kl = best.point
     assert bench.share({"reward": reward, "kl": kl}, "sentiment") == pytest.approx(1.0)
     assert bench.share({"reward": float(rewards.mean()), "kl": 0.0}, "sentiment") == pytest.approx(0.0)
+
+
+def test_the_rival_before_training_is_the_language_model_also_from_its_cache(tiny_lm):
+    model, _ = tiny_lm
+    widths = []
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda module, ids: widths.append(ids[0].shape[1]))
+    agent, rng = TunedModel(model), np.random.default_rng(0)
+    prompts = ["the film was", "good", "the"]
+    env = TextGenVectorEnv(3, tiny_lm, prompts, "length", top_k=4, max_new_tokens=4, min_new_tokens=4, observation="full")
+    observation, _ = env.reset(seed=0)
+    for _ in range(15):  # three texts in each row
+        del widths[:]
+        policy = agent.probabilities(observation)
+        own, _ = renormalise(observation["logprobs"], observation["action_mask"])
+        np.testing.assert_allclose(policy, np.exp(own), atol=1e-5)
+        assert widths == [1 if observation["budget"][0, 0] < 1 else observation["length"].max()]
+        observation, *_ = env.step(rng.integers(4, size=3))
+    hook.remove()

@@ -144,6 +144,13 @@ def test_the_noise_of_the_bandit_leaves_its_bounds_alone():
     assert set(rewards) == {0.0, 1.0}
 
 
+def test_the_scale_of_the_bandit_is_that_of_its_bounds():
+    whole, tenth = (make_task("TextGen/NoisyBandit-v0", scale=scale).bounds() for scale in (1.0, 0.1))
+    assert [tenth.language_model, tenth.best, tenth.ceiling] == pytest.approx(
+        [whole.language_model / 10, whole.best / 10, 0.1]
+    )
+
+
 def test_a_deceptive_needle_pays_most_next_to_the_worst_text():
     task = make_task("TextGen/Needle-v0", depth=3, deceptive=True)
     needle = task.reward.process.needle

@@ -343,6 +343,10 @@ class NoisyBandit(Process):
         mean = float(self.means[state])
         return self.scale * ((1 - self.noise) * mean + self.noise * (metadata["luck"] < mean))
 
+    @property
+    def ceiling(self) -> float:
+        return self.scale
+
 
 class _Nested(NamedTuple):
     stack: tuple[int, ...]  # kinds of the open brackets, the innermost last

@@ -93,6 +93,11 @@ class Process(ABC):
         """Return the reward itself, whose noise may only come from the prompt's metadata."""
         return self.worth(state)
 
+    @property
+    def ceiling(self) -> float:
+        """What no text can exceed."""
+        return 1.0
+
     def summary(self, state: State) -> Hashable:
         """Return what the values of ``state`` depend on, where that is less than the state."""
         summary: Hashable = state
@@ -231,7 +236,9 @@ def _task(id: str, process: Process) -> Task:
             "max_prompt_tokens": len(process.prompts[0]),
             "stop": process.stop,
         },
-        known_bounds=cache(lambda: Bounds(expected_reward(process, False), expected_reward(process, True), 1.0)),
+        known_bounds=cache(
+            lambda: Bounds(expected_reward(process, False), expected_reward(process, True), process.ceiling)
+        ),
     )
 
 
