@@ -35,7 +35,10 @@ STEPS_TO_CHOOSE = 4
 
 
 class TunedModel:
-    """The model under training as an agent of the environment. Texts that all grow by a token are read on from a cache."""
+    """The model under training as an agent of the environment.
+
+    Texts that all grow by one token are read on from a cache.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model

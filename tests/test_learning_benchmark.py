@@ -59,8 +59,8 @@ def test_the_rival_before_training_is_the_language_model_also_from_its_cache(tin
     widths = []
     hook = model.model.embed_tokens.register_forward_pre_hook(lambda module, ids: widths.append(ids[0].shape[1]))
     agent, rng = TunedModel(model), np.random.default_rng(0)
-    prompts = ["the film was", "good", "the"]
-    env = TextGenVectorEnv(3, tiny_lm, prompts, "length", top_k=4, max_new_tokens=4, min_new_tokens=4, observation="full")
+    settings = {"top_k": 4, "max_new_tokens": 4, "min_new_tokens": 4, "observation": "full"}
+    env = TextGenVectorEnv(3, tiny_lm, ["the film was", "good", "the"], "length", **settings)
     observation, _ = env.reset(seed=0)
     for _ in range(15):  # three texts in each row
         del widths[:]
