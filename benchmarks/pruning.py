@@ -11,8 +11,7 @@ Every row is a cut of SmolLM2 (or ``--model``), measured in three ways:
     python -m benchmarks.pruning --cuts ffn:0.2 --healed layers:0.1+heads:0.34 --heal 180
 
 Each measurement is a line of ``cells.jsonl`` in ``--out``. Started again, the benchmark goes on after the
-last one; ``--measure speed`` leaves the timings for a quiet hour. The agent is trained on the dense model,
-the healed one, and the cuts of 20% (two minutes each), or on all of ``--cuts``.
+last one; ``--measure speed`` leaves the timings for a quiet hour. Training an agent takes a minute a row.
 
 The text is the Python language reference that every Python carries, or ``--text`` (one document a
 line). Every third document is held out; the others calibrate and heal, the latter together with
@@ -48,7 +47,6 @@ from textgen_env.hf_model import HFModel
 from textgen_env.models import load_pretrained
 
 AMOUNTS = (0.1, 0.2, 0.3, 0.5)
-AGENT_AMOUNTS = (0.2,)  # where the sweep trains an agent
 HEALED = "layers:0.1+ffn:0.23"  # a fifth of SmolLM2's parameters
 HEAL_STEPS = 150
 MEASURES = ("quality", "agent", "speed")
@@ -404,15 +402,11 @@ def plan(options: argparse.Namespace) -> list[Cut]:
     """Return the rows that the options ask for, the dense model first."""
     wanted = tuple(options.measure or (MEASURES if not options.quick else ("quality", "speed")))
     sweep = [f"{method}:{amount}" for method in METHODS for amount in ((0.3,) if options.quick else AMOUNTS)]
-    with_agent = {f"{method}:{amount}" for method in METHODS for amount in AGENT_AMOUNTS} | set(options.cuts or ())
     healed = options.healed if options.healed is not None else [] if options.cuts or options.quick else [HEALED]
     return [
         Cut(None, measures=wanted),
         *(Cut(cut, options.heal, wanted) for cut in healed),
-        *(
-            Cut(cut, measures=[measure for measure in wanted if measure != "agent" or cut in with_agent])
-            for cut in options.cuts or sweep
-        ),
+        *(Cut(cut, measures=wanted) for cut in options.cuts or sweep),
     ]
 
 
