@@ -105,13 +105,14 @@ def fill_replay(replay: EpisodeReplay, dataset: MinariDataset) -> int:
         CapacityError: more steps than the replay keeps.
     """
     _check_spaces(replay, dataset)
-    if not dataset.total_episodes:
+    lengths = _lengths(dataset)
+    if not lengths:
         raise DatasetError("the dataset holds no episode")
     # Each text goes to the emptiest ring, so none gets more than its share and one text.
-    needed = dataset.total_steps + replay.n_envs * max(_lengths(dataset))
+    needed = sum(lengths) + replay.n_envs * max(lengths)
     if needed > replay.ring * replay.n_envs:
         raise CapacityError(
-            f"the dataset has {dataset.total_steps:,} steps and the replay keeps {replay.ring * replay.n_envs:,} in "
+            f"the dataset has {sum(lengths):,} steps and the replay keeps {replay.ring * replay.n_envs:,} in "
             f"{replay.n_envs} rings: raise buffer_size to at least {needed:,}"
         )
     for episode in _episodes(dataset):
@@ -124,7 +125,7 @@ def fill_replay(replay: EpisodeReplay, dataset: MinariDataset) -> int:
             reference=(episode.infos or {}).get(BY_LANGUAGE_MODEL, np.zeros(len(behaviour) + 1, bool))[1:],
             ended=bool(episode.terminations[-1]),
         )
-    return int(dataset.total_steps)
+    return sum(lengths)
 
 
 def _texts(

@@ -88,7 +88,7 @@ def objects_from(
     Raises:
         ConfigError: something pickled, something left out that is not ``given``, or no settings at all.
     """
-    if not isinstance(settings, dict) or "left_out" not in settings:
+    if not isinstance(settings, dict) or not _is_names(settings.get("left_out")):
         raise ConfigError(f"{source} holds no agent that TextDQN.save or save_pretrained wrote")
     pickled = [k for k, v in settings.items() if isinstance(v, dict) and ":serialized:" in v and k not in given]
     if pickled:
@@ -113,9 +113,13 @@ def objects_from(
         found["policy_kwargs"] = _kwargs_from(settings["policy_kwargs"] or {})
         found["_rng"] = np.random.default_rng()
         found["_rng"].bit_generator.state = settings["_rng"]
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"the settings in {source} are damaged: {type(error).__name__}: {error}") from error
     return found | dict(given)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def read_zip(path: Any) -> Any:
@@ -139,14 +143,14 @@ def read_zip(path: Any) -> Any:
 
 @contextmanager
 def damage_named(path: Any) -> Iterator[None]:
-    """Turn what torch says of weights that cannot be read, or would run code, into one error."""
+    """Turn what Python and torch say of settings and weights that cannot be read, or would run code, into one error."""
     try:
         yield
     except TextGenError:
         raise
-    except Exception as error:  # torch and zipfile have a dozen kinds
+    except Exception as error:  # there are a dozen kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"the weights in {path} cannot be read, the file is damaged: {reason}") from error
+        raise ConfigError(f"the agent in {path} cannot be read, the file is damaged: {reason}") from error
 
 
 def _policy_name(agent: TextDQN) -> str | None:
@@ -230,18 +234,29 @@ def fingerprint(model: LanguageModel) -> dict[str, Any]:
 
 
 def check_language_model(task: Mapping[str, Any] | None, model: LanguageModel) -> None:
-    """Raise ``ModelError`` unless ``model`` is what the agent of ``task`` was trained on."""
+    """Check that ``model`` is what the agent of ``task`` was trained on.
+
+    Raises:
+        ModelError: it is another one.
+        ConfigError: the task does not say, as it should.
+    """
     if task is None:
         return
-    known, found = task["fingerprint"], fingerprint(model)
-    differs = [name for name in found if name != "embeddings" and found[name] != known[name]]
-    if not differs and not np.allclose(found["embeddings"], known["embeddings"], rtol=0.02, atol=1e-3):
+    found = fingerprint(model)
+    try:
+        name, known = task["model"], task["fingerprint"]
+        differs = [part for part in found if part != "embeddings" and found[part] != known[part]]
+        embeddings = np.array(known["embeddings"], np.float64)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"the agent's record of its language model is damaged: {error!r}") from error
+    same_shape = embeddings.shape == np.shape(found["embeddings"])
+    if not differs and not (same_shape and np.allclose(found["embeddings"], embeddings, rtol=0.02, atol=1e-3)):
         differs = ["embeddings"]
     if differs:
         what = "vocabulary" if {"vocab_size", "tokens", "end_ids"} & set(differs) else "weights"
         raise ModelError(
-            f"the agent was trained on model {task['model']!r} ({known['vocab_size']:,} tokens), and {model.name!r} "
-            f"({found['vocab_size']:,} tokens) has another {what} (its {', '.join(differs)}): load it with the model "
+            f"the agent was trained on model {name!r} ({known['vocab_size']} tokens), and {model.name!r} "
+            f"({found['vocab_size']} tokens) has another {what} (its {', '.join(differs)}): load it with the model "
             "that it was trained on"
         )
 

@@ -12,6 +12,7 @@ judged against that, and ``beta`` says what a nat of KL is worth.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -441,6 +442,7 @@ class TextDQN(DQN):
             portable.check_language_model(objects["task"], env.get_attr("language_model")[0])
         with portable.damage_named(path):
             agent = super().load(path, env, device, objects, print_system_info, force_reset, **kwargs)
+            agent.beta = agent._beta  # a damaged one is refused
         agent._rng = objects["_rng"]  # the seed has just set it to its beginning
         return agent
 
@@ -471,13 +473,15 @@ class TextDQN(DQN):
             model = env.get_attr("language_model")[0]
         language_model = load_language_model(objects["model_name"] if model is None else model)
         portable.check_language_model(objects["task"], language_model)
-        agent = cls(objects["policy_class"], None, device=device, _init_setup_model=False)
-        agent.__dict__.update(objects, language_model=language_model)
-        if env is not None:
-            check_for_correct_spaces(env, agent.observation_space, agent.action_space)
-            agent.env, agent.n_envs = env, env.num_envs
-        agent._setup_model()
-        agent.policy.load_state_dict(weights)
+        with portable.damage_named(folder):
+            agent = cls(objects["policy_class"], None, device=device, _init_setup_model=False)
+            agent.__dict__.update(objects, language_model=language_model)
+            agent.beta = agent._beta  # a damaged one is refused
+            if env is not None:
+                check_for_correct_spaces(env, agent.observation_space, agent.action_space)
+                agent.env, agent.n_envs = env, env.num_envs
+            agent._setup_model()
+            agent.policy.load_state_dict(weights)
         agent._rng = objects["_rng"]  # the seed has just set it to its beginning
         return agent
 
@@ -516,6 +520,6 @@ class TextDQN(DQN):
 
 
 def _positive(name: str, value: float) -> float:
-    if not value > 0:
-        raise ConfigError(f"{name} must be positive (reward units a nat), got {value}")
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < np.inf:
+        raise ConfigError(f"{name} must be a positive number (reward units a nat), got {value!r}")
     return float(value)

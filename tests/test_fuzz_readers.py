@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from fuzzing import examples, no_hang, tried
+from fuzzing import LARGE, examples, no_hang, tried
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import PROMPTS, TABLE, Worth, letters
@@ -300,7 +300,7 @@ def test_a_damaged_agent_folder_is_refused_or_acts(stored):
     observation, _ = env.reset(seed=0)
 
     @examples(15, 200)
-    @given(damaged_json(settings), st.just(weights) | damaged_bytes(weights))
+    @given(damaged_json(settings), damaged_bytes(weights[:2_000]).map(lambda head: head + weights[2_000:]))
     def check(document, content):
         (folder / "agent" / "agent.json").write_text(json.dumps(document))
         (folder / "agent" / "model.safetensors").write_bytes(content)
@@ -309,6 +309,25 @@ def test_a_damaged_agent_folder_is_refused_or_acts(stored):
             loaded.predict(observation)
 
     check()
+
+
+def test_any_setting_of_an_agent_may_be_anything(stored):
+    folder, _agent = stored
+    agent, env = folder / "agent", open_env()
+    start = (agent / "agent.json").read_text()
+    observation, _ = env.reset(seed=0)
+    junk = [None, -1, "x", True, 10**30, math.inf, math.nan, [[1]], {"a": 1}]
+    for *path, last in filter(None, places(json.loads(start))):
+        for value in junk if LARGE else junk[:2]:
+            holder = document = json.loads(start)
+            for key in path:
+                holder = holder[key]
+            holder[last] = value
+            (agent / "agent.json").write_text(json.dumps(document))
+            loaded = outcome(lambda: TextDQN.from_pretrained(agent, env), True)
+            if loaded is not None:
+                loaded.predict(observation)
+    (agent / "agent.json").write_text(start)
 
 
 def test_a_damaged_replay_is_refused_or_sampled(stored):
