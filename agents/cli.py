@@ -7,6 +7,7 @@ Heavy imports wait until a command needs them, so ``--help`` is quick.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -68,6 +69,17 @@ Trust = Annotated[
     bool, typer.Option("--trust", help="Load agents other than text_dqn too; doing so runs what code their file holds.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+EngineName = Annotated[str, typer.Option(help="Who does the work: local, this machine alone; or ray.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="With --engine ray: HOST:PORT of a cluster's head, or auto for the one that this machine is part of.",
+        show_default="Ray starts here",
+    ),
+]
+
+WHERE = {"resume", "engine", "actors", "address"}
+"""Options of ``train`` that say where a run is worked on; all others say which run it is."""
 
 
 @app.command()
@@ -131,22 +143,32 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the run in this folder, from its last checkpoint.", metavar="RUN")
     ] = None,
+    engine: EngineName = "local",
+    actors: Annotated[
+        int | None, typer.Option(help="With --engine ray: processes that write.", min=1, show_default="the cores")
+    ] = None,
+    address: Address = None,
 ) -> None:
     """Train an agent, measure it on prompts that it has not seen, and keep the run in a folder.
 
     Without options the small model in the box learns to write positive texts of 20 tokens (VADER's
     compound score, -1 to 1).
     """
-    given = sorted(name for name, value in locals().items() if name != "resume" and value not in (None, False))
+    given = sorted({name for name, value in locals().items() if value not in (None, False)} - WHERE)
     from agents import train as runs
     from agents.zoo import OBSERVATION
 
     console = Console()
+    where = runs.local
+    if _on_ray(engine, actors=actors, address=address):
+        from agents.distributed import RayEngine
+
+        where = RayEngine(actors or len(os.sched_getaffinity(0)), address)
     if resume is not None:
         if given:
             options = ", ".join("--" + name.replace("_", "-") for name in given)
             raise ConfigError(f"a run is resumed with its own configuration: leave out {options}")
-        _show_result(runs.resume(resume, console=console), console)
+        _show_result(runs.resume(resume, engine=where, console=console), console)
         return
     settings = _changed(
         runs.RunConfig.from_json(_read(config)) if config else runs.RunConfig(),
@@ -169,7 +191,17 @@ def train(
     chosen = {name: value for name, value in env.items() if value is not None}
     settings = replace(settings, env={**settings.env, **chosen})
     folder = out or _free_folder(Path("runs"), settings.agent)
-    _show_result(runs.train(settings, folder, console=console), console)
+    _show_result(runs.train(settings, folder, engine=where, console=console), console)
+
+
+def _on_ray(engine: str, **options: Any) -> bool:
+    """Return whether the work is to be done by Ray; refuse what is of Ray alone otherwise."""
+    if engine not in ("local", "ray"):
+        raise ConfigError(f"--engine must be local or ray, got {engine!r}")
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if engine == "local" and given:
+        raise ConfigError(f"{' and '.join(given)} belong to a cluster: add --engine ray")
+    return engine == "ray"
 
 
 def _show_result(result: RunResult, console: Console) -> None:
@@ -432,6 +464,8 @@ def benchmark(
     ] = False,
     workers: Annotated[int | None, typer.Option(help="Processes.", min=1, show_default="the cores")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what is recorded as failed.")] = False,
+    engine: EngineName = "local",
+    address: Address = None,
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option(
@@ -466,9 +500,16 @@ def benchmark(
     settings |= {name: value for name, value in given.items() if value is not None}
     settings |= {"agents": tuple(agents.split(","))} if agents else {}
     config = runs.BenchmarkConfig(tasks=runs.task_ids(tasks), **settings)
+    spread: runs.Engine = runs.run_in_processes
+    if _on_ray(engine, address=address):
+        from agents.distributed import RayBenchmark
+
+        spread = RayBenchmark(address, workers)
     folder = out or Path("runs/benchmark")
     try:
-        results = runs.run_benchmark(config, folder, workers=workers, retry_failed=retry_failed, console=console)
+        results = runs.run_benchmark(
+            config, folder, workers=workers, retry_failed=retry_failed, engine=spread, console=console
+        )
     except KeyboardInterrupt as error:
         console.print(f"stopped by Ctrl-C: what is done is in {folder}/; the same command goes on")
         raise typer.Exit(INTERRUPTED) from error

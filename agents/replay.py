@@ -201,6 +201,35 @@ class EpisodeReplay(ReplayBuffer):
             self._store_last_state(env, {key: observations[key][-1] for key in self.keys})
         self._close(env)
 
+    def take(self) -> tuple[dict[str, Array], npt.NDArray[np.int64]]:
+        """Hand over the finished episodes: their steps as stored, (S, ...) a name, and the length of each, (E,).
+
+        They follow each other in the order of the environments, and are forgotten here.
+        """
+        picks = [(env, first, length) for env, ring in enumerate(self.episodes) for first, length in ring]
+        if not picks:
+            return {name: array[0, :0] for name, array in self.store.items()}, np.zeros(0, np.int64)
+        envs, _, lengths = np.array(picks).T
+        at = np.concatenate([np.arange(first, first + length) for _, first, length in picks]) % self.ring
+        self.episodes = [deque() for _ in range(self.n_envs)]
+        return {name: array[np.repeat(envs, lengths), at] for name, array in self.store.items()}, lengths
+
+    def put(self, steps: dict[str, Array], lengths: npt.NDArray[np.int64]) -> None:
+        """Store what ``take`` handed over elsewhere, each episode in the ring with the most room.
+
+        An episode that an environment has begun here is given up: its steps would lie in between.
+        """
+        self.written[:] = self.open
+        ends = np.cumsum(lengths)
+        for first, end in zip(ends - lengths, ends, strict=True):
+            env = int(self.written.argmin())
+            at = (self.written[env] + np.arange(end - first)) % self.ring
+            self.written[env] += end - first
+            self._forget_overwritten(env)
+            for name, array in self.store.items():
+                array[env, at] = steps[name][first:end]
+            self._close(env)
+
     def sample(self, batch_size: int, env: Any = None) -> EpisodeBatch:  # type: ignore[override]
         """Return ``batch_size`` episodes, uniformly with replacement.
 
@@ -309,10 +338,13 @@ class EpisodeReplay(ReplayBuffer):
         at = self.written[envs] % self.ring
         self.written[envs] += 1
         for env in envs:
-            episodes = self.episodes[env]
-            if episodes and episodes[0][0] < self.written[env] - self.ring:
-                episodes.popleft()
+            self._forget_overwritten(env)
         return at
+
+    def _forget_overwritten(self, env: int) -> None:
+        episodes = self.episodes[env]
+        while episodes and episodes[0][0] < self.written[env] - self.ring:
+            episodes.popleft()
 
     def _store_last_state(self, env: int, last: dict[str, Array]) -> None:
         at = self._next_rows(np.array([env]))[0]

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,11 @@ from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import save_to_zip_file
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
 from stable_baselines3.common.utils import check_for_correct_spaces, polyak_update
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.dqn.policies import DQNPolicy
@@ -84,6 +85,14 @@ class CandidatePolicy(DQNPolicy):
         for name in ("net_arch", "activation_fn", "features_extractor_class", "features_extractor_kwargs"):
             kept.pop(name)
         return kept | {"q_net_kwargs": self.q_net_kwargs}
+
+
+class EpisodeSource(Protocol):
+    """Who writes the texts that an agent learns from, where its own environment does not."""
+
+    def collect(self, agent: TextDQN, callback: BaseCallback) -> RolloutReturn:
+        """Add some episodes to the agent's replay and count their steps, as ``DQN.collect_rollouts`` does."""
+        ...
 
 
 class TextDQN(DQN):
@@ -155,6 +164,7 @@ class TextDQN(DQN):
         self.target = target
         self.trace_lambda = trace_lambda
         self.steps_per_update = steps_per_update
+        self.episode_source: EpisodeSource | None = None  # None: its own environment
         self.offline_updates = 0  # gradient steps that no environment step has paid for
         self.model_name: str | None = None
         self.task: dict[str, Any] | None = None  # what it has learned on, as plain data
@@ -366,6 +376,12 @@ class TextDQN(DQN):
             env = SB3VecEnv(env)
         return DQN._wrap_env(env, verbose, monitor_wrapper)
 
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> RolloutReturn:
+        """Step the environment, or take texts from ``episode_source``; as in SB3."""
+        if self.episode_source is not None:
+            return self.episode_source.collect(self, callback)
+        return super().collect_rollouts(env, callback, *args, **kwargs)
+
     def _store_transition(
         self,
         replay_buffer: ReplayBuffer,
@@ -505,7 +521,7 @@ class TextDQN(DQN):
         return Steering(self, model, max_new_tokens, reward)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "language_model"]
+        return [*super()._excluded_save_params(), "language_model", "episode_source"]
 
     def save_replay_buffer(self, path: Any) -> None:
         """Write the replay as one safetensors file."""

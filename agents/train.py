@@ -27,7 +27,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,7 @@ class Run:
     agent: BaseAlgorithm
     test_prompts: PromptSource
     notes: tuple[str, ...]  # what a reader of the results has to know
+    given: Mapping[str, Any]  # Python objects in place of what the configuration names
 
     def yardstick(self, say: Callable[[str], None]) -> Yardstick:
         """Measure what needs no learning on the test prompts."""
@@ -246,7 +249,7 @@ def open_run(
         agent = make_agent(config.agent, env, config.seed, budget, config.agent_settings)
     else:
         agent = AGENTS[config.agent](budget)[0].load(load, env=SB3VecEnv(env))
-    return Run(config, env, agent, test_prompts, tuple(filter(None, (note, split))))
+    return Run(config, env, agent, test_prompts, tuple(filter(None, (note, split))), given)
 
 
 def load_run(
@@ -324,6 +327,14 @@ def split_prompts(spec: Any, most: int, seed: int) -> tuple[PromptSource, Prompt
 
 # --- a run from start to end
 
+Engine = Callable[[Run, Callable[[str], None]], AbstractContextManager[Any]]
+"""What collects the texts that the agent of a run learns from; told where to say what a user should know."""
+
+
+def local(run: Run, say: Callable[[str], None]) -> AbstractContextManager[Any]:
+    """The engine that is this process alone."""
+    return nullcontext()
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -344,6 +355,7 @@ def train(
     model: Any = None,
     prompts: Any = None,
     reward: Any = None,
+    engine: Engine = local,
     console: Console | None = None,
 ) -> RunResult:
     """Train an agent, measure it, and leave everything in the folder ``out``.
@@ -355,6 +367,7 @@ def train(
         config: What to do.
         out: A folder that does not exist yet, or is empty.
         model, prompts, reward: Python objects in place of what the configuration names.
+        engine: What collects the texts to learn from: this process, or ``agents.distributed.RayEngine``.
         console: Shows progress. None: silence.
 
     Raises:
@@ -365,11 +378,12 @@ def train(
     check_free(folder)
     with console.status("loading the language model"):
         run = open_run(config, model=model, prompts=prompts, reward=reward)
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = _storable(config, model=model, prompts=prompts, reward=reward)
-    with (folder / CONFIG_FILE).open("x", encoding="utf-8") as file:
-        file.write(stored.to_json())
-    return _carry_out(run, stored, folder, console)
+    with engine(run, partial(console.print, markup=False)):
+        folder.mkdir(parents=True, exist_ok=True)
+        stored = _storable(config, model=model, prompts=prompts, reward=reward)
+        with (folder / CONFIG_FILE).open("x", encoding="utf-8") as file:
+            file.write(stored.to_json())
+        return _carry_out(run, stored, folder, console)
 
 
 def resume(
@@ -379,6 +393,7 @@ def resume(
     prompts: Any = None,
     reward: Any = None,
     trust: bool = False,
+    engine: Engine = local,
     console: Console | None = None,
 ) -> RunResult:
     """Go on with a run that was stopped or killed, from its last checkpoint.
@@ -390,6 +405,7 @@ def resume(
         folder: Of the run.
         model, prompts, reward: The Python objects that the run was made with, if it was.
         trust: Also go on with a run whose configuration lets a hub repository's code run.
+        engine: As of ``train``; need not be the one that the run began with.
         console: Shows progress. None: silence.
 
     Raises:
@@ -411,7 +427,11 @@ def resume(
         raise RunFolderError(f"{str(path)!r} holds no checkpoint: it was stopped before the first; start it again")
     with console.status("loading the language model"):
         run = open_run(config, model=model, prompts=prompts, reward=reward)
-    return _carry_out(run, config, path, console, checkpoint)
+    assert isinstance(run.agent, TextDQN)
+    extra = load_checkpoint(checkpoint, run.agent)
+    _check_unchanged(extra["config"], config)
+    with engine(run, partial(console.print, markup=False)):
+        return _carry_out(run, config, path, console, extra["log"])
 
 
 def _stored_config(path: Path, trust: bool = False) -> RunConfig:
@@ -421,17 +441,14 @@ def _stored_config(path: Path, trust: bool = False) -> RunConfig:
 
 
 def _carry_out(
-    run: Run, stored: RunConfig, folder: Path, console: Console, checkpoint: Path | None = None
+    run: Run, stored: RunConfig, folder: Path, console: Console, logged: Mapping[str, Any] | None = None
 ) -> RunResult:
-    """Measure, learn, measure, from the start or from a checkpoint."""
+    """Measure, learn, measure, from the start or from where a checkpoint had ``logged``."""
     for note in run.notes:
         console.print(note)
     log = RunLog(folder, stored, console)
-    if checkpoint is not None:
-        assert isinstance(run.agent, TextDQN)
-        extra = load_checkpoint(checkpoint, run.agent)
-        _check_unchanged(extra["config"], stored)
-        log.restore(extra["log"])
+    if logged is not None:
+        log.restore(logged)
         console.print(f"going on after {log.steps:,} steps")
     report: Report | None = None
     signum: int | None = None

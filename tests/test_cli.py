@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from agents.cli import INTERRUPTED, app
+from agents.cli import INTERRUPTED, WHERE, app
 from textgen_env.models import MODEL_NAMES
 from textgen_env.openings import OPENINGS
 from textgen_env.rewards import REWARDS
@@ -245,7 +245,7 @@ def test_the_help_shows_the_defaults_of_a_run():
     for option in typer.main.get_command(app).commands["train"].params:
         field = names.get(option.name, option.name)
         env = ENV_SETTINGS.get(field, getattr(EnvConfig(), field, None))
-        if isinstance(option.show_default, str) and field not in ("out", "min_new_tokens"):
+        if isinstance(option.show_default, str) and field not in ("out", "min_new_tokens", *WHERE):
             default = getattr(config, field, env)
             assert option.show_default == ("none" if default is None else str(default)), field
             shown += 1

@@ -188,7 +188,7 @@ def test_beta_can_be_changed_after_training():
         np.testing.assert_allclose(
             agent.probabilities(observation), tilted / tilted.sum(-1, keepdims=True), rtol=1e-3, atol=1e-6
         )
-    with pytest.raises(ConfigError, match="beta must be positive"):
+    with pytest.raises(ConfigError, match="beta must be a positive number"):
         agent.beta = 0.0
 
 

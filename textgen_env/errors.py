@@ -58,5 +58,9 @@ class RunFolderError(TextGenError, OSError):
     """A run folder that exists already, is incomplete, or belongs to another configuration."""
 
 
+class ClusterError(TextGenError, RuntimeError):
+    """A Ray cluster that does not answer, whose nodes do not fit together, or that lost too many processes."""
+
+
 class ContractError(TextGenError, AssertionError):
     """An object does not keep a promise that environments or agents rely on."""

@@ -1,0 +1,531 @@
+"""The same run on a Ray cluster: actors write, one learner learns.
+
+    actor (N of them)                                      learner (this process)
+    environment, language model,    -- episodes, as -->    EpisodeReplay, updates, checkpoints,
+    a copy of the slow network         replay rows         evaluation
+                                    <-- weights, a --
+                                        version, beta
+
+The learner is the ordinary ``TextDQN.learn`` of a run; only where its texts come from is another.
+It asks each actor for a batch with the newest weights, and has at most ``OUTSTANDING`` such requests
+with it: that bounds memory and staleness alike, since an actor that nobody asks waits. Ray is
+imported when an engine starts; without the extra ``[distributed]`` everything else works.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.type_aliases import RolloutReturn
+
+from agents.benchmark import BenchmarkConfig, Cell, CellResult, run_cell
+from agents.replay import EpisodeReplay
+from agents.text_dqn import TextDQN
+from agents.train import Run, RunConfig, open_run
+from textgen_env.config import check_at_least
+from textgen_env.errors import ClusterError, ConfigError
+
+Array = npt.NDArray[Any]
+
+OUTSTANDING = 2
+"""Batches that the learner asks an actor for at a time: it writes one while the other travels."""
+
+LAG_FACTOR = 4
+"""A batch is stale when the network was updated so many times as often as usual since it was asked for."""
+
+DEATHS = 3
+"""Deaths for each actor, without a single batch in between, after which a run gives up."""
+
+POLL = 1.0
+"""Seconds to wait for a batch before looking whether the run should stop."""
+
+SMALLEST_STORE = 100_000_000
+"""Bytes of Ray's object store where this process starts it; Ray refuses fewer than 75 MiB."""
+
+SAME_EVERYWHERE = ("textgen-env", "torch", "transformers", "gymnasium", "stable-baselines3", "numpy")
+
+
+# --- what an actor does: plain Python, without Ray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Whole episodes, as ``EpisodeReplay.take`` hands them over, and what is known of them."""
+
+    steps: dict[str, Array]  # (S, ...) a name
+    lengths: npt.NDArray[np.int64]  # (E,)
+    infos: list[dict[str, Any]]  # E dicts with SB3's "episode", and "reward_parts"
+    version: int  # of the weights that acted
+    kl: float  # nats a token, behaviour against language model
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays, which is nearly all that travels."""
+        return sum(array.nbytes for array in self.steps.values()) + self.lengths.nbytes
+
+
+class Collector:
+    """Writes texts with the weights that it is given."""
+
+    def open(self, config: RunConfig, given: Mapping[str, Any], seed: int) -> dict[str, str]:
+        """Open the run's environment and agent here; return the versions of what they run on.
+
+        The agent's replay only has to hold what is written between two batches.
+        """
+        torch.set_num_threads(1)  # actors share the cores already
+        self.steps = config.env_config().max_new_tokens
+        settings = {**config.agent_settings, "buffer_size": config.envs * rows_in_actor(config)}
+        run = open_run(replace(config, agent_settings=settings), **given)
+        assert isinstance(run.agent, TextDQN)
+        assert run.agent.env is not None
+        self.agent, self.env, self.version = run.agent, run.agent.env, -1
+        self.agent.set_random_seed(seed)
+        self.agent.set_logger(Logger(None, []))
+        self.agent.policy.set_training_mode(False)
+        self.agent._last_obs = self.env.reset()  # type: ignore[assignment]
+        return versions()
+
+    def collect(self, version: int, weights: Mapping[str, Array], progress_remaining: float) -> Batch:
+        """Take as many steps as the longest text has, and return the texts that have ended meanwhile."""
+        agent, replay = self.agent, self.agent.replay_buffer
+        assert isinstance(replay, EpisodeReplay)
+        if version != self.version:
+            agent.q_net_target.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+            self.version = version
+        agent._current_progress_remaining = progress_remaining
+        ended: list[list[dict[str, Any]]] = [[] for _ in range(self.env.num_envs)]
+        for _ in range(self.steps):
+            actions, stored = agent._sample_action(0, None, self.env.num_envs)
+            observation, rewards, dones, infos = self.env.step(actions)
+            agent._store_transition(replay, stored, observation, rewards, dones, infos)
+            for row in np.flatnonzero(dones):
+                ended[row].append({name: infos[row][name] for name in ("episode", "reward_parts")})
+        kl = float(agent.logger.name_to_value["rollout/kl_per_token"])
+        agent.logger.dump()
+        steps, lengths = replay.take()
+        return Batch(steps, lengths, [info for row in ended for info in row], version, kl)
+
+
+def rows_in_actor(config: RunConfig) -> int:
+    """Return the steps that each environment of an actor can have open or finished at a time."""
+    return 2 * config.env_config().max_new_tokens + 2
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that must be the same on every node, so that all write the same texts."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in SAME_EVERYWHERE}}
+
+
+# --- what the learner sees of them
+
+
+@dataclass(frozen=True)
+class RayEngine:
+    """Collects the texts of a run with Ray actors; to be given to ``agents.train.train``.
+
+    Args:
+        actors: How many write at a time, each on a core of its own, ``RunConfig.envs`` texts each.
+        address: ``HOST:PORT`` of the head of a cluster, or ``"auto"`` for the one that this machine
+            is part of. None: Ray starts in this process and ends with it, unless the program has
+            started it already.
+        timeout: Seconds that the cluster has to answer.
+        patience: Seconds without a batch from any actor after which the run gives up.
+        publish_every: Updates from one version of the weights to the next.
+        max_lag: Updates after which a batch is too old to learn from. None: ``LAG_FACTOR`` times
+            what batches of actors that are equally fast see.
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+
+    actors: int = 2
+    address: str | None = None
+    timeout: float = 20.0
+    patience: float = 600.0
+    publish_every: int = 20
+    max_lag: int | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least("actors", self.actors, 1)
+        check_at_least("publish_every", self.publish_every, 1)
+        if self.max_lag is not None:
+            check_at_least("max_lag", self.max_lag, 0)
+
+    @contextmanager
+    def __call__(self, run: Run, say: Callable[[str], None]) -> Iterator[ActorPool]:
+        """Let actors write what ``run.agent`` learns from, until the context ends.
+
+        Raises:
+            ConfigError: no Ray, an agent that cannot learn so, or objects that cannot travel.
+            ClusterError: no cluster answers, or it has other versions.
+        """
+        if not isinstance(run.agent, TextDQN):
+            raise ConfigError(f"actors write for text_dqn only, got agent {run.config.agent!r}: use --engine local")
+        store = max(SMALLEST_STORE, 2 * store_bound(run, self.actors))
+        with connected(self.address, self.actors, self.timeout, store) as ray:
+            pool = ActorPool(ray, self, run, say)
+            run.agent.episode_source = pool
+            try:
+                yield pool
+            finally:
+                run.agent.episode_source = None
+                pool.close()
+
+
+def store_bound(run: Run, actors: int) -> int:
+    """Return the most bytes that a run has in the object store: batches not learned from yet, and weights."""
+    assert isinstance(run.agent, TextDQN)
+    assert run.agent.replay_buffer is not None
+    space: Any = run.agent.replay_buffer.observation_space
+    batch = run.config.envs * rows_in_actor(run.config) * EpisodeReplay.bytes_per_step(space)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in run.agent.q_net_target.state_dict().values())
+    return actors * OUTSTANDING * (batch + weights) + weights
+
+
+@dataclass
+class _Actor:
+    number: int
+    handle: Any
+    opened: bool = False
+
+
+class ActorPool:
+    """An ``EpisodeSource``: keeps N actors busy, and gives one of their batches at a time.
+
+    An actor that dies is replaced by one with a seed of its own; the texts that it was writing are
+    dropped, and counted. Actors for which the cluster has no core yet start when a node joins.
+    """
+
+    def __init__(self, ray: Any, engine: RayEngine, run: Run, say: Callable[[str], None]) -> None:
+        assert isinstance(run.agent, TextDQN)
+        self._ray, self._engine, self._say = ray, engine, say
+        self._envs = run.config.envs
+        self._seeds = np.random.SeedSequence([run.config.seed, run.agent.num_timesteps])  # a resumed run draws anew
+        batch = self._envs * run.config.env_config().max_new_tokens
+        usual = engine.actors * OUTSTANDING * max(batch / run.agent.steps_per_update, engine.publish_every)
+        self.max_lag = int(LAG_FACTOR * usual) if engine.max_lag is None else engine.max_lag
+        self.replaced = self.dropped_episodes = self.stale_steps = self.max_seen_lag = self.bytes = self.steps = 0
+        self._weights: tuple[int, Any] | None = None
+        self._deaths = 0  # since the last batch
+        self._waited, self._started, self._last_batch = 0.0, time.perf_counter(), time.monotonic()
+        try:
+            self._task = ray.put((run.config, dict(run.given)))
+        except TypeError as error:
+            raise ConfigError(f"model, prompts and reward must be such that pickle can send them: {error}") from error
+        self._class = ray.remote(num_cpus=1, max_restarts=0)(_RayCollector)
+        self._pending: dict[Any, _Actor] = {}
+        self._actors = [self._start(number) for number in range(engine.actors)]
+        cores = int(ray.cluster_resources().get("CPU", 0))
+        if engine.actors > cores or (engine.address is None and engine.actors > _own_cores()):
+            have, what = (cores, "the rest wait for nodes") if engine.actors > cores else (_own_cores(), "they share")
+            say(f"warning: {engine.actors} actors, and {have} cores for them: {what}")
+
+    def _start(self, number: int) -> _Actor:
+        actor = _Actor(number, self._class.remote())
+        seed = int(self._seeds.spawn(1)[0].generate_state(1)[0])
+        self._pending[actor.handle.open.remote(self._task, seed)] = actor
+        return actor
+
+    @property
+    def writing(self) -> int:
+        """How many actors are up."""
+        return sum(actor.opened for actor in self._actors)
+
+    def close(self) -> None:
+        """End the actors and forget what they were asked for."""
+        for actor in self._actors:
+            self._ray.kill(actor.handle)
+        self._pending.clear()
+        self._actors.clear()
+        self._weights = None
+
+    # --- what ``TextDQN.learn`` calls
+
+    def collect(self, agent: TextDQN, callback: BaseCallback) -> RolloutReturn:
+        """Put the next batch into the agent's replay; after ``POLL`` seconds without one, return without.
+
+        The last batch is cut so that the run has exactly the steps it was to have: a text that would
+        go beyond counts with the steps that were left, and is not learned from.
+        """
+        callback.on_rollout_start()
+        self._publish(agent)
+        for actor in self._actors:
+            if actor.opened:
+                self._ask(actor, agent)
+        batch = self._next_batch()
+        if batch is None or self._is_stale(batch, agent):
+            return RolloutReturn(0, 0, True)
+        left = agent._total_timesteps - agent.num_timesteps
+        whole = int(np.searchsorted(np.cumsum(batch.lengths), left, side="right"))
+        infos, lengths = batch.infos[:whole], batch.lengths[:whole]
+        steps = min(left, int(batch.lengths.sum()))
+        assert isinstance(agent.replay_buffer, EpisodeReplay)
+        agent.replay_buffer.put(batch.steps, lengths)
+        agent.num_timesteps += steps
+        agent._update_current_progress_remaining(agent.num_timesteps, agent._total_timesteps)
+        agent._update_info_buffer(infos)
+        self._record(agent.logger, batch, steps)
+        if agent.num_timesteps == agent._total_timesteps:
+            self.close()  # what follows is measuring, and needs the cores
+        callback.update_locals({"infos": infos})
+        goes_on = callback.on_step()
+        callback.on_rollout_end()
+        return RolloutReturn(steps, len(lengths), goes_on)
+
+    def _publish(self, agent: TextDQN) -> None:
+        if self._weights is None or agent._n_updates - self._weights[0] >= self._engine.publish_every:
+            state = {name: tensor.cpu().numpy() for name, tensor in agent.q_net_target.state_dict().items()}
+            self._weights = agent._n_updates, self._ray.put(state)
+
+    def _ask(self, actor: _Actor, agent: TextDQN) -> None:
+        assert self._weights is not None
+        version, weights = self._weights
+        for _ in range(OUTSTANDING - sum(other is actor for other in self._pending.values())):
+            request = actor.handle.collect.remote(version, weights, agent._current_progress_remaining)
+            self._pending[request] = actor
+
+    def _next_batch(self) -> Batch | None:
+        """Return the batch that has been ready for longest, if one comes in time."""
+        since = time.perf_counter()
+        ready, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=POLL)
+        self._waited += time.perf_counter() - since
+        if not ready:
+            if time.monotonic() - self._last_batch > self._engine.patience:
+                raise ClusterError(
+                    f"no actor has sent anything for {self._engine.patience:.0f} s; {self.writing} of "
+                    f"{self._engine.actors} are up. Does the cluster have free cores?"
+                )
+            return None
+        actor = self._pending.pop(ready[0])
+        errors = self._ray.exceptions
+        try:
+            answer = self._ray.get(ready[0])
+        except errors.RayTaskError as error:
+            if isinstance(error.cause, Exception) and not isinstance(error.cause, errors.RayError):
+                raise error.cause from error  # what the local engine would have raised
+            self._replace(actor, error)
+            return None
+        except errors.RayError as error:
+            self._replace(actor, error)
+            return None
+        if isinstance(answer, Batch):
+            self._deaths, self._last_batch = 0, time.monotonic()
+            return answer
+        check_versions(answer, versions(), f"actor {actor.number}")
+        actor.opened = True
+        return None
+
+    def _replace(self, actor: _Actor, error: Exception) -> None:
+        self._ray.kill(actor.handle)
+        self._pending = {request: other for request, other in self._pending.items() if other is not actor}
+        self._deaths += 1
+        if self._deaths >= DEATHS * self._engine.actors:
+            raise ClusterError(
+                f"actors died {self._deaths} times without sending anything, the last one so: {error}. Is there enough "
+                "memory for a language model in each?"
+            )
+        lost = self._envs if actor.opened else 0
+        self.replaced += 1
+        self.dropped_episodes += lost
+        self._say(f"actor {actor.number} died ({type(error).__name__}): replaced; {lost} unfinished texts are dropped")
+        self._actors[actor.number] = self._start(actor.number)
+
+    def _is_stale(self, batch: Batch, agent: TextDQN) -> bool:
+        lag = agent._n_updates - batch.version
+        if lag > self.max_lag:
+            self.stale_steps += int(batch.lengths.sum())
+            return True
+        self.max_seen_lag = max(self.max_seen_lag, lag)
+        agent.logger.record_mean("ray/lag", lag)
+        return False
+
+    def _record(self, logger: Logger, batch: Batch, steps: int) -> None:
+        self.steps += steps
+        self.bytes += batch.nbytes
+        logger.record_mean("rollout/kl_per_token", batch.kl)
+        logger.record("ray/max_lag", self.max_seen_lag)
+        logger.record("ray/actors", self.writing)
+        logger.record("ray/replaced", self.replaced)
+        logger.record("ray/dropped_episodes", self.dropped_episodes)
+        logger.record("ray/stale_steps", self.stale_steps)
+        logger.record("ray/bytes_per_step", self.bytes / self.steps)
+        logger.record("ray/learner_waited", self._waited / (time.perf_counter() - self._started))
+
+
+class _RayCollector(Collector):
+    """Takes configuration and objects as one reference, so that each node fetches them once."""
+
+    def open(self, task: tuple[RunConfig, Mapping[str, Any]], seed: int) -> dict[str, str]:  # type: ignore[override]
+        return super().open(*task, seed)
+
+
+def check_versions(theirs: Mapping[str, str], ours: Mapping[str, str], who: str) -> None:
+    """Raise ``ClusterError`` unless both are the same."""
+    other = [f"{name} {theirs.get(name)} instead of {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
+    if other:
+        raise ClusterError(f"{who} has {', '.join(other)}: install the same versions on every node")
+
+
+def _own_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+# --- a benchmark
+
+
+@dataclass(frozen=True)
+class RayBenchmark:
+    """Runs each cell of a benchmark as a Ray task; an ``agents.benchmark.Engine``.
+
+    Args:
+        address, timeout: As of ``RayEngine``.
+        workers: Cells at a time on a cluster. None: one for each core that it has by then.
+    """
+
+    address: str | None = None
+    workers: int | None = None
+    timeout: float = 20.0
+
+    def __call__(
+        self,
+        config: BenchmarkConfig,
+        cells: Sequence[Cell],
+        workers: int,
+        started: Callable[[Cell], None] = lambda cell: None,
+    ) -> Iterator[CellResult]:
+        """Yield the result of each cell as it comes.
+
+        A cell whose process or node dies is run again twice, then it is a failed one.
+
+        Args:
+            workers: Cells at a time where Ray starts in this process.
+            started: Told of each cell that is handed to Ray.
+        """
+        with connected(self.address, workers, self.timeout, SMALLEST_STORE) as ray:
+            run = ray.remote(num_cpus=1, max_retries=2)(_run_cell)
+            queue, running = list(reversed(cells)), dict[Any, Cell]()
+            while queue or running:
+                cores = workers if self.address is None else int(ray.cluster_resources().get("CPU", 0))
+                while queue and len(running) < max(1, self.workers or cores):
+                    cell = queue.pop()
+                    running[run.remote(config, cell, versions())] = cell
+                    started(cell)
+                for request in ray.wait(list(running), num_returns=1, timeout=POLL)[0]:
+                    cell = running.pop(request)
+                    try:
+                        yield ray.get(request)
+                    except ray.exceptions.RayTaskError as error:
+                        raise (error.cause or error) from error  # other versions; a cell's own errors are results
+                    except ray.exceptions.RayError as error:
+                        yield CellResult(cell, "failed", f"the process of this run died: {type(error).__name__}")
+
+
+def _run_cell(config: BenchmarkConfig, cell: Cell, ours: Mapping[str, str]) -> CellResult:
+    check_versions(versions(), ours, f"node {platform.node()}")
+    torch.set_num_threads(1)
+    return run_cell(config, cell)
+
+
+# --- a connection to Ray
+
+
+@contextmanager
+def connected(address: str | None, cores: int, timeout: float, store: int) -> Iterator[Any]:
+    """Yield the module ``ray``, connected; end the connection, or the Ray started here, afterwards.
+
+    Args:
+        address: See ``RayEngine``.
+        cores, store: What a Ray that starts here may use: processes at a time, bytes of shared memory.
+        timeout: Seconds for the cluster to answer.
+
+    Raises:
+        ConfigError: Ray is not installed.
+        ClusterError: nothing, or no Ray of this version, answers at ``address``.
+    """
+    ray = import_ray()
+    if ray.is_initialized():  # by the program that calls: it ends it, too
+        yield ray
+        return
+    if address not in (None, "auto"):
+        probe(str(address), timeout)
+    settings: dict[str, Any] = {"address": address}
+    if address is None:
+        settings = {"address": "local", "num_cpus": cores, "include_dashboard": False, "object_store_memory": store}
+    with _own_sigterm():
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR", **settings)
+        except Exception as error:  # Ray raises bare ones, too, where a machine is too busy for it to start
+            ray.shutdown()
+            raise ClusterError(f"cannot connect to Ray at {address or 'this machine'}: {error}") from error
+    try:
+        yield ray
+    finally:
+        with _own_sigterm():
+            ray.shutdown()
+
+
+def import_ray() -> Any:
+    """Return the module ``ray``.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors may use a GPU that they see
+    os.environ.setdefault("RAY_worker_niceness", "0")  # not 15: actors are the run, not its background
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("Ray comes in the extra 'distributed': pip install 'textgen-env[distributed]'") from error
+    return ray
+
+
+def probe(address: str, timeout: float) -> None:
+    """Raise ``ClusterError`` unless an HTTP/2 server, as Ray's head is one, answers at ``HOST:PORT`` in time.
+
+    Ray itself tries for minutes, and says nothing meanwhile.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"the address of a cluster is HOST:PORT of its head, or 'auto'; got {address!r}")
+    hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty settings
+    try:
+        with socket.create_connection((host, int(port)), timeout) as connection:
+            connection.sendall(hello)
+            answers = connection.recv(4)[3:] == b"\x04"  # the type of a settings frame
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray answers at {address} within {timeout:g} s ({error}): start its head with 'ray start --head', and "
+            "see that this machine reaches it"
+        ) from error
+    if not answers:
+        raise ClusterError(f"what answers at {address} is no Ray head; give the address that 'ray start --head' says")
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM: Ray sets one of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        with suppress(TypeError):  # None: a handler that Python did not set
+            signal.signal(signal.SIGTERM, handler)

@@ -1,0 +1,100 @@
+"""What goes from actors to the learner, and how fast: the measured half of docs/scaling.md.
+
+    python -m benchmarks.scaling --seconds 20 --rounds 3
+
+One process with two threads and two single-thread Ray actors collect in turn, with the same model
+and environments, so that both see the same machine; then the learner updates on what was sent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from stable_baselines3.common.logger import Logger
+
+from agents.distributed import Collector, RayEngine, store_bound
+from agents.replay import EpisodeReplay
+from agents.text_dqn import TextDQN
+from agents.train import RunConfig, open_run
+
+
+def steps_a_second(collect: Callable[[], int], seconds: float) -> float:
+    """Return steps a second of ``collect``, which returns steps, over at least so many seconds."""
+    started, steps = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        steps += collect()
+    return steps / (time.perf_counter() - started)
+
+
+def measure(config: RunConfig, seconds: float, rounds: int) -> dict[str, float]:
+    """Return all figures, by name."""
+    run = open_run(config)
+    agent = run.agent
+    assert isinstance(agent, TextDQN)
+    replay = agent.replay_buffer
+    assert isinstance(replay, EpisodeReplay)
+    agent.set_logger(Logger(None, []))
+    weights = {name: tensor.numpy() for name, tensor in agent.q_net_target.state_dict().items()}
+    alone = Collector()
+    alone.open(config, {}, 0)
+    sent: list[int] = []
+
+    def one_process() -> int:
+        return int(alone.collect(0, weights, 1.0).lengths.sum())
+
+    one, two = [], []
+    with RayEngine(2)(run, print) as pool:
+
+        def two_actors() -> int:
+            batch = None
+            while batch is None:
+                for actor in pool._actors:
+                    if actor.opened:
+                        pool._ask(actor, agent)
+                batch = pool._next_batch()
+            replay.put(batch.steps, batch.lengths)
+            sent.extend([batch.nbytes, int(batch.lengths.sum())])
+            return sent[-1]
+
+        pool._publish(agent)
+        while pool.writing < 2:
+            two_actors()
+        for _ in range(rounds):
+            two.append(steps_a_second(two_actors, seconds))
+            for request in pool._pending:  # what is under way ends first: it would take cores from the other
+                pool._ray.wait([request])
+            torch.set_num_threads(2)
+            one_process()
+            one.append(steps_a_second(one_process, seconds))
+    bytes_a_step = sum(sent[::2]) / sum(sent[1::2])
+    updates = steps_a_second(lambda: agent.fit(20).size, seconds)
+    return {
+        "one process, two threads: steps/s": float(np.median(one)),
+        "two actors: steps/s": float(np.median(two)),
+        "two actors / one process": float(np.median(np.array(two) / np.array(one))),
+        "bytes a step": bytes_a_step,
+        "bytes a second": bytes_a_step * float(np.median(two)),
+        "updates/s": updates,
+        "steps/s that those updates pay for": updates * agent.steps_per_update,
+        "bytes of the head": float(sum(array.nbytes for array in weights.values())),
+        "most bytes in the object store": float(store_bound(run, 2)),
+    }
+
+
+def main() -> None:
+    """Measure, and print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    print(json.dumps(measure(RunConfig(model=given.model), given.seconds, given.rounds), indent=2))
+
+
+if __name__ == "__main__":
+    main()
