@@ -18,7 +18,7 @@ demo: .venv/.ready
 	$(BIN)/textgen train --model smollm2 --prune l1_unstructured:0.1 --out $(RUN)
 
 test: .venv/.ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: .venv/.ready
 	$(BIN)/ruff check .

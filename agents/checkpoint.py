@@ -203,6 +203,11 @@ class Stopped(KeyboardInterrupt):
         super().__init__()
         self.signum = signum
 
+    @property
+    def name(self) -> str:
+        """What a user calls the signal."""
+        return "Ctrl-C" if self.signum == signal.SIGINT else "SIGTERM"
+
 
 @contextmanager
 def stop_signals(gently: Callable[[int], bool]) -> Iterator[None]:

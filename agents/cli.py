@@ -491,6 +491,7 @@ def benchmark(
         return
     from agents import benchmark as runs
     from agents.benchmark_report import overall_table, read_results, scores_by_agent, write_report
+    from agents.checkpoint import Stopped, stop_signals
     from agents.zoo import agent_names
 
     if ":" in (agents or ""):
@@ -507,12 +508,13 @@ def benchmark(
         spread = RayBenchmark(address, workers)
     folder = out or Path("runs/benchmark")
     try:
-        results = runs.run_benchmark(
-            config, folder, workers=workers, retry_failed=retry_failed, engine=spread, console=console
-        )
-    except KeyboardInterrupt as error:
-        console.print(f"stopped by Ctrl-C: what is done is in {folder}/; the same command goes on")
-        raise typer.Exit(INTERRUPTED) from error
+        with stop_signals(lambda signum: False):
+            results = runs.run_benchmark(
+                config, folder, workers=workers, retry_failed=retry_failed, engine=spread, console=console
+            )
+    except Stopped as stop:
+        console.print(f"stopped by {stop.name}: what is done is in {folder}/; the same command goes on")
+        raise typer.Exit(128 + stop.signum) from stop
     write_report(folder, config, results)
     rows = read_results(folder)
     scores = scores_by_agent(rows)

@@ -22,7 +22,6 @@ import math
 import os
 import platform
 import shutil
-import signal
 import sys
 import time
 from collections import deque
@@ -465,8 +464,9 @@ def _carry_out(
             page = samples_page(yardstick.samples, evaluations[0], run.notes)
             (folder / "samples.md").write_text(page, encoding="utf-8")
     except KeyboardInterrupt as stop:
-        signum = getattr(stop, "signum", signal.SIGINT)
-        console.print(f"stopped by {'Ctrl-C' if signum == signal.SIGINT else 'SIGTERM'} after {log.steps:,} steps")
+        stopped = stop if isinstance(stop, Stopped) else Stopped()
+        signum = stopped.signum
+        console.print(f"stopped by {stopped.name} after {log.steps:,} steps")
         if newest_checkpoint(folder / CHECKPOINTS) is not None:
             console.print(f"go on with: textgen train --resume {folder}", soft_wrap=True, markup=False)
     finally:

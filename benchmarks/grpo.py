@@ -84,7 +84,8 @@ def left_padded(tokens: np.ndarray, lengths: np.ndarray) -> tuple[torch.Tensor, 
 def run(bench: Bench, seed: int, steps: int, most_kl: float) -> dict[str, Any]:
     """Return the course of one seed at the settings chosen within ``most_kl`` nats, and its last point."""
     chosen = choose(bench, most_kl)
-    course = train(bench, seed, steps // (TEXTS_A_STEP * 20), bench.test, look_from=2, **chosen)
+    updates = steps // (TEXTS_A_STEP * 20)
+    course = train(bench, seed, updates, bench.test, look_from=updates // 2, **chosen)
     return {"settings": chosen, "seconds": course[-1]["seconds"], "course": course, "points": {"-": course[-1]}}
 
 
@@ -134,7 +135,7 @@ def train(
             if state.global_step < look_from:
                 return
             begun = time.perf_counter()
-            texts = evaluate(TunedModel(kwargs["model"]), env, bench.texts // 2, 11, prompts)
+            texts = evaluate(TunedModel(kwargs["model"]), env, bench.texts // 4, 11, prompts)
             rows.append(
                 {
                     "steps": state.global_step * TEXTS_A_STEP * 20,

@@ -114,8 +114,8 @@ CONTESTANTS: dict[str, Contestant] = {
         )
         for target in OBJECTIVES
     },
-    "grpo": Contestant("GRPO with LoRA (TRL)", 7 * 1_280, acting=()),
-    "grpo_near": Contestant("GRPO with LoRA (TRL), the best within 8 nats", 9 * 1_280, acting=()),
+    "grpo": Contestant("GRPO with LoRA (TRL)", 5 * 1_280, acting=()),
+    "grpo_near": Contestant("GRPO with LoRA (TRL), the best within 8 nats", 8 * 1_280, acting=()),
 }
 MOST_KL = {"grpo": math.inf, "grpo_near": 8.0}  # nats, among which GRPO's settings are chosen by reward
 SEEDS = {"grpo": 3, "grpo_near": 3, **{f"target_{target}": 2 for target in OBJECTIVES}}  # at most

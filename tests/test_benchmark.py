@@ -136,6 +136,22 @@ def test_a_killed_benchmark_goes_on_where_it_was(done, tmp_path):
     assert read(folder) == read(done)
 
 
+@pytest.mark.slow
+def test_sigterm_ends_the_command_and_its_processes_with_143_and_a_line(tmp_path):
+    command = ["benchmark", "--tasks", "Needle", "--agents", "sample", "--seeds", "5000", "--out", "b"]
+    env = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    pipe = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, "-m", "agents.cli", *command], cwd=tmp_path, env=env, **pipe)
+    while len(list(tmp_path.glob("b/cells/*.json"))) < 3 and process.poll() is None:
+        time.sleep(0.02)
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "stopped by SIGTERM: what is done is in b/; the same command goes on" in said
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody is left of its session
+
+
 def test_a_full_disk_loses_nothing_recorded(done, tmp_path, monkeypatch):
     calls, fsync = [], os.fsync
 
