@@ -88,7 +88,7 @@ ALL = set(OBSERVATION_KEYS)
         ({"observation": ("hidden", "candidate_scores")}, True, {"hidden", "candidate_scores"}),
         ({"observation": ["score"]}, False, {"score"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_the_keys_of_an_observation(settings, scores_prefixes, expected):
     assert set(EnvConfig(**settings).keys(scores_prefixes)) == expected
