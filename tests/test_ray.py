@@ -380,13 +380,13 @@ def test_a_late_node_is_used_and_what_a_killed_one_was_writing_is_dropped_once(c
             pool,
             (lambda pool: pool.writing == 1 and run.agent.num_timesteps > 0, cluster.node),
             (lambda pool: pool.writing == 2, lambda: cluster.remove_node(first, allow_graceful=False)),
-            (lambda pool: pool.replaced == 1, cluster.node),
+            (lambda pool: pool.replaced >= 1, cluster.node),
             (lambda pool: pool.writing == 2, lambda: None),
         )
         run.agent.learn(10_000_000, plan)
         assert not plan.parts
         assert run.agent.num_timesteps == run.agent._total_timesteps  # exactly
-        assert (pool.replaced, pool.dropped_episodes) == (1, CONFIG.envs)
+        assert pool.dropped_episodes == CONFIG.envs  # once, even if Ray places the next actor on the dead node first
         assert sum("8 unfinished texts are dropped" in line for line in said) == 1
 
 
