@@ -384,20 +384,24 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     """Draw the reward-KL plane, and reward against tokens and seconds."""
     figure = Figure(figsize=(13, 4.2), dpi=110, layout="constrained")
     plane, tokens, seconds = (figure.add_subplot(1, 3, i) for i in (1, 2, 3))
-    lines = {"best possible policy": ("black", list(report["best_possible"]["frontier"].values()), "-")}
-    lines["best of n"] = ("tab:gray", list(report["best_of_n"].values()), "--")
-    for name, (color, points, style) in lines.items():
+    bounds = {"best possible policy": ("black", list(report["best_possible"]["frontier"].values()), "-")}
+    bounds["best of n"] = ("tab:gray", list(report["best_of_n"].values()), "--")
+    for name, (color, points, style) in bounds.items():
         plane.plot([kl for _, kl in points], [reward for reward, _ in points], style, color=color, label=name)
     shown = {name: found for name, found in report["contestants"].items() if "classifier" not in name}
     for i, found in enumerate(found for name, found in shown.items() if not name.startswith("target_")):
-        points = sorted((point["kl"], point["reward"]) for point in found["points"].values())
-        plane.plot(*zip(*points, strict=True), "o-", color=f"C{i}", label=found["about"])
+        plane.plot([], [], "o-", color=f"C{i}", label=found["about"])
+        # What has one policy at a time is drawn as it learned, the others at all their temperatures.
+        lines = [found["points"].values()] if "-" not in found["points"] else [run["course"] for run in found["runs"]]
+        for line in lines:
+            points = sorted((point["kl"], point["reward"]) for point in line)
+            plane.plot(*zip(*points, strict=True), "o-", markersize=4, color=f"C{i}")
         for run in found.get("runs", []):
             for axes, key in ((tokens, "steps"), (seconds, "seconds")):
                 axes.plot(
                     [row[key] for row in run["course"]], [row["reward"] for row in run["course"]], ".-", color=f"C{i}"
                 )
-    plane.set(xlabel="KL, nats a text", ylabel="reward", xlim=(0, 12))
+    plane.set(xlabel="KL, nats a text", ylabel="reward", xlim=(0, 16))
     tokens.set(xlabel="tokens")
     seconds.set(xlabel="seconds of training")
     plane.legend(frameon=False, fontsize=7, loc="lower right")
