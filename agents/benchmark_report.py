@@ -96,7 +96,8 @@ def read_results(path: Path) -> list[Row]:
     except OSError as error:
         raise RunFolderError(f"cannot read the results of a benchmark at {str(path)!r}: {error}") from error
     except (KeyError, ValueError) as error:
-        raise RunFolderError(f"{str(file)!r} does not hold the results of a benchmark: {error!r}") from error
+        why = f"it has no column {error}" if isinstance(error, KeyError) else type(error).__name__
+        raise RunFolderError(f"{str(file)!r} does not hold the results of a benchmark: {why}") from error
 
 
 def final_rows(rows: Iterable[Row]) -> list[Row]:
@@ -129,8 +130,9 @@ def compare_results(first: str, second: str, folder: Path | None) -> list[tuple[
             raise ConfigError(f"{first!r} and {second!r} have no agent in common, so there is nothing to compare")
         return [(agent, compare(a[agent], b[agent])) for agent in both]
     if folder is None:
+        missing = " and ".join(repr(path) for path in (first, second) if not Path(path).exists())
         raise ConfigError(
-            f"no results at {first!r} and {second!r}: give two folders or CSV files of results, or two agents and the "
+            f"no results at {missing}: give two folders or CSV files of results, or two agents and the "
             "folder of their results with --out"
         )
     scores = scores_by_agent(read_results(folder))

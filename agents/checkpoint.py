@@ -216,7 +216,10 @@ def stop_signals(gently: Callable[[int], bool]) -> Iterator[None]:
     Only the main thread can listen; in others nothing changes.
     """
 
+    received: list[int] = []
+
     def handle(signum: int, frame: Any) -> None:
+        received.append(signum)
         if not gently(signum):
             raise Stopped(signum)
 
@@ -226,6 +229,10 @@ def stop_signals(gently: Callable[[int], bool]) -> Iterator[None]:
     before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except KeyboardInterrupt as error:
+        if isinstance(error, Stopped) or not received:
+            raise
+        raise Stopped(received[-1]) from error  # a library in between has lost which signal it was
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

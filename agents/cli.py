@@ -520,6 +520,9 @@ def benchmark(
     scores = scores_by_agent(rows)
     console.print(_grid(overall_table(rows, scores, [agent for agent in config.agents if agent in scores])))
     failed = sum(result.status == "failed" for result in results)
+    unable = sorted({result.cell.agent for result in results if result.status == "inapplicable"})
+    if unable:
+        console.print(f"cannot do some task, report.md says why: {', '.join(unable)}", markup=False)
     console.print(f"{len(results)} runs, {failed} failed. Report: {folder}/report.html, report.md; rows: results.csv")
 
 
@@ -541,6 +544,8 @@ def _seeds(text: str | None) -> tuple[int, ...] | None:
         raise ConfigError(f"--seeds must be a number of seeds, or a list such as 0,1,2; got {text!r}") from error
     if "," in text:
         return tuple(numbers)
+    if numbers[0] < 1:
+        raise ConfigError(f"--seeds must be at least 1, or a list such as 0,1,2; got {text!r}")
     return tuple(range(numbers[0]))
 
 

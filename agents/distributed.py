@@ -219,7 +219,7 @@ class ActorPool:
         batch = self._envs * run.config.env_config().max_new_tokens
         usual = engine.actors * OUTSTANDING * max(batch / run.agent.steps_per_update, engine.publish_every)
         self.max_lag = int(LAG_FACTOR * usual) if engine.max_lag is None else engine.max_lag
-        self.replaced = self.dropped_episodes = self.stale_steps = self.max_seen_lag = self.bytes = self.steps = 0
+        self.replaced = self.dropped_episodes = self.stale_steps = self.max_seen_lag = self.steps = 0
         self._weights: tuple[int, Any] | None = None
         self._deaths = 0  # since the last batch
         self._waited, self._started, self._last_batch = 0.0, time.perf_counter(), time.monotonic()
@@ -356,14 +356,13 @@ class ActorPool:
 
     def _record(self, logger: Logger, batch: Batch, steps: int) -> None:
         self.steps += steps
-        self.bytes += batch.nbytes
         logger.record_mean("rollout/kl_per_token", batch.kl)
         logger.record("ray/max_lag", self.max_seen_lag)
         logger.record("ray/actors", self.writing)
         logger.record("ray/replaced", self.replaced)
         logger.record("ray/dropped_episodes", self.dropped_episodes)
         logger.record("ray/stale_steps", self.stale_steps)
-        logger.record("ray/bytes_per_step", self.bytes / self.steps)
+        logger.record_mean("ray/bytes_per_step", batch.nbytes / max(1, int(batch.lengths.sum())))
         logger.record("ray/learner_waited", self._waited / (time.perf_counter() - self._started))
 
 
@@ -472,6 +471,9 @@ def connected(address: str | None, cores: int, timeout: float, store: int) -> It
         except Exception as error:  # Ray raises bare ones, too, where a machine is too busy for it to start
             ray.shutdown()
             raise ClusterError(f"cannot connect to Ray at {address or 'this machine'}: {error}") from error
+        except KeyboardInterrupt:
+            ray.shutdown()
+            raise
     try:
         yield ray
     finally:
@@ -501,14 +503,14 @@ def probe(address: str, timeout: float) -> None:
     Ray itself tries for minutes, and says nothing meanwhile.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not (port.isascii() and port.isdigit()):
         raise ConfigError(f"the address of a cluster is HOST:PORT of its head, or 'auto'; got {address!r}")
     hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty settings
     try:
-        with socket.create_connection((host, int(port)), timeout) as connection:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout) as connection:
             connection.sendall(hello)
             answers = connection.recv(4)[3:] == b"\x04"  # the type of a settings frame
-    except OSError as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise ClusterError(
             f"no Ray answers at {address} within {timeout:g} s ({error}): start its head with 'ray start --head', and "
             "see that this machine reaches it"

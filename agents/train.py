@@ -268,7 +268,10 @@ def load_run(
     path = Path(folder)
     config = _stored_config(path, trust)
     if not (path / AGENT_FILE).is_file():
-        raise RunFolderError(f"{str(path)!r} holds no {AGENT_FILE}: the run was stopped before it had learned anything")
+        what = "the run was stopped before it had learned anything"
+        if newest_checkpoint(path / CHECKPOINTS) is not None:
+            what = f"the run was cut off; go on with textgen train --resume {path}"
+        raise RunFolderError(f"{str(path)!r} holds no {AGENT_FILE}: {what}")
     if config.agent not in PORTABLE_AGENTS and not trust:
         raise ConfigError(
             f"{str(path / AGENT_FILE)!r} holds a {config.agent!r}, which Stable-Baselines3 unpickles, and that runs "
@@ -423,7 +426,10 @@ def resume(
         raise RunFolderError(f"{str(path)!r} holds a finished run: there is nothing to resume")
     checkpoint = newest_checkpoint(path / CHECKPOINTS)
     if checkpoint is None:
-        raise RunFolderError(f"{str(path)!r} holds no checkpoint: it was stopped before the first; start it again")
+        raise RunFolderError(
+            f"{str(path)!r} holds no checkpoint: it was stopped before the first. Start it again with textgen train "
+            f"--config {path / CONFIG_FILE} --out another folder"
+        )
     with console.status("loading the language model"):
         run = open_run(config, model=model, prompts=prompts, reward=reward)
     assert isinstance(run.agent, TextDQN)

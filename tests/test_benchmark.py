@@ -245,8 +245,10 @@ def test_two_agents_and_two_results_can_be_compared(done):
     for first, folder, message in (("nobody", done, "agent 'nobody' has no finished runs"), ("x", None, "with --out")):
         with pytest.raises(ConfigError, match=message):
             compare_results(first, "sample", folder)
-    with pytest.raises(RunFolderError, match="does not hold the results"):
+    with pytest.raises(RunFolderError, match="does not hold the results of a benchmark: it has no column 'seed'"):
         read_results(Path(__file__))
+    with pytest.raises(ConfigError, match=r"^no results at 'nowhere': give two folders"):
+        compare_results(str(done), "nowhere", None)
 
 
 def test_the_command_line_runs_and_compares(tmp_path):
@@ -258,6 +260,9 @@ def test_the_command_line_runs_and_compares(tmp_path):
     assert shown.exit_code == 0, shown.output
     assert "6 runs, 0 failed" in shown.stdout
     assert shown.stdout.index("best_of_n") < shown.stdout.index("random")  # the better one comes first
+    unable = textgen("--tasks", "Needle:depth=2", "--agents", "os:getcwd", "--out", tmp_path / "c", "--seeds", 1)
+    assert "cannot do some task, report.md says why: os:getcwd" in unable.stdout
+    assert "at least 1, or a list" in textgen("--seeds", "-3").stderr
     compared = textgen("--compare", "best_of_n", "random", "--out", tmp_path / "b")
     assert "Mann-Whitney" in compared.stdout
     for seeds, message in (("0,0", "each once; got 0"), ("few", "must be a number of seeds")):

@@ -23,10 +23,10 @@ import torch
 from safetensors.torch import save_file
 from toys import PROMPTS, Worth, letters
 
-from agents.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from agents.checkpoint import Stopped, load_checkpoint, newest_checkpoint, save_checkpoint, stop_signals
 from agents.q_networks import NEEDED_KEYS
 from agents.text_dqn import TextDQN
-from agents.train import RunConfig, resume, train
+from agents.train import RunConfig, load_run, resume, train
 from textgen_env.errors import ConfigError, ModelError, RewardError, RunFolderError
 from textgen_env.table_model import TableModel
 
@@ -213,6 +213,18 @@ def test_a_broken_run_resumes_to_the_same_end_without_gaps_or_doubles(tmp_path):
     assert not (tmp_path / "broken" / "checkpoints").exists()
 
 
+def test_a_signal_keeps_its_name_where_a_library_makes_a_plain_interrupt_of_it():
+    def library():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    with pytest.raises(Stopped) as stop, stop_signals(lambda signum: False):
+        library()
+    assert (stop.value.signum, stop.value.name) == (signal.SIGTERM, "SIGTERM")
+
+
 def test_what_cannot_be_resumed_says_why(tmp_path):
     with pytest.raises(RunFolderError, match=r"holds no config\.json"):
         resume(tmp_path)
@@ -224,6 +236,9 @@ def test_what_cannot_be_resumed_says_why(tmp_path):
     broken = tmp_path / "broken"
     with pytest.raises(RewardError):
         train(CONFIG, broken, model=weather(), reward=breaking_after(270))
+    (broken / "agent.zip").unlink()  # a kill would not have left one
+    with pytest.raises(RunFolderError, match="was cut off; go on with textgen train --resume"):
+        load_run(broken, model=weather(), reward=len)
     with pytest.raises(ConfigError, match="Python objects"):
         resume(broken)
     with pytest.raises(ModelError, match="another vocabulary"):

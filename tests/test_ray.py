@@ -155,6 +155,17 @@ def test_an_address_that_does_not_answer_is_refused_in_time(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("address", [".a:1", "a" * 70 + ":1", "127.0.0.1:99999", "[::1]:1"])
+def test_an_address_that_is_none_does_not_answer_either(address):
+    with pytest.raises(ClusterError, match="no Ray answers"):
+        probe(address, 1)
+
+
+def test_a_port_is_written_in_ascii():
+    with pytest.raises(ConfigError, match="HOST:PORT"):
+        probe("127.0.0.1:²", 1)
+
+
 def test_a_server_that_is_no_ray_is_refused():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
