@@ -58,7 +58,10 @@ AGENTS: Registry[Recipe] = Registry("agent")
 @AGENTS.register("text_dqn")
 def _text_dqn(budget: Budget) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
     """Soft Q-learning over the candidates, with the language model as prior."""
-    return TextDQN, {"policy": "CandidatePolicy", "beta": budget.beta}
+    settings: dict[str, Any] = {"policy": "CandidatePolicy", "beta": budget.beta}
+    if budget.steps < 20_000:  # its own settings would hardly learn in so few
+        settings |= {"learning_starts": budget.steps // 5, "steps_per_update": 20}
+    return TextDQN, settings
 
 
 @AGENTS.register("dqn")
