@@ -332,8 +332,8 @@ class VectorMachine(Machine):
                 assert_same({key: value[row] for key, value in self.seen.items()}, plain.observation())
 
 
-SingleMachine.TestCase.settings = examples(40, 800, steps=50 if LARGE else 25)
-VectorMachine.TestCase.settings = examples(40, 800, steps=50 if LARGE else 25)
+SingleMachine.TestCase.settings = examples(40, 900, steps=50 if LARGE else 25)
+VectorMachine.TestCase.settings = examples(40, 900, steps=50 if LARGE else 25)
 
 
 class TestSingleEnvironment(SingleMachine.TestCase):
