@@ -42,6 +42,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from agents.zoo import Budget, acts_greedily, draws_anew, env_settings, find_agent, make_agent, tuned_settings
 from textgen_env import DIAGNOSTIC_TASKS
 from textgen_env.config import check_at_least
+from textgen_env.device import own_cores
 from textgen_env.errors import ConfigError, RunFolderError
 from textgen_env.evaluation import Evaluation, evaluate
 from textgen_env.registry import unknown_name
@@ -425,7 +426,7 @@ def run_benchmark(
     if retry_failed:
         done = {cell: result for cell, result in done.items() if result.status != "failed"}
     missing = [cell for cell in config.cells if cell not in done]
-    count = workers or len(os.sched_getaffinity(0))
+    count = workers or own_cores()
     with _progress(console, len(config.cells), len(done)) as (started, ended):
         for result in engine(config, missing, max(1, min(count, len(missing))), started):
             write_whole(folder / "cells" / result.cell.file, json.dumps(asdict(result)) + "\n")

@@ -7,7 +7,6 @@ Heavy imports wait until a command needs them, so ``--help`` is quick.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -162,8 +161,9 @@ def train(
     where = runs.local
     if _on_ray(engine, actors=actors, address=address):
         from agents.distributed import RayEngine
+        from textgen_env.device import own_cores
 
-        where = RayEngine(actors or len(os.sched_getaffinity(0)), address)
+        where = RayEngine(actors or own_cores(), address)
     if resume is not None:
         if given:
             options = ", ".join("--" + name.replace("_", "-") for name in given)

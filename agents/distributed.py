@@ -38,6 +38,7 @@ from agents.replay import EpisodeReplay
 from agents.text_dqn import TextDQN
 from agents.train import Run, RunConfig, open_run
 from textgen_env.config import check_at_least
+from textgen_env.device import own_cores
 from textgen_env.errors import ClusterError, ConfigError
 
 Array = npt.NDArray[Any]
@@ -231,8 +232,8 @@ class ActorPool:
         self._pending: dict[Any, _Actor] = {}
         self._actors = [self._start(number) for number in range(engine.actors)]
         cores = int(ray.cluster_resources().get("CPU", 0))
-        if engine.actors > cores or (engine.address is None and engine.actors > _own_cores()):
-            have, what = (cores, "the rest wait for nodes") if engine.actors > cores else (_own_cores(), "they share")
+        if engine.actors > cores or (engine.address is None and engine.actors > own_cores()):
+            have, what = (cores, "the rest wait for nodes") if engine.actors > cores else (own_cores(), "they share")
             say(f"warning: {engine.actors} actors, and {have} cores for them: {what}")
 
     def _start(self, number: int) -> _Actor:
@@ -378,10 +379,6 @@ def check_versions(theirs: Mapping[str, str], ours: Mapping[str, str], who: str)
     other = [f"{name} {theirs.get(name)} instead of {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
     if other:
         raise ClusterError(f"{who} has {', '.join(other)}: install the same versions on every node")
-
-
-def _own_cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 # --- a benchmark

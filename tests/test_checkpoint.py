@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import pickle
@@ -22,13 +21,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from toys import PROMPTS, Worth, letters
+from weather import CONFIG as WEATHER
+from weather import read_csv, weather
 
 from agents.checkpoint import Stopped, load_checkpoint, newest_checkpoint, save_checkpoint, stop_signals
 from agents.q_networks import NEEDED_KEYS
 from agents.text_dqn import TextDQN
-from agents.train import RunConfig, load_run, resume, train
+from agents.train import load_run, resume, train
 from textgen_env.errors import ConfigError, ModelError, RewardError, RunFolderError
-from textgen_env.table_model import TableModel
 
 SCORES = ("score", "candidate_scores")
 
@@ -146,27 +146,18 @@ def test_security_damaged_or_pickled_parts_of_a_checkpoint_are_refused_and_do_no
 
 # --- whole runs
 
-WORDS = [" sun", " rain", " fog", " the", " warm", "<end>"]
-CONFIG = RunConfig(
-    agent_settings={"learning_starts": 100, "steps_per_update": 20, "buffer_size": 4000},
-    prompts=[" the", " fog"],
-    reward={"name": "keywords", "words": ["sun", "warm"]},
-    env={"top_k": 4, "max_new_tokens": 3, "min_new_tokens": 0},
+CONFIG = replace(
+    WEATHER,
+    agent_settings={**WEATHER.agent_settings, "buffer_size": 4000},
     steps=800,
-    envs=8,
     eval_texts=8,
     eval_samples=4,
     checkpoint_every=300,
 )
 
 
-def weather():
-    return TableModel(WORDS, [0.1, 0.3, 0.2, 0.2, 0.15, 0.05])
-
-
 def metrics(folder):
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_csv(folder / "metrics.csv")]
 
 
 def trained_weights(folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -17,6 +16,8 @@ import numpy as np
 import pytest
 from stable_baselines3.common.callbacks import BaseCallback
 from typer.testing import CliRunner
+from weather import CONFIG as WEATHER
+from weather import RUN_FILES, read_csv, weather
 
 from agents.benchmark import BenchmarkConfig, run_benchmark
 from agents.checkpoint import newest_checkpoint
@@ -36,27 +37,10 @@ from agents.frontier import TextTree
 from agents.replay import EpisodeReplay
 from agents.train import RunConfig, load_run, open_run, resume, train
 from textgen_env.errors import ClusterError, ConfigError, ModelError, RewardError
-from textgen_env.table_model import TableModel
 
 ray = pytest.importorskip("ray")
 
-WORDS = [" sun", " rain", " fog", " the", " warm", "<end>"]
-
-
-def weather():
-    return TableModel(WORDS, [0.1, 0.3, 0.2, 0.2, 0.15, 0.05])
-
-
-CONFIG = RunConfig(
-    agent_settings={"learning_starts": 100, "steps_per_update": 20, "buffer_size": 4000},
-    prompts=[" the", " fog"],
-    reward={"name": "keywords", "words": ["sun", "warm"]},
-    env={"top_k": 4, "max_new_tokens": 3, "min_new_tokens": 0},
-    steps=1500,
-    envs=8,
-    eval_texts=64,
-    eval_samples=50,
-)
+CONFIG = replace(WEATHER, agent_settings={**WEATHER.agent_settings, "buffer_size": 4000}, eval_samples=50)
 
 
 def opened(config=CONFIG, **given):
@@ -242,18 +226,8 @@ def run(tmp_path_factory):
 def test_a_ray_run_leaves_the_same_folder_and_ends_after_exactly_its_steps(run):
     folder, result, _ = run
     assert (result.finished, result.steps) == (True, 1500)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "agent.zip",
-        "config.json",
-        "learning.png",
-        "metrics.csv",
-        "plane.png",
-        "samples.md",
-        "summary.json",
-        "tensorboard",
-    ]
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    assert sorted(path.name for path in folder.iterdir()) == RUN_FILES
+    rows = read_csv(folder / "metrics.csv")
     assert float(rows[-1]["steps"]) == 1500
     assert float(rows[-1]["n_updates"]) == 1500 // 20
     assert float(rows[-1]["actors"]) == 2

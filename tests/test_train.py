@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -11,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from rich.console import Console
+from weather import CONFIG, RUN_FILES, read_csv, weather
 
 from agents.frontier import TextTree
 from agents.report import samples_page, table
@@ -19,25 +19,6 @@ from agents.zoo import AGENTS, MASKED
 from textgen_env.errors import ConfigError, RewardError, RunFolderError, TextGenError
 from textgen_env.evaluation import evaluate
 from textgen_env.prompts import FunctionPrompts
-from textgen_env.table_model import TableModel
-
-WORDS = [" sun", " rain", " fog", " the", " warm", "<end>"]
-
-
-def weather():
-    return TableModel(WORDS, [0.1, 0.3, 0.2, 0.2, 0.15, 0.05])
-
-
-CONFIG = RunConfig(
-    agent_settings={"learning_starts": 100, "steps_per_update": 20},
-    prompts=[" the", " fog"],
-    reward={"name": "keywords", "words": ["sun", "warm"]},
-    env={"top_k": 4, "max_new_tokens": 3, "min_new_tokens": 0},
-    steps=1500,
-    envs=8,
-    eval_texts=64,
-    eval_samples=400,
-)
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +28,9 @@ def run(tmp_path_factory):
     return folder, train(CONFIG, folder, model=weather())
 
 
-def read_csv(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_a_run_leaves_everything_it_promises(run):
     folder, result = run
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "agent.zip",
-        "config.json",
-        "learning.png",
-        "metrics.csv",
-        "plane.png",
-        "samples.md",
-        "summary.json",
-        "tensorboard",
-    ]
+    assert sorted(path.name for path in folder.iterdir()) == RUN_FILES
     assert result.finished
     assert result.steps == 1504  # the first multiple of 8 rows that reaches 1500
     assert [path.name.split(".")[0] for path in (folder / "tensorboard").iterdir()] == ["events"]

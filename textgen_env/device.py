@@ -1,4 +1,4 @@
-"""Where and in which precision a model runs: all device code in one place.
+"""Where, on how many cores and in which precision a model runs: all device code in one place.
 
 Precision follows flags of the hardware, never a stopwatch, so that the same machine always
 chooses the same one and results stay reproducible.
@@ -6,6 +6,7 @@ chooses the same one and results stay reproducible.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import psutil
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 NARROW = 256  # hidden units
+
+
+def own_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def pick_device() -> torch.device:
