@@ -24,10 +24,10 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from agents.transformer_model import PrunedTransformerModel
+from agents.pruning.model import PrunedTransformerModel
 from textgen_env.config import check_at_least, check_one_of
-from textgen_env.device import pick_device
 from textgen_env.errors import ConfigError, ModelError
+from textgen_env.models.device import pick_device
 
 SCALARS = ("logprobs", "budget", "score")
 """Observation keys that become features beside the hidden state, where they are there."""

@@ -22,20 +22,20 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from agents.planning import PLANNING_AGENTS
+from agents.baselines.one_step import SEARCH_AGENTS
+from agents.baselines.planning import PLANNING_AGENTS
 from agents.sb3_vec import SB3VecEnv
-from agents.search import SEARCH_AGENTS
-from agents.text_dqn import TextDQN
+from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import ConfigError
-from textgen_env.evaluation import Agent
+from textgen_env.models.table import TableModel
+from textgen_env.policies import Agent
 from textgen_env.registry import Registry, unknown_name
-from textgen_env.table_model import TableModel
 from textgen_env.vector_env import TextGenVectorEnv
 
 OBSERVATION = ("tokens", "length", "budget", "candidates", "logprobs", "score", "action_mask", "hidden")
 """What agents that learn see unless said: everything but ``candidate_scores``."""
 
-MASKED = ("text_dqn", "maskable_ppo")
+MASK_AWARE = ("text_dqn", "maskable_ppo")
 """Agents that learn and never choose a masked action; for the others the environment maps it."""
 
 
@@ -49,9 +49,9 @@ class Budget:
     beta: float = 0.1  # price of KL, reward units a nat, for agents that know it
 
 
-Recipe = Callable[[Budget], tuple[type[BaseAlgorithm], dict[str, Any]]]
+AgentRecipe = Callable[[Budget], tuple[type[BaseAlgorithm], dict[str, Any]]]
 
-AGENTS: Registry[Recipe] = Registry("agent")
+AGENTS: Registry[AgentRecipe] = Registry("agent")
 """Agents that learn, by name: their class and the settings that a run starts from."""
 
 
@@ -238,7 +238,7 @@ def env_settings(name: str, whole_vocabulary: bool = False) -> dict[str, Any]:
     if name in PLANNING_AGENTS:
         return {"observation": tuple(key for key in keys if key not in ("score", "hidden"))}
     if name in AGENTS:
-        return {"observation": keys, "on_illegal": "raise" if name in MASKED else "last_legal"}
+        return {"observation": keys, "on_illegal": "raise" if name in MASK_AWARE else "last_legal"}
     return {"observation": keys, **getattr(found, "env_settings", {})}
 
 

@@ -21,8 +21,9 @@ import numpy as np
 from tqdm import trange
 
 import textgen_env
-from agents.search import SampleAgent
-from textgen_env.evaluation import evaluate, log_reference, sample
+from agents.baselines.one_step import SampleAgent
+from textgen_env.evaluation import evaluate
+from textgen_env.policies import log_prior, sample
 from textgen_env.tasks import TASKS, Task, make_task
 from textgen_env.tasks import language as language_tasks
 
@@ -81,7 +82,7 @@ class Search:
         episodes.begin(rows, [self.prompts[i] for i in which])
         while rows.size:
             episodes.refresh(rows)
-            logits = log_reference(episodes, rows)[0] * power[rows]
+            logits = log_prior(episodes, rows)[0] * power[rows]
             if self.scores:
                 logits = logits + lean[rows] * episodes.state.candidate_scores[rows]
             policy = np.exp(logits - logits.max(-1, keepdims=True))

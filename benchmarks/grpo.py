@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from textgen_env.errors import ConfigError
-from textgen_env.evaluation import evaluate, renormalise
+from textgen_env.evaluation import evaluate
 from textgen_env.models import load_pretrained
+from textgen_env.policies import renormalise
 from textgen_env.rewards import make_reward
 from textgen_env.rewards.base import Generation
 

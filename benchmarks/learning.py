@@ -33,14 +33,15 @@ from matplotlib.figure import Figure
 from scipy.stats import trim_mean
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.frontier import best_of_n, estimated_optimum, share_of_optimal_gain
-from agents.search import LookaheadAgent, SampleAgent
-from agents.targets import OBJECTIVES
-from agents.text_dqn import TextDQN
+from agents.baselines.one_step import LookaheadAgent, SampleAgent
+from agents.runs.optimum import best_of_n, estimated_optimum, share_of_optimal_gain
+from agents.text_dqn.agent import TextDQN
+from agents.text_dqn.targets import OBJECTIVES
 from agents.zoo import OBSERVATION
 from benchmarks.throughput import machine
-from textgen_env.evaluation import Agent, choose_prompts, evaluate
+from textgen_env.evaluation import choose_prompts, evaluate
 from textgen_env.models import load_language_model
+from textgen_env.policies import Agent
 from textgen_env.prompts import PromptSource, make_prompts
 from textgen_env.rewards import Generation, make_reward
 from textgen_env.rewards.classifier import train_classifier

@@ -35,16 +35,18 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from agents.distil import CHECKPOINT, distil
-from agents.frontier import estimated_optimum, share_of_optimal_gain
-from agents.search import SampleAgent
-from agents.train import RunConfig, open_env, open_run
-from agents.transformer_model import METHODS, parse_pruning, prune_
-from textgen_env.device import pick_dtype
+from agents.baselines.one_step import SampleAgent
+from agents.pruning.healing import CHECKPOINT, distil
+from agents.pruning.methods import METHODS, parse_pruning
+from agents.pruning.model import prune_
+from agents.runs.config import RunConfig
+from agents.runs.optimum import estimated_optimum, share_of_optimal_gain
+from agents.runs.run import open_env, open_run
 from textgen_env.errors import ConfigError, ModelError, RunFolderError
 from textgen_env.evaluation import evaluate
-from textgen_env.hf_model import HFModel
 from textgen_env.models import load_pretrained
+from textgen_env.models.device import pick_dtype
+from textgen_env.models.hf import HFModel
 
 AMOUNTS = (0.1, 0.2, 0.3, 0.5)
 HEALED = "layers:0.1+ffn:0.23"  # a fifth of SmolLM2's parameters

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from stable_baselines3.common.logger import Logger
 
-from agents.distributed import Collector, RayEngine, store_bound
-from agents.replay import EpisodeReplay
-from agents.text_dqn import TextDQN
-from agents.train import RunConfig, open_run
+from agents.distributed.actors import Collector, RayTextSource, store_bound
+from agents.runs.config import RunConfig
+from agents.runs.run import open_run
+from agents.text_dqn.agent import TextDQN
+from agents.text_dqn.replay import EpisodeReplay
 
 
 def steps_a_second(collect: Callable[[], int], seconds: float) -> float:
@@ -48,7 +49,7 @@ def measure(config: RunConfig, seconds: float, rounds: int) -> dict[str, float]:
         return int(alone.collect(0, weights, 1.0).lengths.sum())
 
     one, two = [], []
-    with RayEngine(2)(run, print) as pool:
+    with RayTextSource(2)(run, print) as pool:
 
         def two_actors() -> int:
             batch = None

@@ -24,9 +24,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from textgen_env.env import OverEpisodes
-from textgen_env.hf_model import HFModel
+from textgen_env.env import EpisodesMixin
 from textgen_env.models import load_pretrained
+from textgen_env.models.hf import HFModel
 from textgen_env.vector_env import TextGenVectorEnv
 
 WARM_UP = 0.3  # share of the steps until allocators, memo and tables of words have their size
@@ -127,7 +127,7 @@ def slope(notes: list[tuple[int, int]]) -> float:
 
 
 @torch.inference_mode()
-def drift(env: OverEpisodes, model: HFModel) -> float:
+def drift(env: EpisodesMixin, model: HFModel) -> float:
     """Return the largest difference of a candidate's log-probability from the model's own uncached forward."""
     state, worst = env.episodes.state, 0.0
     for row in range(len(state.length)):

@@ -35,8 +35,8 @@ from transformers import DynamicCache
 
 import textgen_env  # noqa: F401  registers TextGen-v0
 from agents.sb3_vec import SB3VecEnv
-from textgen_env.hf_model import HFModel
 from textgen_env.models import load_pretrained
+from textgen_env.models.hf import HFModel
 
 CANDIDATES = 16
 PROMPT_TOKENS = 8

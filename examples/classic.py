@@ -28,12 +28,12 @@ from pathlib import Path
 
 import torch
 
-from agents.dql_model import DeepQLearningModel, ExperienceReplay
-from agents.text_dataset import text_loader
-from agents.training_loop import Batch, train_model
-from agents.transformer_model import PrunedTransformerModel
-from textgen_env.device import pick_dtype
+from agents.classic.data import text_loader
+from agents.classic.loop import LabelledBatch, train_model
+from agents.classic.model import DeepQLearningModel, ExperienceReplay
+from agents.pruning.model import PrunedTransformerModel
 from textgen_env.models import load_pretrained
+from textgen_env.models.device import pick_dtype
 
 ACTIONS = 10  # candidates a token
 
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def start_at_rank_1(dq_learning_model: DeepQLearningModel, batch: Batch) -> None:
+def start_at_rank_1(dq_learning_model: DeepQLearningModel, batch: LabelledBatch) -> None:
     """Let every state's Q-values start at how often each rank is right; rank 1 is most often."""
     last = dq_learning_model.layers[-1]
     last.weight.zero_()
@@ -99,7 +99,10 @@ def start_at_rank_1(dq_learning_model: DeepQLearningModel, batch: Batch) -> None
 
 @torch.inference_mode()
 def choose(
-    batches: Iterable[Batch], transformer: PrunedTransformerModel, dq_learning_model: DeepQLearningModel, device: str
+    batches: Iterable[LabelledBatch],
+    transformer: PrunedTransformerModel,
+    dq_learning_model: DeepQLearningModel,
+    device: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the greedy agent and rank 1 earn at every decision: two (n,) tensors."""
     agent, rank_1 = [], []

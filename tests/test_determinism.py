@@ -18,13 +18,13 @@ import pytest
 import torch
 from toys import PROMPTS, Worth, letters
 
-from agents.q_networks import NEEDED_KEYS
-from agents.search import SampleAgent
-from agents.text_dqn import TextDQN
+from agents.baselines.one_step import SampleAgent
+from agents.text_dqn.agent import TextDQN
+from agents.text_dqn.networks import NEEDED_KEYS
 from textgen_env import TextGenEnv, TextGenVectorEnv
 from textgen_env.evaluation import roll_out
-from textgen_env.hf_model import HFModel
 from textgen_env.models import load_pretrained
+from textgen_env.models.hf import HFModel
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["The film was", "Once", "In the old house there was a", "She said"]

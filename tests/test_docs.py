@@ -74,7 +74,7 @@ def test_a_command_in_the_documentation_exists_and_takes_its_arguments(command):
     else:
         import typer
 
-        from agents.cli import app
+        from agents.cli.app import app
 
         group = typer.main.get_command(app)
         assert words[1] in group.commands

@@ -23,15 +23,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import PROMPTS, TABLE, Worth, letters
 
-from agents.checkpoint import load_checkpoint, save_checkpoint
-from agents.distil import _load, _save
-from agents.offline import fill_replay, open_dataset, record
-from agents.q_networks import NEEDED_KEYS
-from agents.replay import EpisodeReplay
-from agents.search import SampleAgent
-from agents.text_dqn import TextDQN
-from agents.train import RunConfig
-from agents.transformer_model import parse_pruning
+from agents.baselines.one_step import SampleAgent
+from agents.pruning.healing import _load, _save
+from agents.pruning.methods import parse_pruning
+from agents.runs.checkpoint import load_checkpoint, save_checkpoint
+from agents.runs.config import RunConfig
+from agents.text_dqn.agent import TextDQN
+from agents.text_dqn.networks import NEEDED_KEYS
+from agents.text_dqn.offline import fill_replay, open_dataset, record
+from agents.text_dqn.replay import EpisodeReplay
 from textgen_env import TableModel, TextGenVectorEnv, make_prompts, make_reward
 from textgen_env.config import EnvConfig
 from textgen_env.errors import TextGenError

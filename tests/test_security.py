@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from agents.distil import _load
-from agents.train import CONFIG_FILE, RunConfig, load_run, train
+from agents.pruning.healing import _load
+from agents.runs.config import RunConfig
+from agents.runs.run import CONFIG_FILE, load_run, train
 from textgen_env.config import EnvConfig
 from textgen_env.errors import ConfigError, ModelError, PromptError, RunFolderError, TextGenError
 from textgen_env.models import load_language_model

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 
-from agents.train import RunConfig
-from textgen_env.table_model import TableModel
+from agents.runs.config import RunConfig
+from textgen_env.models.table import TableModel
 
 WORDS = [" sun", " rain", " fog", " the", " warm", "<end>"]
 

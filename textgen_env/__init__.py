@@ -15,16 +15,16 @@ import gymnasium as gym
 
 if TYPE_CHECKING:
     from textgen_env.env import TextGenEnv as TextGenEnv
-    from textgen_env.language_model import LanguageModel as LanguageModel
-    from textgen_env.language_model import Proposals as Proposals
     from textgen_env.models import load_language_model as load_language_model
+    from textgen_env.models.base import LanguageModel as LanguageModel
+    from textgen_env.models.base import Proposals as Proposals
+    from textgen_env.models.table import TableModel as TableModel
     from textgen_env.prompts import Prompt as Prompt
     from textgen_env.prompts import PromptSource as PromptSource
     from textgen_env.prompts import make_prompts as make_prompts
     from textgen_env.rewards import Generation as Generation
     from textgen_env.rewards import Reward as Reward
     from textgen_env.rewards import make_reward as make_reward
-    from textgen_env.table_model import TableModel as TableModel
     from textgen_env.tasks import Task as Task
     from textgen_env.tasks import make_task as make_task
     from textgen_env.vector_env import TextGenVectorEnv as TextGenVectorEnv

@@ -18,19 +18,18 @@ from gymnasium.envs.registration import EnvSpec
 from textgen_env.config import EnvConfig, check_at_least
 from textgen_env.episode import Episodes, Snapshot
 from textgen_env.errors import ConfigError
-from textgen_env.language_model import MASKED_LOGPROB, LanguageModel
 from textgen_env.models import load_language_model
+from textgen_env.models.base import LanguageModel
+from textgen_env.observation import flatten, observation_space
 from textgen_env.prompts import as_prompt, make_prompts
 from textgen_env.render import describe, draw
 from textgen_env.rewards import make_reward
+from textgen_env.spec import unwrap, wrap_objects
 
-LARGE = 1e6
-"""Bound of scores and hidden units: far outside what they reach, and finite."""
-
-Row = np.zeros(1, np.int64)
+FIRST_ROW = np.zeros(1, np.int64)
 
 
-class OverEpisodes:
+class EpisodesMixin:
     """What the single and the vector environment say of their episodes in the same words."""
 
     episodes: Episodes
@@ -53,10 +52,10 @@ class OverEpisodes:
 
     @spec.setter
     def spec(self, spec: EnvSpec | None) -> None:
-        self._spec = hold_objects(spec)
+        self._spec = wrap_objects(spec)
 
 
-class TextGenEnv(OverEpisodes, gym.Env[Any, Any]):
+class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
     """Text generation, one token a step.
 
     ## Action space
@@ -120,19 +119,19 @@ class TextGenEnv(OverEpisodes, gym.Env[Any, Any]):
         super().reset(seed=seed)
         given = chosen_prompt(options)
         prompt = self.episodes.draw(self.np_random) if given is None else as_prompt(given, "options['prompt']")
-        self.episodes.begin(Row, [prompt])
-        self.episodes.refresh(Row)
+        self.episodes.begin(FIRST_ROW, [prompt])
+        self.episodes.refresh(FIRST_ROW)
         self._show_human()
         return self._observation(), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Append the token that ``action`` stands for."""
-        outcome = self.episodes.act(Row, np.atleast_1d(np.asarray(action)))
+        outcome = self.episodes.act(FIRST_ROW, np.atleast_1d(np.asarray(action)))
         ended = bool(outcome.ended[0])
         if ended:
-            self.episodes.show_end(Row)
+            self.episodes.show_end(FIRST_ROW)
         else:
-            self.episodes.refresh(Row)
+            self.episodes.refresh(FIRST_ROW)
         self._show_human()
         return self._observation(), float(outcome.rewards[0]), ended, False, outcome.infos[0]
 
@@ -168,56 +167,18 @@ class TextGenEnv(OverEpisodes, gym.Env[Any, Any]):
         return None  # human: shown at every reset and step
 
     def _observation(self) -> Any:
-        return flatten(self.episodes, {key: value[0] for key, value in self.episodes.observe(Row).items()})
+        return flatten(self.episodes, {key: value[0] for key, value in self.episodes.observe(FIRST_ROW).items()})
 
     def _show_human(self) -> None:
         if self.render_mode == "human":
             print(describe(self.episodes, 0), flush=True)
 
 
-class ByReference:
-    """An object in an ``EnvSpec`` that must not be copied: a loaded model, a reward, a function."""
-
-    def __init__(self, held: Any) -> None:
-        self.held = held
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ByReference:
-        return self
-
-    def __repr__(self) -> str:
-        return f"ByReference({type(self.held).__name__})"
-
-
-def let_go(value: Any) -> Any:
-    """Return what ``value`` holds by reference, or ``value`` itself."""
-    return value.held if isinstance(value, ByReference) else value
-
-
-_PLAIN: tuple[type, ...] = (str, int, float, bool, type(None))
-
-
-def hold_objects(spec: EnvSpec | None) -> EnvSpec | None:
-    """Wrap what ``spec`` cannot copy or write as JSON."""
-
-    def is_plain(value: Any) -> bool:
-        if isinstance(value, Mapping):
-            return all(is_plain(v) for v in value.values())
-        if isinstance(value, list | tuple):
-            return all(map(is_plain, value))
-        return isinstance(value, _PLAIN)
-
-    if spec is not None:
-        for name, value in spec.kwargs.items():
-            if not is_plain(value) and not isinstance(value, ByReference):
-                spec.kwargs[name] = ByReference(value)
-    return spec
-
-
 def open_episodes(model: Any, prompts: Any, reward: Any, settings: dict[str, Any], rows: int) -> Episodes:
     """Return the episodes that the arguments of ``gym.make`` describe."""
     check_at_least("num_envs", rows, 1)
-    model, prompts, reward = map(let_go, (model, prompts, reward))
-    config = EnvConfig.from_settings({name: let_go(value) for name, value in settings.items()})
+    model, prompts, reward = map(unwrap, (model, prompts, reward))
+    config = EnvConfig.from_settings({name: unwrap(value) for name, value in settings.items()})
     language_model = load_language_model(model, config.dtype, trust_remote_code=config.trust_remote_code)
     return Episodes(language_model, make_prompts(prompts), make_reward(reward), config, rows)
 
@@ -232,38 +193,3 @@ def chosen_prompt(options: Mapping[str, Any] | None) -> Any:
     if unknown:
         raise ConfigError(f"unknown reset options {sorted(unknown)}; known: 'prompt'")
     return (options or {}).get("prompt")
-
-
-def observation_space(episodes: Episodes) -> spaces.Space[Any]:
-    """Return the space of one row's observation."""
-    length, k = episodes.max_length, episodes.k
-    last_id = episodes.model.vocab_size - 1
-    boxes: dict[str, spaces.Space[Any]] = {
-        "tokens": spaces.Box(0, last_id, (length,), np.int32),
-        "length": spaces.Box(0, length, (1,), np.int32),
-        "budget": spaces.Box(0.0, 1.0, (1,), np.float32),
-        "candidates": spaces.Box(0, last_id, (k,), np.int32),
-        "logprobs": spaces.Box(MASKED_LOGPROB, 0.0, (k,), np.float32),
-        "score": spaces.Box(-LARGE, LARGE, (1,), np.float32),
-        "candidate_scores": spaces.Box(-LARGE, LARGE, (k,), np.float32),
-        "action_mask": spaces.Box(0, 1, (k,), np.int8),
-        "hidden": spaces.Box(-LARGE, LARGE, (episodes.model.hidden_size,), np.float32),
-    }
-    match episodes.config.observation:
-        case "hidden":
-            return spaces.Box(-LARGE, LARGE, (episodes.model.hidden_size + k + 2,), np.float32)
-        case "tokens":
-            return spaces.Box(-1.0, float(max(last_id, length)), (length + 2,), np.float32)
-    return spaces.Dict({key: boxes[key] for key in episodes.keys})
-
-
-def flatten(episodes: Episodes, observation: dict[str, npt.NDArray[Any]]) -> Any:
-    """Return the observation as configured: the Dict itself, or its flat Box. Any leading axes."""
-    match episodes.config.observation:
-        case "hidden":
-            return np.concatenate([observation[key] for key in ("hidden", "logprobs", "budget", "score")], axis=-1)
-        case "tokens":
-            ids, length = observation["tokens"], observation["length"]
-            padded = np.where(np.arange(ids.shape[-1]) < length, ids, -1)
-            return np.concatenate([length, observation["budget"], padded], axis=-1).astype(np.float32)
-    return observation

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from textgen_env.candidates import nucleus
 from textgen_env.config import EnvConfig
 from textgen_env.errors import ConfigError, IllegalAction, PromptError, ResetNeeded
-from textgen_env.language_model import MASKED_LOGPROB, LanguageModel
+from textgen_env.models.base import MASKED_LOGPROB, LanguageModel
+from textgen_env.models.candidates import nucleus
 from textgen_env.prompts import Prompt, PromptSource
 from textgen_env.rewards.base import Generation, Reward, ScoreState
 

@@ -18,14 +18,15 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from textgen_env.env import flatten
-from textgen_env.episode import Episodes, Outcome, Rows
+from textgen_env.episode import Outcome, Rows
 from textgen_env.errors import ConfigError
+from textgen_env.observation import flatten
+from textgen_env.policies import Agent, kl_to, log_prior, sample
 from textgen_env.prompts import ListPrompts, Prompt, PromptSource
 from textgen_env.rewards.base import Generation
 from textgen_env.rewards.lexical import Repetition, split_words
@@ -33,21 +34,9 @@ from textgen_env.vector_env import TextGenVectorEnv
 
 Floats = npt.NDArray[np.float64]
 
+
 DISTINCT_TEXTS = 256
 """Distinct-n falls with the number of texts, so it is always taken over the first so many."""
-
-
-class Agent(Protocol):
-    """Stable-Baselines3's ``predict``. An agent may also have ``probabilities(observation) -> (B, k)``."""
-
-    def predict(
-        self,
-        observation: Any,
-        state: tuple[Any, ...] | None = None,
-        episode_start: Any = None,
-        deterministic: bool = False,
-    ) -> tuple[Any, Any]:
-        """Return (B,) actions and a state (None for agents without memory)."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +213,7 @@ def play(
     while rows.size:
         episodes.refresh(rows)
         observation = flatten(episodes, episodes.observe(rows))
-        log_mu, log_mass = log_reference(episodes, rows)
+        log_mu, log_mass = log_prior(episodes, rows)
         if probabilities is None:
             actions = np.asarray(agent.predict(observation, deterministic=deterministic)[0]).reshape(rows.shape)
             outcome = episodes.act(rows, actions)
@@ -247,32 +236,6 @@ def play(
             goes_on[restart] = True
             episodes.begin(rows[restart], [prompts[i] for i in texts[restart]])
         rows, texts = rows[goes_on], texts[goes_on]
-
-
-def log_reference(episodes: Episodes, rows: Rows) -> tuple[Floats, Floats]:
-    """Return log mu_k over the candidates, (B, k) with -inf where masked, and their log mass, (B,)."""
-    state = episodes.state
-    return renormalise(state.logprobs[rows], state.legal[rows])
-
-
-def renormalise(logprobs: npt.ArrayLike, legal: npt.ArrayLike) -> tuple[Floats, Floats]:
-    """Return log-probabilities (..., k) renormalised over the legal candidates, and their log mass (...)."""
-    masked = np.where(np.asarray(legal, bool), np.asarray(logprobs, np.float64), -np.inf)
-    log_mass = np.logaddexp.reduce(masked, axis=-1)
-    return masked - log_mass[..., None], log_mass
-
-
-def kl_to(policy: Floats, log_reference: Floats) -> Floats:
-    """Return KL(policy || reference) over the last axis, nats; a policy of 0 contributes nothing."""
-    positive = policy > 0
-    log_ratio = np.log(policy, where=positive, out=np.zeros_like(policy)) - np.where(positive, log_reference, 0.0)
-    return np.maximum(np.sum(policy * log_ratio, axis=-1), 0.0)  # rounding may leave -1e-17
-
-
-def sample(policy: Floats, numbers: Floats) -> npt.NDArray[np.int64]:
-    """Return one action a row of ``policy`` (B, k), given uniform ``numbers`` (B,) in [0, 1)."""
-    cumulated = np.cumsum(policy, axis=-1)
-    return np.sum(cumulated <= numbers[:, None] * cumulated[:, -1:], axis=-1)
 
 
 def bootstrap_interval(

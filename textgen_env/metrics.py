@@ -1,7 +1,7 @@
 """How generated text is described: ``evaluate`` metrics that need no hub.
 
 Each is an ``evaluate.Metric`` backed by sacrebleu, rouge-score, numpy or a language model, and they
-combine: ``evaluate.combine([Bleu(), Distinct()]).compute(predictions=..., references=...)``. Columns
+combine: ``evaluate.combine([BleuMetric(), DistinctMetric()]).compute(predictions=..., references=...)``. Columns
 are ``predictions`` (completions), ``references``, ``prompts`` and ``rewards``; a metric takes those
 that it reads and leaves the rest, so one call serves a combination.
 
@@ -23,7 +23,7 @@ from textgen_env.registry import Registry
 from textgen_env.rewards.lexical import split_words
 from textgen_env.rewards.references import ROUGE_KINDS
 
-COLUMNS = {
+METRIC_INPUTS = {
     "predictions": datasets.Value("string"),
     "references": datasets.Value("string"),
     "prompts": datasets.Value("string"),
@@ -50,9 +50,11 @@ class TextMetric(evaluate.Metric):
         Raises:
             ConfigError: a column is unknown, missing, empty, or of another length.
         """
-        unknown = [name for name in columns if name not in COLUMNS]
+        unknown = [name for name in columns if name not in METRIC_INPUTS]
         if unknown:
-            raise ConfigError(f"metric {self.name!r} knows no column {unknown[0]!r}; columns: {', '.join(COLUMNS)}")
+            raise ConfigError(
+                f"metric {self.name!r} knows no column {unknown[0]!r}; columns: {', '.join(METRIC_INPUTS)}"
+            )
         given = {name: column for name, column in columns.items() if column is not None}
         if not given and self.writer is not None:
             collected: dict[str, float] = super().compute()
@@ -68,9 +70,9 @@ class TextMetric(evaluate.Metric):
         return figures
 
     def _info(self) -> evaluate.MetricInfo:
-        features = [datasets.Features({name: COLUMNS[name] for name in self.columns})]
+        features = [datasets.Features({name: METRIC_INPUTS[name] for name in self.columns})]
         if self.many_references:
-            lists = {"references": datasets.Sequence(COLUMNS["references"])}
+            lists = {"references": datasets.Sequence(METRIC_INPUTS["references"])}
             features.append(datasets.Features({**features[0], **lists}))
         return evaluate.MetricInfo(
             description=type(self).__doc__ or "",
@@ -81,7 +83,7 @@ class TextMetric(evaluate.Metric):
 
 
 @METRICS.register("bleu")
-class Bleu(TextMetric):
+class BleuMetric(TextMetric):
     """Corpus BLEU, 0 to 100, as sacrebleu computes it (13a tokens, exponential smoothing).
 
     A prediction has one reference or a list of them.
@@ -97,7 +99,7 @@ class Bleu(TextMetric):
 
 
 @METRICS.register("chrf")
-class Chrf(TextMetric):
+class ChrfMetric(TextMetric):
     """Corpus chrF2, 0 to 100, as sacrebleu computes it. One reference or a list of them a prediction."""
 
     columns = ("predictions", "references")
@@ -110,7 +112,7 @@ class Chrf(TextMetric):
 
 
 @METRICS.register("rouge")
-class Rouge(TextMetric):
+class RougeMetric(TextMetric):
     """Mean ROUGE-1, ROUGE-2 and ROUGE-L F1, 0 to 1, as rouge-score computes them without a stemmer."""
 
     columns = ("predictions", "references")
@@ -149,7 +151,7 @@ class Perplexity(TextMetric):
 
 
 @METRICS.register("distinct")
-class Distinct(TextMetric):
+class DistinctMetric(TextMetric):
     """Distinct-1, 2 and 3 of all predictions together: different n-grams of words over all of them."""
 
     def _compute(self, predictions: Sequence[str]) -> dict[str, float]:
@@ -162,7 +164,7 @@ class Distinct(TextMetric):
 
 
 @METRICS.register("repetition")
-class Repetition(TextMetric):
+class RepetitionMetric(TextMetric):
     """Mean share of a prediction's n-grams of words that it has used before.
 
     Args:
@@ -175,9 +177,9 @@ class Repetition(TextMetric):
 
     def _compute(self, predictions: Sequence[str]) -> dict[str, float]:
         from textgen_env.rewards import Generation
-        from textgen_env.rewards.lexical import Repetition as RepetitionReward
+        from textgen_env.rewards.lexical import Repetition
 
-        shares = RepetitionReward(self._n)([Generation("", text) for text in predictions])
+        shares = Repetition(self._n)([Generation("", text) for text in predictions])
         return {"repetition": float(shares.mean())}
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 BAR = 20  # characters of the bar that stands for probability 1
 SHOWN = 16  # candidates listed
-COLUMNS = 86  # characters a line of the image
+LINE_WIDTH = 86  # characters a line of the image
 
 
 def describe(episodes: Episodes, row: int) -> str:
@@ -48,7 +48,7 @@ def draw(episodes: Episodes, row: int) -> npt.NDArray[np.uint8]:
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (640, 420), "white")
-    wrapped = (textwrap.wrap(line, COLUMNS, drop_whitespace=False) for line in describe(episodes, row).splitlines())
+    wrapped = (textwrap.wrap(line, LINE_WIDTH, drop_whitespace=False) for line in describe(episodes, row).splitlines())
     text = "\n".join(part for parts in wrapped for part in parts or [""])
     ImageDraw.Draw(image).multiline_text((10, 10), text, fill="black", font=_font())
     return np.asarray(image, dtype=np.uint8).copy()

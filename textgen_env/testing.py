@@ -23,7 +23,7 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from textgen_env.errors import ContractError, IllegalAction, ResetNeeded
-from textgen_env.language_model import MASKED_LOGPROB, LanguageModel, Proposals, Slots
+from textgen_env.models.base import MASKED_LOGPROB, LanguageModel, Proposals, Slots
 from textgen_env.rewards import Generation, Reward, make_reward
 
 TEXTS = (
@@ -72,7 +72,7 @@ def check_language_model(
             computing the same thing: 0 for an exact model.
 
     Raises:
-        ContractError: a promise of ``textgen_env.language_model`` that does not hold.
+        ContractError: a promise of ``textgen_env.models.base`` that does not hold.
     """
     promise(len(prompts) >= 2, "check_language_model needs at least two prompts")
     encoded = [model.encode(prompt) for prompt in prompts]

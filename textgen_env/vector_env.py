@@ -16,13 +16,15 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from textgen_env.config import check_one_of
-from textgen_env.env import OverEpisodes, chosen_prompt, flatten, let_go, observation_space, open_episodes
+from textgen_env.env import EpisodesMixin, chosen_prompt, open_episodes
 from textgen_env.errors import ConfigError, IllegalAction
+from textgen_env.observation import flatten, observation_space
 from textgen_env.prompts import as_prompt
 from textgen_env.render import describe, draw
+from textgen_env.spec import unwrap
 
 
-class TextGenVectorEnv(OverEpisodes, VectorEnv[Any, Any, Any]):
+class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
     """N texts at a time. Arguments, spaces and rewards are those of ``TextGenEnv``.
 
     Ended rows restart as ``autoreset_mode`` says: in the same step (the default; their last
@@ -43,7 +45,7 @@ class TextGenVectorEnv(OverEpisodes, VectorEnv[Any, Any, Any]):
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         **settings: Any,
     ) -> None:
-        autoreset_mode = let_go(autoreset_mode)
+        autoreset_mode = unwrap(autoreset_mode)
         check_one_of("autoreset_mode", autoreset_mode, [*AutoresetMode, *(mode.value for mode in AutoresetMode)])
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {

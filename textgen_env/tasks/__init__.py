@@ -5,7 +5,7 @@ from __future__ import annotations
 from textgen_env.tasks.base import TASKS, Bounds, Task, make_env, make_task, make_vec
 from textgen_env.tasks.diagnostic import DelayedKey, Dyck, Needle, NoisyBandit, RandomWalks, StarGraph
 from textgen_env.tasks.exact import ExactValues, OptimalAgent, Process, expected_reward, process_of
-from textgen_env.tasks.language import Recipe, language_task
+from textgen_env.tasks.language import TaskRecipe, language_task
 
 __all__ = [
     "TASKS",
@@ -18,9 +18,9 @@ __all__ = [
     "OptimalAgent",
     "Process",
     "RandomWalks",
-    "Recipe",
     "StarGraph",
     "Task",
+    "TaskRecipe",
     "expected_reward",
     "language_task",
     "make_env",

@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from textgen_env.config import EnvConfig
-from textgen_env.env import TextGenEnv, let_go
+from textgen_env.env import TextGenEnv
 from textgen_env.errors import ConfigError
 from textgen_env.prompts import PromptSource
 from textgen_env.registry import Registry, unknown_name
 from textgen_env.rewards.base import Reward
+from textgen_env.spec import unwrap
 from textgen_env.vector_env import TextGenVectorEnv
 
 
@@ -111,7 +112,7 @@ def make_task(id: str, **sizes: Any) -> Task:
 def _task_and_settings(id: str, given: Mapping[str, Any], also: tuple[str, ...] = ()) -> tuple[Task, dict[str, Any]]:
     """Return the task at the sizes in ``given``, and what else is in it: settings of its environment."""
     sizes = inspect.signature(TASKS[id]).parameters
-    given = {name: let_go(value) for name, value in given.items()}
+    given = {name: unwrap(value) for name, value in given.items()}
     settings = [f.name for f in fields(EnvConfig)]
     for name in given:
         if name not in (*sizes, *settings, *also):

@@ -25,9 +25,9 @@ import numpy.typing as npt
 
 from textgen_env.config import check_at_least
 from textgen_env.errors import ConfigError, PromptError
+from textgen_env.models.table import TableModel
 from textgen_env.prompts import ListPrompts, Prompt
 from textgen_env.rewards.base import Generation, Reward
-from textgen_env.table_model import TableModel
 from textgen_env.tasks.base import TASKS, Bounds, Task
 
 State = Any

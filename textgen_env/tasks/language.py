@@ -35,7 +35,7 @@ KEYS = ("name", "mood", "job", "city")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TaskRecipe:
     """What makes a language task, besides its id."""
 
     prompts: PromptSource
@@ -44,10 +44,10 @@ class Recipe:
     ceiling: float = 1.0
 
 
-def language_task(id: str) -> Callable[[Callable[..., Recipe]], Callable[..., Recipe]]:
-    """Register a function from sizes to a ``Recipe`` as a task."""
+def language_task(id: str) -> Callable[[Callable[..., TaskRecipe]], Callable[..., TaskRecipe]]:
+    """Register a function from sizes to a ``TaskRecipe`` as a task."""
 
-    def register(recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
+    def register(recipe: Callable[..., TaskRecipe]) -> Callable[..., TaskRecipe]:
         @TASKS.register(id)
         @wraps(recipe)
         def task(**given: Any) -> Task:
@@ -102,7 +102,7 @@ def _fixed_length(length: int, **settings: Any) -> dict[str, Any]:
 
 
 @language_task("TextGen/Sentiment-v0")
-def sentiment(model: Any = MODEL, length: int = 20) -> Recipe:
+def sentiment(model: Any = MODEL, length: int = 20) -> TaskRecipe:
     """Write something that sounds positive.
 
     ## Description
@@ -132,11 +132,11 @@ def sentiment(model: Any = MODEL, length: int = 20) -> Recipe:
     ## Reference
     Hutto and Gilbert 2014 (VADER); the task of RL4LMs and TRL, there with film reviews.
     """
-    return Recipe(make_prompts("openings"), "sentiment", _fixed_length(length))
+    return TaskRecipe(make_prompts("openings"), "sentiment", _fixed_length(length))
 
 
 @language_task("TextGen/Keywords-v0")
-def keywords(model: Any = MODEL, length: int = 24, count: int = 4) -> Recipe:
+def keywords(model: Any = MODEL, length: int = 24, count: int = 4) -> TaskRecipe:
     """Use all of the given words, without repeating oneself.
 
     ## Description
@@ -168,11 +168,11 @@ def keywords(model: Any = MODEL, length: int = 24, count: int = 4) -> Recipe:
     """
     check_between("count", count, 1, len(WORDS))
     reward = [[{"name": "keywords", "words": WORDS[:count]}, 1.0], [{"name": "repetition", "n": 4}, -1.0]]
-    return Recipe(make_prompts("openings"), reward, _fixed_length(length))
+    return TaskRecipe(make_prompts("openings"), reward, _fixed_length(length))
 
 
 @language_task("TextGen/Readability-v0")
-def readability(model: Any = MODEL, length: int = 24, grade: float = 10.0) -> Recipe:
+def readability(model: Any = MODEL, length: int = 24, grade: float = 10.0) -> TaskRecipe:
     """Write for readers of a given school grade.
 
     ## Description
@@ -203,7 +203,7 @@ def readability(model: Any = MODEL, length: int = 24, grade: float = 10.0) -> Re
     Kincaid et al. 1975.
     """
     check_number("grade", grade, -3, 30)
-    return Recipe(make_prompts("openings"), {"name": "readability", "target": grade}, _fixed_length(length))
+    return TaskRecipe(make_prompts("openings"), {"name": "readability", "target": grade}, _fixed_length(length))
 
 
 class ClosedJson(Reward):
@@ -223,7 +223,7 @@ class ClosedJson(Reward):
 
 
 @language_task("TextGen/Json-v0")
-def json_object(model: Any = MODEL, length: int = 16, keys: int = 3) -> Recipe:
+def json_object(model: Any = MODEL, length: int = 16, keys: int = 3) -> TaskRecipe:
     """Finish a JSON object that has all of its keys.
 
     ## Description
@@ -263,11 +263,11 @@ def json_object(model: Any = MODEL, length: int = 16, keys: int = 3) -> Recipe:
         for mood in ("very ", "not ", "a bit ", "")
     ]
     reward = ClosedJson({"type": "object", "required": list(KEYS[:keys])})
-    return Recipe(ListPrompts(begun), reward, {"max_new_tokens": length, "stop": ("}",)})
+    return TaskRecipe(ListPrompts(begun), reward, {"max_new_tokens": length, "stop": ("}",)})
 
 
 @language_task("TextGen/Couplet-v0")
-def couplet(model: Any = MODEL, length: int = 10) -> Recipe:
+def couplet(model: Any = MODEL, length: int = 10) -> TaskRecipe:
     """Write the second line of a couplet: it rhymes, and has as many syllables as the first.
 
     ## Description
@@ -300,11 +300,11 @@ def couplet(model: Any = MODEL, length: int = 10) -> Recipe:
     check_between("length", length, 1, 256)
     lines = ListPrompts([Prompt(f"{line},\n") for line in FIRST_LINES])
     reward = [["rhyme", 0.5], [{"name": "metre", "syllables": 8}, 0.5]]
-    return Recipe(lines, reward, {"max_new_tokens": length, "stop": ("\n",)})
+    return TaskRecipe(lines, reward, {"max_new_tokens": length, "stop": ("\n",)})
 
 
 @language_task("TextGen/LeadRouge-v0")
-def lead_rouge(length: int = 20) -> Recipe:
+def lead_rouge(length: int = 20) -> TaskRecipe:
     """Write the sentence that somebody else wrote, every token of the vocabulary allowed.
 
     ## Description
@@ -341,7 +341,7 @@ def lead_rouge(length: int = 20) -> Recipe:
         for (event, lead), places in NEWS.items()
         for place in places
     ]
-    return Recipe(ListPrompts(news), "rouge", {"max_new_tokens": length, "top_k": None})
+    return TaskRecipe(ListPrompts(news), "rouge", {"max_new_tokens": length, "top_k": None})
 
 
 FIRST_LINES = (

@@ -1,0 +1,1 @@
+"""Agents that learn nothing: one step ahead, or a search."""

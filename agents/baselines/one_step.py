@@ -1,0 +1,126 @@
+"""Agents that learn nothing: the language model, its likeliest text, and a look one token ahead.
+
+They read everything from the observation, so one instance serves any environment. All answer
+Stable-Baselines3's ``predict`` and give their probabilities, from which KL is computed exactly.
+
+    observation: logprobs (B, k), action_mask (B, k), ...  ->  probabilities (B, k)  ->  actions (B,)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from textgen_env.errors import ConfigError
+from textgen_env.evaluation import Floats
+from textgen_env.policies import renormalise, sample
+from textgen_env.registry import Registry
+
+Observation = dict[str, npt.NDArray[Any]]
+
+SEARCH_AGENTS: Registry[type[SearchAgent]] = Registry("agent")
+"""Agents without learning, by name."""
+
+
+class SearchAgent(ABC):
+    """A policy over the candidates, computed from the observation alone.
+
+    Args:
+        seed: Of the random numbers that ``predict`` draws with.
+    """
+
+    needs: tuple[str, ...] = ("logprobs", "action_mask")  # keys of the observation
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def probabilities(self, observation: Observation) -> Floats:
+        """Return (B, k) probabilities, 0 where the action is masked.
+
+        Raises:
+            ConfigError: the observation lacks a key (which, and how to get it).
+        """
+        held = tuple(observation) if isinstance(observation, dict) else ()
+        missing = [key for key in self.needs if key not in held]
+        if missing:
+            raise ConfigError(
+                f"{type(self).__name__} needs the observation key {missing[0]!r}; make the environment with "
+                f"observation='full' or a tuple of keys that holds {', '.join(self.needs)}"
+                + (" (and a reward that can score a prefix)" if missing[0] == "candidate_scores" else "")
+            )
+        log_mu, _ = renormalise(observation["logprobs"], observation["action_mask"])
+        return self._policy(log_mu, observation)
+
+    @abstractmethod
+    def _policy(self, log_mu: Floats, observation: Observation) -> Floats:
+        """Return (B, k) probabilities, given log mu_k with -inf where masked."""
+
+    def predict(
+        self,
+        observation: Observation,
+        state: tuple[Any, ...] | None = None,
+        episode_start: npt.NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[npt.NDArray[np.int64], tuple[Any, ...] | None]:
+        """Return an action a row, (B,), or one action, (), for an observation without a batch axis."""
+        policy = self.probabilities(observation)
+        rows = policy.reshape(-1, policy.shape[-1])
+        actions = rows.argmax(-1) if deterministic else sample(rows, self._rng.random(len(rows)))
+        return actions.reshape(policy.shape[:-1]), state
+
+
+@SEARCH_AGENTS.register("random")
+class RandomAgent(SearchAgent):
+    """Any legal candidate, all alike."""
+
+    def _policy(self, log_mu: Floats, observation: Observation) -> Floats:
+        legal = np.isfinite(log_mu)
+        return legal / legal.sum(-1, keepdims=True)
+
+
+@SEARCH_AGENTS.register("sample")
+class SampleAgent(SearchAgent):
+    """The language model itself: mu_k, its distribution over the legal candidates."""
+
+    def _policy(self, log_mu: Floats, observation: Observation) -> Floats:
+        return np.exp(log_mu)
+
+
+@SEARCH_AGENTS.register("greedy")
+class GreedyAgent(SearchAgent):
+    """The likeliest legal candidate, always."""
+
+    def _policy(self, log_mu: Floats, observation: Observation) -> Floats:
+        return np.asarray(np.arange(log_mu.shape[-1]) == log_mu.argmax(-1)[..., None], np.float64)
+
+
+@SEARCH_AGENTS.register("lookahead")
+class LookaheadAgent(SearchAgent):
+    """The language model tilted by what each candidate does to the running score at once.
+
+    pi is proportional to mu_k exp((candidate_scores - score) / beta): the optimal policy if nothing
+    after the next token mattered. It needs a reward that can score a prefix, and is the bar that
+    learning has to clear.
+
+    Args:
+        beta: Temperature, in reward units a nat, above 0.
+
+    Raises:
+        ConfigError: ``beta`` is not above 0.
+    """
+
+    needs = ("logprobs", "action_mask", "score", "candidate_scores")
+
+    def __init__(self, beta: float = 0.2, seed: int | None = None) -> None:
+        super().__init__(seed)
+        if not beta > 0:
+            raise ConfigError(f"beta must be above 0, got {beta}")
+        self.beta = beta
+
+    def _policy(self, log_mu: Floats, observation: Observation) -> Floats:
+        gains = np.asarray(observation["candidate_scores"], np.float64) - observation["score"]
+        tilted = log_mu + gains / self.beta
+        return np.exp(tilted - np.logaddexp.reduce(tilted, axis=-1)[..., None])

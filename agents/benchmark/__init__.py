@@ -1,0 +1,1 @@
+"""Benchmarks: agents on tasks, with several seeds and intervals."""

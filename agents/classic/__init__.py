@@ -1,0 +1,1 @@
+"""The classic parts: a Q-network, experience replay, and a training loop."""

@@ -1,0 +1,343 @@
+"""Healing: a pruned language model learns its dense self's next-token distributions again.
+
+The loss is KL(teacher || student), mean over all positions, in nats a token. It needs no labels, so
+any text will do, and without any the teacher writes its own. Text like what the model is to write
+heals best.
+
+Weights in bfloat16 swallow small steps (1 + 1e-3 is 1), so the optimiser works on float32 copies
+and writes them back after each step. That is as fast as bfloat16 and as exact as float32.
+
+    texts  ->  rows of ids (N, length)  ->  teacher, student logits (B, length, V)  ->  KL
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from agents.pruning.calibration import Text, self_written, token_batches
+from agents.pruning.methods import Linear, PruningReport
+from agents.pruning.model import PrunedTransformerModel, load_transformer
+from textgen_env.errors import ConfigError, ModelError, RunFolderError
+
+CHECKPOINT = "distil.pt"
+WRITTEN_ROWS = 512  # how much the teacher writes at most: about the time of 100 steps
+
+_log = logging.getLogger(__name__)
+
+
+def distil(
+    student: PreTrainedModel | PrunedTransformerModel,
+    teacher: PreTrainedModel | PrunedTransformerModel,
+    texts: Text | None = None,
+    steps: int = 500,
+    *,
+    tokenizer: Any = None,
+    batch_size: int = 4,
+    length: int = 256,
+    learning_rate: float = 4e-4,
+    seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 50,
+    progress: bool = True,
+) -> list[float]:
+    """Train ``student`` in place to predict what ``teacher`` predicts; return the KL of each step.
+
+    The embeddings stay as they are (pruning does not touch them), and so does every zero that
+    pruning made. Calling again with the same arguments and ``folder`` goes on where a stopped run
+    left off, and ends with the same weights as a run that was not stopped.
+
+    Args:
+        student: The pruned causal model.
+        teacher: The dense one, with the same vocabulary.
+        texts: Texts or token ids (N, T); None lets the teacher write up to 512 rows.
+        steps: Updates; rows are reshuffled and used again when they run out.
+        tokenizer: For texts, unless the student brings one.
+        batch_size: Rows a step.
+        length: Tokens a row; texts are joined and cut to it.
+        learning_rate: AdamW's peak: 5% of the steps lead up to it, then it falls linearly to zero. The
+            default was the better of 1e-4 and 4e-4 on SmolLM2-135M; larger models want less.
+        seed: Of the order of the rows, and of what the teacher writes.
+        folder: Where the checkpoint lives; None keeps none.
+        checkpoint_every: Steps from one checkpoint to the next.
+        progress: Show a bar.
+
+    Returns:
+        KL(teacher || student) of each step's batch before its update, nats a token.
+
+    Raises:
+        ConfigError: numbers out of range, no text, different vocabularies, or a model without logits.
+        RunFolderError: ``folder`` holds a checkpoint of a different run.
+        ModelError: the loss became infinite or NaN.
+    """
+    student, tokenizer = _unwrap(student, tokenizer)
+    teacher, tokenizer = _unwrap(teacher, tokenizer)
+    sizes = {"steps": steps, "batch_size": batch_size, "length": length, "checkpoint_every": checkpoint_every}
+    for name, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    if length < 2 or not learning_rate > 0:
+        raise ConfigError(f"length must be at least 2 and learning_rate above 0, got {length} and {learning_rate}")
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise ConfigError(
+            f"student and teacher must share a vocabulary, got {student.config.vocab_size} and "
+            f"{teacher.config.vocab_size} tokens"
+        )
+
+    rows = _rows(texts, teacher, tokenizer, min(steps * batch_size, WRITTEN_ROWS), length, seed, folder)
+    run = _Run(student, learning_rate)
+    start = _fingerprint([rows, *run.weights])
+    settings = {**sizes, "learning_rate": learning_rate, "seed": seed, "text and weights": start}
+    path = None if folder is None else Path(folder) / CHECKPOINT
+
+    modes = student.training, teacher.training
+    student.eval()  # no dropout: the teacher has none either
+    teacher.eval()
+    try:
+        if path is not None and path.is_file():
+            run.load(path, settings)
+        with tqdm(total=steps, initial=len(run.losses), desc="healing", disable=not progress) as bar:
+            for step in range(len(run.losses), steps):
+                ids = rows[_indices(step, batch_size, len(rows), seed)].to(student.device)
+                with torch.no_grad():
+                    target = teacher(input_ids=ids, use_cache=False).logits
+                loss = _kl(student(input_ids=ids, use_cache=False).logits, target)
+                run.update(loss, learning_rate * _schedule(step, steps))
+                bar.update()
+                bar.set_postfix(kl=f"{run.losses[-1]:.3f}")
+                if path is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
+                    run.save(path, settings)
+    finally:
+        student.train(modes[0])
+        teacher.train(modes[1])
+        run.release()
+    return run.losses
+
+
+def prune_and_heal(
+    name: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    cuts: Sequence[tuple[str, float]],
+    steps: int = 0,
+    *,
+    texts: Text | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    progress: bool = True,
+) -> PruningReport:
+    """Prune the model called ``name``, heal it for ``steps``, and save it in the folder ``out``.
+
+    Called again after a stop, it goes on healing; the checkpoints in ``out`` are gone once the
+    model is there.
+
+    Args:
+        name: As for ``PrunedTransformerModel``.
+        out: The folder.
+        cuts: At least one (method, amount), made one after the other; ``parse_pruning`` reads them.
+        steps: As for ``distil``; 0 heals nothing.
+        texts: For calibration and healing; None lets the dense model write them.
+        dtype, seed, progress: As for ``PrunedTransformerModel`` and ``distil``.
+
+    Raises:
+        RunFolderError: ``out`` holds a model already, or the checkpoint of a different run.
+        ConfigError, ModelError: as ``PrunedTransformerModel`` and ``distil`` do.
+    """
+    folder, checkpoints = Path(out), Path(out) / "healing"
+    if (folder / "config.json").exists():
+        raise RunFolderError(f"{str(folder)!r} holds a model already; choose another folder")
+    (method, amount), *others = cuts
+    student = PrunedTransformerModel(name, amount, method, calibration=texts, dtype=dtype, seed=seed)
+    for method, amount in others:
+        student.prune(amount, method, calibration=texts, seed=seed)
+    if steps:
+        teacher, _ = load_transformer(name, dtype)
+        distil(student, teacher, texts, steps, seed=seed, folder=checkpoints, progress=progress)
+    student.save_pretrained(folder)
+    if checkpoints.is_dir():
+        shutil.rmtree(checkpoints)
+    return student.report()
+
+
+class _Run:
+    """The student's weights under training: float32 masters, optimiser, losses so far."""
+
+    def __init__(self, student: PreTrainedModel, learning_rate: float) -> None:
+        self.was_trainable = [(p, p.requires_grad) for p in student.parameters()]
+        frozen = {
+            id(p)
+            for part in (student.get_input_embeddings(), student.get_output_embeddings())
+            for p in part.parameters()
+        }
+        self.weights = [p for p in student.parameters() if id(p) not in frozen]
+        for parameter, _ in self.was_trainable:
+            parameter.requires_grad_(id(parameter) not in frozen)
+        self.masters = [p.detach().float() for p in self.weights]  # float32 weights are their own master
+        pruned = {id(m.weight) for m in student.modules() if isinstance(m, Linear)}
+        self.holes = [
+            (master, zero)
+            for weight, master in zip(self.weights, self.masters, strict=True)
+            if id(weight) in pruned and (zero := weight.detach() == 0).any()
+        ]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        self.losses: list[float] = []
+
+    def update(self, loss: torch.Tensor, learning_rate: float) -> None:
+        """One step down ``loss``, with gradients of a norm of at most 1."""
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ModelError(f"the KL became {value} at step {len(self.losses)}; lower the learning rate")
+        loss.backward()
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        nn.utils.clip_grad_norm_(self.masters, 1.0)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.step()
+        with torch.no_grad():
+            for master, zero in self.holes:
+                master.masked_fill_(zero, 0.0)
+        self._write_back()
+        self.losses.append(value)
+
+    def _write_back(self) -> None:
+        with torch.no_grad():
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                weight.copy_(master)
+
+    def save(self, path: Path, settings: dict[str, Any]) -> None:
+        """Write everything that the next step depends on, by one rename."""
+        state = {
+            "settings": settings,
+            "losses": self.losses,
+            "masters": self.masters,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        _save(state, path)
+
+    def load(self, path: Path, settings: dict[str, Any]) -> None:
+        state = _load(path)
+        if state["settings"] != settings:
+            raise RunFolderError(
+                f"{path} belongs to another run ({state['settings']}); this one is {settings}. "
+                "Give the same arguments to go on, or another folder to start anew."
+            )
+        with torch.no_grad():
+            for master, saved in zip(self.masters, state["masters"], strict=True):
+                master.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses = state["losses"]
+        self._write_back()
+        _log.info("going on after step %d of %s", len(self.losses), path)
+
+    def release(self) -> None:
+        """Give the student back as trainable as it came."""
+        for parameter, trainable in self.was_trainable:
+            parameter.requires_grad_(trainable)
+            parameter.grad = None
+
+
+def _kl(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """KL(target || logits) in nats, mean over positions, computed in float32. Both (B, T, V)."""
+    logp = logits.flatten(0, 1).float().log_softmax(-1)
+    return nn.functional.kl_div(
+        logp, target.flatten(0, 1).float().log_softmax(-1), reduction="batchmean", log_target=True
+    )
+
+
+def _schedule(step: int, steps: int) -> float:
+    """The share of the peak learning rate at a step: up over 5% of the steps, then down to zero."""
+    warmup = max(1, steps // 20)
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+def _indices(step: int, batch_size: int, count: int, seed: int) -> list[int]:
+    """Which rows a step reads: every row once an epoch, in an order that depends on nothing else."""
+    orders: dict[int, list[int]] = {}
+    picked = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(position, count)
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(count, generator=generator).tolist()
+        picked.append(orders[epoch][place])
+    return picked
+
+
+def _rows(
+    texts: Text | None,
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    count: int,
+    length: int,
+    seed: int,
+    folder: str | os.PathLike[str] | None,
+) -> torch.Tensor:
+    """The training text as ids (N, length)."""
+    if texts is None:
+        cached = None if folder is None else Path(folder) / f"written-{count}x{length}-{seed}.pt"
+        if cached is not None and cached.is_file():
+            written: torch.Tensor = _load(cached)
+            return written
+        _log.info("the teacher writes %d rows of %d tokens", count, length)
+        written = self_written(teacher, count, length, seed)
+        if cached is not None:
+            _save(written, cached)
+        return written
+    if isinstance(texts, torch.Tensor):
+        return torch.cat(token_batches(texts, None, length, len(texts) or 1))
+    pieces = [row[0] for row in token_batches(texts, tokenizer, teacher.config.max_position_embeddings, 1)]
+    end = teacher.generation_config.eos_token_id if teacher.generation_config else None
+    if end is not None:
+        end = torch.tensor([end if isinstance(end, int) else end[0]])
+        pieces = [part for piece in pieces for part in (piece, end)]
+    stream = torch.cat(pieces)
+    length = min(length, len(stream))
+    return stream[: len(stream) // length * length].view(-1, length)
+
+
+def _unwrap(model: PreTrainedModel | PrunedTransformerModel, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    if isinstance(model, PrunedTransformerModel):
+        model, tokenizer = model.model, tokenizer or model.tokenizer
+    if model.get_output_embeddings() is None:
+        raise ConfigError(f"{type(model).__name__} has no next-token logits to distil; give a causal language model")
+    return model, tokenizer
+
+
+def _fingerprint(tensors: Iterable[torch.Tensor]) -> str:
+    """A hash of what a run starts from, so that a checkpoint goes on with nothing else."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _save(state: Any, path: Path) -> None:
+    """Write by one rename, so that a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half_written = path.with_suffix(".partial")
+    torch.save(state, half_written)
+    os.replace(half_written, path)
+
+
+def _load(path: Path) -> Any:
+    """Read what ``_save`` wrote; nothing else is unpickled.
+
+    Raises:
+        RunFolderError: another file, or a damaged one.
+    """
+    try:
+        return torch.load(path, weights_only=True)
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError, UnpicklingError) as error:
+        raise RunFolderError(f"{path} is damaged, or nothing that distillation wrote: delete it ({error})") from error

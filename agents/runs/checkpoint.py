@@ -1,0 +1,190 @@
+"""A training that can be killed: everything it is made of, in one folder that is whole or not there.
+
+    RUN/checkpoints/000000020000/   state.safetensors   networks, optimiser, rows of the environment, random states
+                                    replay.safetensors  the steps held so far
+                                    state.json          counters, prompts, generators, and what the caller adds
+
+A checkpoint is a barrier: the process that goes on forgets its memos and caches too, as one that
+resumes must, so both compute the same from there on, bit for bit. It is written beside the last
+one, flushed, and renamed; only then is the last one deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from agents.sb3_vec import SB3VecEnv
+from agents.text_dqn.portable import REBUILT, check_trained_on, settings_of
+from agents.text_dqn.replay import EpisodeReplay
+from textgen_env.errors import ConfigError, RunFolderError
+
+if TYPE_CHECKING:
+    from agents.text_dqn.agent import TextDQN
+
+
+HALF_MADE = ".half-made"
+
+
+def save_checkpoint(folder: str | os.PathLike[str], agent: TextDQN, extra: dict[str, Any]) -> Path:
+    """Write ``folder/STEPS`` and delete the ones before it. Call it between two environment steps.
+
+    Args:
+        folder: Where checkpoints live.
+        agent: In the middle of ``learn``, in a native vector environment.
+        extra: Plain data to keep with it.
+
+    Raises:
+        RunFolderError: it could not be written (a full disk, say); the one before is still there.
+        ConfigError: the environment cannot be stored, or ``extra`` is no plain data.
+    """
+    parent = Path(folder)
+    target = parent / f"{agent.num_timesteps:012d}"
+    if target.is_dir():
+        return target  # nothing has happened since
+    tensors, plain = _state(agent)
+    try:
+        text = json.dumps(plain | {"extra": extra})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"prompts and their metadata must be plain data to be kept in a checkpoint: {error}"
+        ) from error
+    half_made = parent / HALF_MADE
+    try:
+        shutil.rmtree(half_made, ignore_errors=True)  # a killed process left it
+        half_made.mkdir(parents=True)
+        save_file(tensors, half_made / "state.safetensors")
+        _replay(agent).save(half_made / "replay.safetensors")
+        (half_made / "state.json").write_text(text, encoding="utf-8")
+        for path in (*half_made.iterdir(), half_made):
+            _flush(path)
+        half_made.rename(target)
+        _flush(parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(half_made, ignore_errors=True)
+        raise RunFolderError(f"no checkpoint could be written to {str(parent)!r}: {error}") from error
+    for older in _checkpoints(parent):
+        if older != target:
+            shutil.rmtree(older, ignore_errors=True)
+    return target
+
+
+def load_checkpoint(checkpoint: str | os.PathLike[str], agent: TextDQN) -> dict[str, Any]:
+    """Put a new agent, made with the same settings, where the stored one was; return ``extra``.
+
+    Go on with ``agent.learn(steps left, reset_num_timesteps=False)``.
+
+    Raises:
+        RunFolderError: no checkpoint, or a damaged one.
+        ModelError: it is of another language model or vocabulary.
+        ConfigError: it is of an agent or environment of another shape.
+    """
+    path = Path(checkpoint)
+    try:
+        tensors = load_file(path / "state.safetensors")
+        plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        settings, extra = plain["agent"], dict(plain["extra"])
+        check_trained_on(settings["task"], agent.language_model)
+        _restore(agent, tensors, plain, settings)
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if isinstance(error, ConfigError) or type(error).__module__ == "textgen_env.errors":
+            raise
+        raise RunFolderError(f"the checkpoint {str(path)!r} is damaged, or of another agent: {error}") from error
+    _replay(agent).load(path / "replay.safetensors")
+    return extra
+
+
+def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """Return the checkpoint with the most steps, or None."""
+    return max(_checkpoints(Path(folder)), default=None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("[0-9]*") if path.is_dir()] if folder.is_dir() else []
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- what there is to store
+
+
+def _env(agent: TextDQN) -> SB3VecEnv:
+    if not isinstance(agent.env, SB3VecEnv):
+        raise ConfigError(
+            f"a checkpoint holds the rows of a native vector environment, got {type(agent.env).__name__}: make it with "
+            "gym.make_vec('TextGen-v0', ...)"
+        )
+    return agent.env
+
+
+def _replay(agent: TextDQN) -> EpisodeReplay:
+    assert isinstance(agent.replay_buffer, EpisodeReplay)
+    return agent.replay_buffer
+
+
+def _state(agent: TextDQN) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return tensors and plain data, after the environment has forgotten its caches."""
+    arrays, env = _env(agent).state_dict()
+    optimizer = agent.policy.optimizer.state_dict()
+    plain_state: dict[str, dict[str, Any]] = {}
+    tensors = {f"policy.{name}": tensor.contiguous() for name, tensor in agent.policy.state_dict().items()}
+    tensors |= {f"env.{name}": torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    for index, values in optimizer["state"].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value.contiguous()
+            else:
+                plain_state.setdefault(str(index), {})[name] = value
+    version, words, spare = random.getstate()
+    old: Any = np.random.get_state(legacy=False)  # SB3 draws from the global generators
+    tensors["random.torch"] = torch.get_rng_state()
+    tensors["random.numpy"] = torch.from_numpy(old["state"].pop("key").astype(np.int64))
+    tensors["random.python"] = torch.tensor(words)
+    return tensors, {
+        "agent": settings_of(agent, {*agent._excluded_save_params(), "_custom_logger"}),
+        "optimizer": {"groups": optimizer["param_groups"], "state": plain_state},
+        "env": env,
+        "random": {"numpy": old, "python": [version, spare]},
+    }
+
+
+def _restore(agent: TextDQN, tensors: dict[str, torch.Tensor], plain: dict[str, Any], settings: dict[str, Any]) -> None:
+    def part(name: str) -> dict[str, torch.Tensor]:
+        return {key.removeprefix(name): tensor for key, tensor in tensors.items() if key.startswith(name)}
+
+    agent.policy.load_state_dict(part("policy."))
+    moments: dict[int, dict[str, Any]] = {int(index): values for index, values in plain["optimizer"]["state"].items()}
+    for key, tensor in part("optimizer.").items():
+        index, _, name = key.partition(".")
+        moments.setdefault(int(index), {})[name] = tensor.clone()
+    agent.policy.optimizer.load_state_dict({"state": moments, "param_groups": plain["optimizer"]["groups"]})
+    _env(agent).load_state_dict({name: tensor.numpy() for name, tensor in part("env.").items()}, plain["env"])
+    skipped = {*REBUILT, *settings["left_out"], "left_out"}
+    agent.__dict__.update({name: value for name, value in settings.items() if name not in skipped})
+    observation: Any = _env(agent).observe()
+    agent._last_obs = observation
+    agent._last_episode_starts = np.zeros(_env(agent).num_envs, bool)
+    agent._rng.bit_generator.state = settings["_rng"]
+    version, spare = plain["random"]["python"]
+    random.setstate((version, tuple(tensors["random.python"].tolist()), spare))
+    old: dict[str, Any] = plain["random"]["numpy"]
+    words: Any = tensors["random.numpy"].numpy().astype(np.uint32)
+    old["state"]["key"] = words
+    np.random.set_state(old)
+    torch.set_rng_state(tensors["random.torch"])

@@ -1,0 +1,112 @@
+"""What a run is asked to do, as plain data."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from agents.zoo import AGENTS, MASK_AWARE, OBSERVATION
+from textgen_env.config import EnvConfig, check_at_least, check_type
+from textgen_env.errors import ConfigError
+from textgen_env.registry import unknown_name
+
+ENV_SETTINGS: Mapping[str, Any] = {
+    "top_k": 16,
+    "max_new_tokens": 20,
+    "min_new_tokens": 20,
+    "observation": OBSERVATION,
+}
+"""Settings of a run's environment unless said: texts of 20 tokens."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on, as plain data. The defaults are those of ``textgen train``.
+
+    Raises:
+        ConfigError: a value outside its range, or an unknown name.
+    """
+
+    agent: str = "text_dqn"  # a name in AGENTS
+    agent_settings: Mapping[str, Any] = field(default_factory=dict)  # keywords of the agent's class
+    model: str | None = "tiny"  # see textgen_env.models.load_language_model; None: an object
+    prune: str | None = None  # METHOD:AMOUNT, applied to the language model once
+    prompts: Any = None  # see textgen_env.prompts.make_prompts; None: the openings in the box, or an object
+    reward: Any = "sentiment"  # see textgen_env.rewards.make_reward; None: an object
+    env: Mapping[str, Any] = field(default_factory=dict)  # fields of EnvConfig; those of ENV_SETTINGS are added
+    steps: int = 70_000  # environment steps to learn from: one token each
+    checkpoint_every: int = 20_000  # steps from one checkpoint to the next, and one at the end; 0: none
+    envs: int = 64  # texts written at a time
+    seed: int = 0
+    beta: float = 0.1  # price of KL, reward units a nat, in the agent's objective and in the report
+    eval_prompts: int = 32  # at most; held out where there are enough
+    eval_texts: int = 512  # for each agent measured
+    eval_samples: int = 64  # of the language model, for each prompt, to estimate the best possible policy
+    objects: tuple[str, ...] = ()  # of model, prompts and reward: those that were given as Python objects
+
+    def __post_init__(self) -> None:
+        check_type("agent", self.agent, str)
+        AGENTS[self.agent]
+        for name in ("steps", "envs", "eval_prompts", "eval_texts"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("checkpoint_every", self.checkpoint_every, 0)
+        check_at_least("eval_samples", self.eval_samples, 2)
+        check_at_least("seed", self.seed, 0)
+        check_type("beta", self.beta, int, float)
+        if not 0 < self.beta < math.inf:
+            raise ConfigError(f"beta must be above 0 (reward units a nat) and finite, got {self.beta!r}")
+        for name in ("model", "prune"):
+            check_type(name, getattr(self, name), str, type(None))
+        for name in ("agent_settings", "env"):
+            check_type(name, getattr(self, name), Mapping)
+        if "tensorboard_log" in self.agent_settings:  # any folder of the machine
+            raise ConfigError("agent_settings cannot have tensorboard_log: the run's events are in its own folder")
+        check_type("objects", self.objects, list, tuple)
+        if self.prune is not None:
+            from agents.pruning.methods import parse_pruning
+
+            parse_pruning(self.prune)
+        object.__setattr__(self, "objects", tuple(self.objects))
+        env = {**ENV_SETTINGS, **self.env}  # kept whole: a stored run outlives these defaults
+        object.__setattr__(self, "env", {k: list(v) if isinstance(v, tuple) else v for k, v in env.items()})
+        self.env_config()
+
+    def env_config(self) -> EnvConfig:
+        """Return the environment's settings, checked."""
+        maps_illegal = {} if self.agent in MASK_AWARE else {"on_illegal": "last_legal"}  # the others know no mask
+        return EnvConfig.from_settings({**maps_illegal, **self.env})
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, trust: bool = False) -> RunConfig:
+        """Return what ``to_json`` wrote.
+
+        Args:
+            trust: Also take a file that lets a hub repository's code run.
+
+        Raises:
+            ConfigError: not JSON, not an object, a field that does not exist (with a suggestion), or
+                ``trust_remote_code`` without ``trust``.
+        """
+        try:
+            read = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"a run's configuration must be JSON: {error}") from error
+        if not isinstance(read, dict):
+            raise ConfigError(f"a run's configuration must be a JSON object, got {type(read).__name__}")
+        known = [f.name for f in fields(cls)]
+        for name in read:
+            if name not in known:
+                raise unknown_name("field", name, known)
+        config = cls(**read)
+        if config.env_config().trust_remote_code and not trust:
+            raise ConfigError(
+                "the file asks to run code that a hub repository ships (trust_remote_code): load only what you trust, "
+                "with --trust where a command has it, or with trust=True in Python"
+            )
+        return config

@@ -1,0 +1,350 @@
+"""What an agent is worth, next to what the language model gives and what is possible at all.
+
+    language model  ->  Yardstick  (samples, greedy, lookahead, the optimum)
+    agent           ->  Report     (rows of the table, curves on the reward-KL plane)  ->  table, PNG, Markdown, JSON
+
+Everything in a report is plain data, so ``summary.json`` holds what the table shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agents.baselines.one_step import GreedyAgent, LookaheadAgent, SampleAgent
+from agents.runs.optimum import Optimum, Point, best_of_n, estimated_optimum, share_of_optimal_gain
+from textgen_env.evaluation import Evaluation, evaluate
+from textgen_env.policies import Agent
+from textgen_env.prompts import PromptSource
+from textgen_env.vector_env import TextGenVectorEnv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+FRONTIER_BETAS = tuple(np.geomspace(1.0, 0.05, 13).tolist())
+ACTING_FACTORS = (0.5, 2.0)
+"""A tilted policy is drawn on the plane at its own temperature and at these multiples of it."""
+
+BEST = "best possible policy"
+BEST_OF_N = "best of n samples, KL at most"
+LOOKAHEAD = "score lookahead, no learning"
+
+Curve = list[tuple[float, float]]
+"""Points (KL in nats a text, reward)."""
+
+
+@dataclass(frozen=True)
+class ReportLine:
+    """One line of the table. What is unknown, or has no meaning for the row, is None."""
+
+    name: str
+    reward: float
+    reward_low: float | None = None  # 95% bootstrap interval
+    reward_high: float | None = None
+    kl: float | None = None  # nats a text, to the language model over the candidates
+    kl_at_most: bool = False  # kl is a bound, so value and share are at least what they say
+    likelihood: float | None = None  # nats a token, under the language model
+    distinct_2: float | None = None
+    value: float | None = None  # J = reward - beta kl
+    share: float | None = None  # of the optimal gain in J
+    details: Mapping[str, Any] | None = None  # every other figure of the evaluation
+
+
+@dataclass(frozen=True)
+class Report:
+    """The table, the plane, and what has to be said with them."""
+
+    agent: str  # its name in the rows and curves
+    beta: float
+    rows: list[ReportLine]
+    curves: dict[str, Curve]
+    notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What can be had without learning, on the prompts of a report."""
+
+    beta: float
+    samples: Evaluation  # of the language model, as many a prompt as the optimum is estimated from
+    greedy: Evaluation
+    lookahead: list[Evaluation]  # at its own temperature, then at others; empty where no prefix can be scored
+
+    @classmethod
+    def measure(
+        cls,
+        env: TextGenVectorEnv,
+        prompts: PromptSource,
+        *,
+        beta: float,
+        texts: int,
+        samples: int,
+        seed: int,
+        say: Callable[[str], None] = lambda what: None,
+    ) -> Yardstick:
+        """Roll out the agents without learning.
+
+        Args:
+            env: With ``logprobs`` and ``action_mask`` in its observation; lookahead also needs
+                ``score`` and ``candidate_scores``, and is left out without them.
+            prompts: What the report is about.
+            beta: Reward units a nat: the price of KL in J.
+            texts: For each agent, rounded up to a whole number a prompt.
+            samples: Texts of the language model a prompt, from which the optimum is estimated.
+            seed: Of the evaluation's random numbers.
+            say: Told what is being measured.
+        """
+        say("language model")
+        sampled = evaluate(SampleAgent(), env, max(texts, samples * len(prompts)), seed, prompts)
+        say("language model, greedy")
+        greedy = evaluate(GreedyAgent(), env, len(prompts), seed, prompts)  # once a prompt: it has no other
+        lookahead = []
+        if "candidate_scores" in env.episodes.keys:
+            say("score lookahead")
+            lookahead = evaluate_agent(LookaheadAgent(), env, prompts, texts=texts, seed=seed)
+        return cls(beta, sampled, greedy, lookahead)
+
+    def optimum(self, beta: float) -> Optimum:
+        """Return the best policy at ``beta``, estimated from the samples."""
+        return estimated_optimum(self.samples.by_prompt(self.samples.rewards), beta)
+
+    @cached_property
+    def best(self) -> Optimum:
+        """The best policy at the report's own beta."""
+        return self.optimum(self.beta)
+
+    def row(self, name: str, evaluation: Evaluation, distinct: bool = True) -> ReportLine:
+        """Return the line of an evaluated agent."""
+        figures = evaluation.figures()
+        values = evaluation.values(self.beta)
+        value = None if values is None else float(values.mean())
+        return ReportLine(
+            name,
+            figures["reward"],
+            figures["reward_low"],
+            figures["reward_high"],
+            figures["kl"],
+            likelihood=figures["likelihood"],
+            distinct_2=figures["distinct_2"] if distinct else None,
+            value=value,
+            share=self._share(value),
+            details=figures,
+        )
+
+    def report(self, agent: str, evaluations: Sequence[Evaluation], notes: Sequence[str] = ()) -> Report:
+        """Return the report of an agent: ``evaluations`` are those of ``evaluate_agent``."""
+        rewards = self.samples.by_prompt(self.samples.rewards)
+        bests = {n: best_of_n(rewards, n) for n in BEST_OF if n <= rewards.shape[1]}
+        shown = min(16, max(bests))
+        frontier = [self.optimum(beta).point for beta in sorted({*FRONTIER_BETAS, self.beta}, reverse=True)]
+        rows = [
+            self.row("language model, sampled", self.samples),
+            self.row("language model, greedy", self.greedy, distinct=False),
+            self._plain_row(f"best of {shown} samples", bests[shown], kl_at_most=True),
+            *(self.row(LOOKAHEAD, evaluation) for evaluation in self.lookahead[:1]),
+            *(self.row(agent, evaluation) for evaluation in evaluations[:1]),
+            self._plain_row(BEST, self.best.point),
+        ]
+        curves = {
+            BEST: [(0.0, self.samples.reward), *((point.kl, point.reward) for point in frontier)],
+            BEST_OF_N: [(point.kl, point.reward) for point in bests.values()],
+            LOOKAHEAD: _curve(self.lookahead),
+            agent: _curve(evaluations),
+        }
+        return Report(
+            agent,
+            self.beta,
+            rows,
+            {name: curve for name, curve in curves.items() if curve},
+            [
+                *notes,
+                f"J = reward - {self.beta:g} KL. Its share of the optimal gain is 0% for the language model, sampled, "
+                "and 100% for the best possible policy.",
+                f"The latter is estimated from {rewards.shape[1]} samples for each of {len(rewards)} prompts, worth "
+                f"{np.median(self.best.effective_samples):.0f} of its own (median): more samples, a surer estimate.",
+            ],
+        )
+
+    def _plain_row(self, name: str, point: Point, kl_at_most: bool = False) -> ReportLine:
+        value = point.reward - self.beta * point.kl
+        return ReportLine(name, point.reward, kl=point.kl, kl_at_most=kl_at_most, value=value, share=self._share(value))
+
+    def _share(self, value: float | None) -> float | None:
+        if value is None:
+            return None
+        share = share_of_optimal_gain(value, self.samples.reward, float(self.best.value.mean()))
+        return None if math.isnan(share) else share
+
+
+def evaluate_agent(
+    agent: Agent,
+    env: TextGenVectorEnv,
+    prompts: PromptSource,
+    *,
+    texts: int,
+    seed: int,
+    deterministic: bool = False,
+    say: Callable[[str], None] = lambda what: None,
+) -> list[Evaluation]:
+    """Return the agent's evaluation and, where it has a temperature ``beta``, those at others (half the texts)."""
+    say("agent")
+    evaluations = [evaluate(agent, env, texts, seed, prompts, deterministic)]
+    if hasattr(agent, "beta"):
+        for factor in ACTING_FACTORS:
+            acting = factor * agent.beta
+            say(f"agent at {acting:g}")
+            with _acting_at(agent, acting):
+                evaluations.append(evaluate(agent, env, max(texts // 2, 1), seed, prompts, deterministic))
+    return evaluations
+
+
+def table(report: Report) -> Table:
+    """Return the rows as a ``rich`` table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    units = "± is half of the 95% interval; KL in nats a text, log-likelihood a token; distinct-2."
+    grid = Table(caption="\n".join((units, *report.notes)), caption_justify="left", box=SIMPLE_HEAD)
+    grid.add_column("policy", min_width=20)  # it wraps; figures never do
+    for heading in ("reward", "KL", "loglik", "distinct", "J", "share"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for row in report.rows:
+        half = None if row.reward_low is None or row.reward_high is None else (row.reward_high - row.reward_low) / 2
+        interval = "" if half is None else f" ±{half:.2f}"
+        at_least = "≥ " if row.kl_at_most else ""
+        grid.add_row(
+            row.name,
+            f"{row.reward:.2f}{interval}",
+            ("≤ " if row.kl_at_most else "") + _shown(row.kl, ".1f"),
+            _shown(row.likelihood, ".2f"),
+            _shown(row.distinct_2, ".2f"),
+            at_least + _shown(row.value, ".2f"),
+            at_least + _shown(row.share, ".0%"),
+            style="bold" if row.name == report.agent else None,
+        )
+    return grid
+
+
+def text_metrics(evaluation: Evaluation, references: Sequence[str | None]) -> dict[str, float]:
+    """Return what ``textgen_env.metrics`` says of the texts.
+
+    Args:
+        evaluation: The texts.
+        references: Of each of its prompts; where all have one, texts are compared with them too.
+    """
+    from evaluate import combine
+
+    from textgen_env.metrics import METRICS
+
+    names = ["distinct", "repetition", "self_bleu", "reward"]
+    columns: dict[str, Any] = {"predictions": list(evaluation.completions), "rewards": evaluation.rewards.tolist()}
+    if references and None not in references:
+        names += ["bleu", "chrf", "rouge"]
+        columns["references"] = [references[i % len(references)] for i in range(len(evaluation.completions))]
+    figures: dict[str, float] = combine([METRICS[name]() for name in names]).compute(**columns)
+    return figures
+
+
+def draw_plane(report: Report, path: Path) -> None:
+    """Draw reward against KL: every policy of the report, under the curve that none can cross."""
+    figure = _figure(7.5, 4.8)
+    axes = figure.add_subplot()
+    looks = {
+        BEST: {"color": "black", "linewidth": 1.5},
+        BEST_OF_N: {"color": "tab:gray", "linestyle": "--", "marker": ".", "linewidth": 1},
+        LOOKAHEAD: {"color": "tab:orange", "marker": "s", "markersize": 5},
+    }
+    for name, curve in report.curves.items():
+        look: dict[str, Any] = looks.get(name, {"color": "tab:blue", "marker": "o", "markersize": 7})
+        axes.plot(*zip(*curve, strict=True), label=name, **look)
+    language_model = report.rows[0]
+    axes.plot(0, language_model.reward, "k*", markersize=11, label="language model")
+    axes.set_xlabel("KL to the language model, nats a text")
+    axes.set_ylabel("reward of a text")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(path)
+
+
+def draw_learning(metrics: Sequence[Mapping[str, float]], reference: float | None, path: Path) -> None:
+    """Draw the reward of recent texts against steps and against seconds, with the language model's as a line."""
+    figure = _figure(9, 3.6)
+    for place, (key, label) in enumerate([("steps", "steps (tokens)"), ("seconds", "seconds of training")]):
+        axes = figure.add_subplot(1, 2, place + 1)
+        axes.plot([row[key] for row in metrics], [row.get("reward", math.nan) for row in metrics], color="tab:blue")
+        if reference is not None:
+            axes.axhline(reference, color="black", linestyle=":", label="language model, new prompts")
+            axes.legend(frameon=False)
+        axes.set_xlabel(label)
+        axes.set_ylabel("reward of recent texts")
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def samples_page(before: Evaluation, after: Evaluation, notes: Sequence[str] = ()) -> str:
+    """Return a Markdown page: for each prompt, a text before and after training, with their rewards."""
+    lines = [
+        "# Before and after",
+        "",
+        *notes,
+        "",
+        f"Mean reward {before.reward:.2f} before, {after.reward:.2f} after. Below, the first text of each prompt,",
+        "not a selection; both drawn with the same random numbers.",
+        "",
+        "| prompt | before | reward | after | reward |",
+        "|---|---|---:|---|---:|",
+    ]
+    for i in range(before.num_prompts):
+        cells = [
+            markdown_cell(before.prompts[i]),
+            markdown_cell(before.completions[i]),
+            f"{before.rewards[i]:.2f}",
+            markdown_cell(after.completions[i]),
+            f"{after.rewards[i]:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _curve(evaluations: Sequence[Evaluation]) -> Curve:
+    """Return the points with a KL, by KL."""
+    points = [(evaluation.mean_kl, evaluation.reward) for evaluation in evaluations]
+    return sorted((kl, reward) for kl, reward in points if kl is not None)
+
+
+@contextlib.contextmanager
+def _acting_at(agent: Any, beta: float) -> Iterator[None]:
+    own, agent.beta = agent.beta, beta
+    try:
+        yield
+    finally:
+        agent.beta = own
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "–" if value is None else format(round(value, 6) + 0.0, form)  # no minus before a zero
+
+
+def markdown_cell(text: str) -> str:
+    """Return ``text`` as one cell of a Markdown table: generated text is not Markdown, nor HTML."""
+    for old, new in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "\\`"), ("*", "\\*"), ("_", "\\_")):
+        text = text.replace(old, new)
+    return " ".join(text.split("\n")).strip()
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=130, layout="constrained")

@@ -1,0 +1,438 @@
+"""One run: a configuration in, a folder with everything that came of it out.
+
+    RunConfig -> language model (pruned) -> environment -> agent.learn() -> evaluation -> folder
+
+    config.json    what was asked for: enough to repeat the run
+    agent.zip      the agent, as Stable-Baselines3 saves it
+    metrics.csv    the course of the training; also as TensorBoard events in tensorboard/
+    learning.png   the same as a picture
+    summary.json   every figure of the table
+    plane.png      reward against KL: the agent, what needs no learning, the best possible
+    samples.md     texts before and after
+    checkpoints/   while the run goes on: what it takes to resume it
+
+Learning and measuring use different prompts, split by template.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from agents.runs.checkpoint import load_checkpoint, newest_checkpoint
+from agents.runs.config import RunConfig
+from agents.runs.log import CHECKPOINTS, RunLog
+from agents.runs.report import Report, Yardstick, draw_learning, draw_plane, evaluate_agent, samples_page
+from agents.runs.signals import Stopped, stop_signals
+from agents.sb3_vec import SB3VecEnv
+from agents.text_dqn.agent import TextDQN
+from agents.zoo import AGENTS, Budget, acts_greedily, make_agent
+from textgen_env.config import EnvConfig
+from textgen_env.errors import ConfigError, PromptError, RunFolderError
+from textgen_env.evaluation import Evaluation, choose_prompts
+from textgen_env.models import load_language_model, load_pretrained
+from textgen_env.models.base import LanguageModel
+from textgen_env.prompts import ListPrompts, PromptSource, make_prompts
+from textgen_env.rewards import make_reward, reward_spec
+from textgen_env.vector_env import TextGenVectorEnv
+
+FEWEST_TO_SPLIT = 20
+"""With fewer prompts, there would be no saying anything about the test prompts."""
+
+
+CONFIG_FILE = "config.json"
+
+
+AGENT_FILE = "agent.zip"
+
+
+SUMMARY_FILE = "summary.json"
+
+
+PORTABLE_AGENTS = ("text_dqn",)
+"""Agents stored without pickles: their files run no code when they are read, and their training can be resumed."""
+
+
+# --- what a run is made of
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration with everything that it names, opened."""
+
+    config: RunConfig
+    env: TextGenVectorEnv  # what the agent learns in, on the training prompts
+    agent: BaseAlgorithm
+    test_prompts: PromptSource
+    notes: tuple[str, ...]  # what a reader of the results has to know
+    given: Mapping[str, Any]  # Python objects in place of what the configuration names
+
+    def yardstick(self, say: Callable[[str], None]) -> Yardstick:
+        """Measure what needs no learning on the test prompts."""
+        config, reward = self.env.episodes.config, self.env.episodes.reward
+        keys = ["logprobs", "action_mask"]
+        if reward.running() is not None and config.top_k is not None:
+            keys += ["score", "candidate_scores"]
+        env = open_env(self.config, self.env.language_model, self.test_prompts, reward, tuple(keys))
+        return Yardstick.measure(
+            env,
+            self.test_prompts,
+            beta=self.config.beta,
+            texts=self.config.eval_texts,
+            samples=self.config.eval_samples,
+            seed=self.config.seed,
+            say=say,
+        )
+
+    def evaluate(self, say: Callable[[str], None]) -> list[Evaluation]:
+        """Measure the agent on the test prompts: at its own temperature, then at others."""
+        return evaluate_agent(
+            self.agent,
+            self.env,
+            self.test_prompts,
+            texts=self.config.eval_texts,
+            seed=self.config.seed,
+            deterministic=self.greedy,
+            say=say,
+        )
+
+    @property
+    def agent_name(self) -> str:
+        return f"{self.config.agent}, trained"
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the agent is a Q-learner without a distribution: what it draws is exploration."""
+        return acts_greedily(self.config.agent, self.agent)
+
+
+def open_run(
+    config: RunConfig, *, model: Any = None, prompts: Any = None, reward: Any = None, load: Path | None = None
+) -> Run:
+    """Return the run that ``config`` describes, its agent untrained, or as saved in ``load``.
+
+    Args:
+        model, prompts, reward: Python objects in place of what the configuration names.
+
+    Raises:
+        TextGenError: something that cannot be used, or an object that is missing; the message says what can.
+    """
+    given = {"model": model, "prompts": prompts, "reward": reward}
+    missing = [name for name in config.objects if given[name] is None and getattr(config, name) is None]
+    if missing:
+        raise ConfigError(
+            f"the run was made with Python objects that JSON cannot hold: {', '.join(missing)}. Give them again, in "
+            f"Python: load_run(folder, {', '.join(f'{name}=...' for name in missing)})"
+        )
+    language_model, note = open_language_model(config) if model is None else (load_language_model(model), None)
+    train_prompts, test_prompts, split = split_prompts(
+        config.prompts if prompts is None else prompts, config.eval_prompts, config.seed
+    )
+    env = open_env(config, language_model, train_prompts, config.reward if reward is None else reward)
+    budget = Budget(config.steps, config.envs, config.env_config().max_new_tokens, config.beta)
+    if load is None:
+        agent = make_agent(config.agent, env, config.seed, budget, config.agent_settings)
+    else:
+        agent = AGENTS[config.agent](budget)[0].load(load, env=SB3VecEnv(env))
+    return Run(config, env, agent, test_prompts, tuple(filter(None, (note, split))), given)
+
+
+def load_run(
+    folder: str | os.PathLike[str], *, model: Any = None, prompts: Any = None, reward: Any = None, trust: bool = False
+) -> Run:
+    """Return the run in ``folder``, with its trained agent.
+
+    Args:
+        model, prompts, reward: The Python objects that the run was made with, if it was.
+        trust: Also load agents that Stable-Baselines3 unpickles, which runs whatever code the file holds.
+
+    Raises:
+        RunFolderError: the folder holds no run, or no trained agent.
+        ConfigError: the agent would be unpickled, without ``trust``.
+        TextGenError: what ``open_run`` raises.
+    """
+    path = Path(folder)
+    config = _stored_config(path, trust)
+    if not (path / AGENT_FILE).is_file():
+        what = "the run was stopped before it had learned anything"
+        if newest_checkpoint(path / CHECKPOINTS) is not None:
+            what = f"the run was cut off; go on with textgen train --resume {path}"
+        raise RunFolderError(f"{str(path)!r} holds no {AGENT_FILE}: {what}")
+    if config.agent not in PORTABLE_AGENTS and not trust:
+        raise ConfigError(
+            f"{str(path / AGENT_FILE)!r} holds a {config.agent!r}, which Stable-Baselines3 unpickles, and that runs "
+            "whatever code the file holds: load only what you trust, with --trust, or trust=True in Python"
+        )
+    return open_run(config, model=model, prompts=prompts, reward=reward, load=path / AGENT_FILE)
+
+
+def open_language_model(config: RunConfig) -> tuple[LanguageModel, str | None]:
+    """Return the configuration's language model, pruned once if it says so, and a line about that."""
+    env = config.env_config()
+    if config.prune is None:
+        return load_language_model(config.model, env.dtype, trust_remote_code=env.trust_remote_code), None
+    from agents.pruning.methods import parse_pruning
+    from agents.pruning.model import prune_
+    from textgen_env.models.device import pick_device
+    from textgen_env.models.hf import HFModel
+
+    model, tokenizer = load_pretrained(str(config.model), env.dtype, env.trust_remote_code)
+    reports = []
+    for method, amount in parse_pruning(config.prune):
+        model, report = prune_(model, method, amount, tokenizer=tokenizer, seed=config.seed)
+        reports.append(str(report))
+    model.to(pick_device())  # type: ignore[arg-type]  # transformers types it for itself
+    pruned = HFModel(model, tokenizer, name=f"{config.model}, {config.prune}")
+    return pruned, f"Language model {config.model}: {'; '.join(reports)}."
+
+
+def open_env(
+    config: RunConfig, model: LanguageModel, prompts: PromptSource, reward: Any, observation: Any = None
+) -> TextGenVectorEnv:
+    """Return a vector environment of the run, on a language model that is loaded already."""
+    settings = {f.name: getattr(config.env_config(), f.name) for f in fields(EnvConfig)}
+    if observation is not None:
+        settings["observation"] = observation
+    return TextGenVectorEnv(config.envs, model, prompts, reward, **settings)
+
+
+def split_prompts(spec: Any, most: int, seed: int) -> tuple[PromptSource, PromptSource, str]:
+    """Return the prompts to learn from, at most ``most`` others to measure on, and a line that says which."""
+    source = make_prompts(spec)
+    try:
+        count = len(source)
+    except PromptError:  # a function's prompts never end
+        fixed = ListPrompts([source[index] for index in range(most)])
+        return source, fixed, f"Prompts: made by a function; measured on {most} fixed ones."
+    too_few = f"Prompts: {count}, too few to hold some back, so learning and measuring use the same."
+    if count < FEWEST_TO_SPLIT:
+        return source, choose_prompts(source, most, seed), too_few
+    try:
+        train, test = source.split("train"), choose_prompts(source.split("test"), most, seed)
+    except PromptError:  # too few templates
+        return source, choose_prompts(source, most, seed), too_few
+    return train, test, f"Prompts: {len(train)} to learn from, {len(test)} others, of other templates, to measure on."
+
+
+# --- a run from start to end
+
+TextSource = Callable[[Run, Callable[[str], None]], AbstractContextManager[Any]]
+"""What collects the texts that the agent of a run learns from; told where to say what a user should know."""
+
+
+def local(run: Run, say: Callable[[str], None]) -> AbstractContextManager[Any]:
+    """The engine that is this process alone."""
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What became of a run."""
+
+    folder: Path
+    finished: bool  # False: stopped by a signal
+    steps: int
+    seconds: float  # of training
+    report: Report | None  # None where the run was stopped before the agent was measured
+    signum: int | None = None  # what stopped it: SIGINT is Ctrl-C
+
+
+def train(
+    config: RunConfig,
+    out: str | os.PathLike[str],
+    *,
+    model: Any = None,
+    prompts: Any = None,
+    reward: Any = None,
+    engine: TextSource = local,
+    console: Console | None = None,
+) -> RunResult:
+    """Train an agent, measure it, and leave everything in the folder ``out``.
+
+    Ctrl-C and SIGTERM end the run: what there is by then is saved, and the result says so. ``resume``
+    goes on with it.
+
+    Args:
+        config: What to do.
+        out: A folder that does not exist yet, or is empty.
+        model, prompts, reward: Python objects in place of what the configuration names.
+        engine: What collects the texts to learn from: this process, or ``agents.distributed.actors.RayEngine``.
+        console: Shows progress. None: silence.
+
+    Raises:
+        RunFolderError: ``out`` holds something already; nothing is ever overwritten.
+        TextGenError: something that cannot be used. Nothing was written.
+    """
+    folder, console = Path(out), console or Console(quiet=True)
+    check_free(folder)
+    with console.status("loading the language model"):
+        run = open_run(config, model=model, prompts=prompts, reward=reward)
+    with engine(run, partial(console.print, markup=False)):
+        folder.mkdir(parents=True, exist_ok=True)
+        stored = _storable(config, model=model, prompts=prompts, reward=reward)
+        with (folder / CONFIG_FILE).open("x", encoding="utf-8") as file:
+            file.write(stored.to_json())
+        return _carry_out(run, stored, folder, console)
+
+
+def resume(
+    folder: str | os.PathLike[str],
+    *,
+    model: Any = None,
+    prompts: Any = None,
+    reward: Any = None,
+    trust: bool = False,
+    engine: TextSource = local,
+    console: Console | None = None,
+) -> RunResult:
+    """Go on with a run that was stopped or killed, from its last checkpoint.
+
+    It ends with the weights and metrics of a run that passed the same checkpoints and was never
+    stopped: bit for bit on the same machine with the same number of threads, on a CPU.
+
+    Args:
+        folder: Of the run.
+        model, prompts, reward: The Python objects that the run was made with, if it was.
+        trust: Also go on with a run whose configuration lets a hub repository's code run.
+        engine: As of ``train``; need not be the one that the run began with.
+        console: Shows progress. None: silence.
+
+    Raises:
+        RunFolderError: no run, a finished one, or one without a checkpoint.
+        ConfigError: an agent that cannot be resumed, or a configuration that was changed.
+        TextGenError: what ``train`` raises.
+    """
+    path, console = Path(folder), console or Console(quiet=True)
+    config = _stored_config(path, trust)
+    if config.agent not in PORTABLE_AGENTS:
+        raise ConfigError(
+            f"agent {config.agent!r} keeps no checkpoints, since Stable-Baselines3 does not say all that it is made "
+            f"of: only {', '.join(PORTABLE_AGENTS)} can be resumed; start again in another folder"
+        )
+    if (path / SUMMARY_FILE).is_file() and json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))["finished"]:
+        raise RunFolderError(f"{str(path)!r} holds a finished run: there is nothing to resume")
+    checkpoint = newest_checkpoint(path / CHECKPOINTS)
+    if checkpoint is None:
+        raise RunFolderError(
+            f"{str(path)!r} holds no checkpoint: it was stopped before the first. Start it again with textgen train "
+            f"--config {path / CONFIG_FILE} --out another folder"
+        )
+    with console.status("loading the language model"):
+        run = open_run(config, model=model, prompts=prompts, reward=reward)
+    assert isinstance(run.agent, TextDQN)
+    extra = load_checkpoint(checkpoint, run.agent)
+    _check_unchanged(extra["config"], config)
+    with engine(run, partial(console.print, markup=False)):
+        return _carry_out(run, config, path, console, extra["log"])
+
+
+def _stored_config(path: Path, trust: bool = False) -> RunConfig:
+    if not (path / CONFIG_FILE).is_file():
+        raise RunFolderError(f"{str(path)!r} holds no {CONFIG_FILE}: not a folder that 'textgen train' made")
+    return RunConfig.from_json((path / CONFIG_FILE).read_text(encoding="utf-8"), trust)
+
+
+def _carry_out(
+    run: Run, stored: RunConfig, folder: Path, console: Console, logged: Mapping[str, Any] | None = None
+) -> RunResult:
+    """Measure, learn, measure, from the start or from where a checkpoint had ``logged``."""
+    for note in run.notes:
+        console.print(note)
+    log = RunLog(folder, stored, console)
+    if logged is not None:
+        log.restore(logged)
+        console.print(f"going on after {log.steps:,} steps")
+    report: Report | None = None
+    signum: int | None = None
+    try:
+        with stop_signals(log.stop_soon):
+            with console.status("measuring") as status:
+                yardstick = run.yardstick(lambda what: status.update(f"measuring: {what}"))
+            _learn(run, log, folder)
+            draw_learning(log.rows, yardstick.samples.reward, folder / "learning.png")
+            with console.status("measuring") as status:
+                evaluations = run.evaluate(lambda what: status.update(f"measuring: {what}"))
+            report = yardstick.report(run.agent_name, evaluations, run.notes)
+            draw_plane(report, folder / "plane.png")
+            page = samples_page(yardstick.samples, evaluations[0], run.notes)
+            (folder / "samples.md").write_text(page, encoding="utf-8")
+    except KeyboardInterrupt as stop:
+        stopped = stop if isinstance(stop, Stopped) else Stopped()
+        signum = stopped.signum
+        console.print(f"stopped by {stopped.name} after {log.steps:,} steps")
+        if newest_checkpoint(folder / CHECKPOINTS) is not None:
+            console.print(f"go on with: textgen train --resume {folder}", soft_wrap=True, markup=False)
+    finally:
+        write_summary(folder / SUMMARY_FILE, log, report)
+    if report is not None:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return RunResult(folder, report is not None, log.steps, log.seconds, report, signum)
+
+
+def _check_unchanged(then: Mapping[str, Any], config: RunConfig) -> None:
+    now = json.loads(config.to_json())
+    changed = [f"{name} ({now[name]!r}, was {then.get(name)!r})" for name in now if now[name] != then.get(name)]
+    if changed:
+        raise ConfigError(
+            f"{CONFIG_FILE} was changed since the checkpoint: {', '.join(changed)}. Put it back, or start a new run "
+            "with textgen train --config"
+        )
+
+
+def check_free(folder: Path) -> None:
+    """Raise ``RunFolderError`` unless ``folder`` is new or empty."""
+    if (folder / CONFIG_FILE).exists():
+        raise RunFolderError(f"{str(folder)!r} already holds a run; choose another folder, or delete this one")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(f"{str(folder)!r} exists and is not an empty folder; choose another one")
+
+
+def _learn(run: Run, log: RunLog, folder: Path) -> None:
+    """Train the agent, and save it whatever happens."""
+    agent, done = run.agent, run.agent.num_timesteps
+    try:
+        with log:
+            agent.learn(run.config.steps - done, log, log_interval=sys.maxsize, reset_num_timesteps=not done)
+    finally:
+        half_written = folder / f".{AGENT_FILE}"
+        agent.save(half_written)
+        half_written.replace(folder / AGENT_FILE)
+
+
+def write_summary(path: Path, log: RunLog, report: Report | None) -> None:
+    """Write what became of the run, and with which versions."""
+    packages = ("textgen-env", "torch", "transformers", "stable-baselines3", "gymnasium", "numpy")
+    summary = {
+        "finished": report is not None,
+        "steps": log.steps,
+        "episodes": log.episodes,
+        "seconds_of_training": log.seconds,
+        "report": None if report is None else report.as_dict(),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+    }
+    path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _storable(config: RunConfig, **given: Any) -> RunConfig:
+    """Return ``config`` with what was given as objects: as plain data where there is any, else by mention."""
+    objects = {name: value for name, value in given.items() if value is not None}
+    if "reward" in objects and (spec := reward_spec(make_reward(objects["reward"]))) is not None:
+        del objects["reward"]
+        config = replace(config, reward=spec)
+    changes: dict[str, Any] = dict.fromkeys(objects)
+    if "model" in objects:
+        changes["prune"] = None
+    return replace(config, **changes, objects=tuple(objects))

@@ -1,0 +1,57 @@
+"""Being told to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+
+# --- being told to stop
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT (Ctrl-C) or SIGTERM arrived."""
+
+    def __init__(self, signum: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.signum = signum
+
+    @property
+    def name(self) -> str:
+        """What a user calls the signal."""
+        return "Ctrl-C" if self.signum == signal.SIGINT else "SIGTERM"
+
+
+@contextmanager
+def stop_signals(request_stop: Callable[[int], bool]) -> Iterator[None]:
+    """Within, Ctrl-C and SIGTERM ask ``request_stop(signum)``; where it answers False, they raise ``Stopped``.
+
+    Only the main thread can listen; in others nothing changes.
+    """
+
+    received: list[int] = []
+
+    def handle(signum: int, frame: Any) -> None:
+        received.append(signum)
+        if not request_stop(signum):
+            raise Stopped(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if isinstance(error, Stopped) or not received:
+            raise
+        raise Stopped(received[-1]) from error  # a library in between has lost which signal it was
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

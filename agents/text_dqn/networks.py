@@ -1,0 +1,348 @@
+"""Q of (prefix, candidate token), on features that the language model has computed anyway.
+
+The hidden state says what the prefix is about, but hardly what it is worth so far: the reward of
+a text is a property of all its words. So the network keeps a *memory*, a sum of learned
+contributions of the tokens generated so far, and every candidate is judged by the memory that it
+would lead to:
+
+    hidden (B, d), budget (B, 1), score (B, 1)  ->  state (B, h)
+    tokens (B, T)         ->  contributions, summed  ->  memory (B, m)
+    candidates (B, k)     ->  memory + contribution, embedding, log mu  ->  Q (B, k)
+
+Token embeddings are the language model's own: read from it when needed, never copied or saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from torch import nn
+from torch.nn import functional
+
+from textgen_env.errors import ConfigError, ModelError
+from textgen_env.models.base import LanguageModel
+
+NEEDED_KEYS = ("tokens", "length", "budget", "candidates", "logprobs", "action_mask", "hidden")
+MASKED_LOGIT = -1e9  # added to what must not be chosen: finite, since 0 * inf is not a number
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def check_observation_space(space: spaces.Space[Any]) -> spaces.Dict:
+    """Return ``space`` if a candidate network can read it.
+
+    Raises:
+        ConfigError: it is no Dict, or lacks keys (names them and how to get them).
+    """
+    keys = list(space.spaces) if isinstance(space, spaces.Dict) else []
+    missing = [key for key in NEEDED_KEYS if key not in keys]
+    if missing or not isinstance(space, spaces.Dict):
+        raise ConfigError(
+            f"the observation space lacks {', '.join(missing)} (it has {', '.join(keys) or 'no keys'}): make the "
+            f"environment with observation='full', or with a tuple that holds at least {NEEDED_KEYS}"
+        )
+    return space
+
+
+def prior(observations: Tensors) -> torch.Tensor:
+    """Return log mu: the language model renormalised over the legal candidates, (..., k) nats."""
+    logprobs = observations["logprobs"].float()
+    legal = observations["action_mask"].bool()
+    return torch.log_softmax(torch.where(legal, logprobs, MASKED_LOGIT), dim=-1)
+
+
+def known_advantage(observations: Tensors) -> torch.Tensor | None:
+    """Return what each candidate adds to the running score, (..., k), where the observation has it."""
+    if "candidate_scores" not in observations or "score" not in observations:
+        return None
+    return (observations["candidate_scores"] - observations["score"]).float()
+
+
+def shifted(vectors: torch.Tensor) -> torch.Tensor:
+    """Return the vector before each one, (B, t, e), zero before the first."""
+    return functional.pad(vectors, (0, 0, 1, 0))[:, :-1]
+
+
+class LookedUp(NamedTuple):
+    """Token embeddings: the distinct vectors, and which of them each candidate and each token has."""
+
+    vectors: torch.Tensor  # (U, e)
+    candidates: torch.Tensor  # (..., k) int64 rows of ``vectors``
+    tokens: torch.Tensor  # (B, t) int64
+
+
+def at_actions(observations: Tensors, looked_up: LookedUp, actions: torch.Tensor) -> tuple[Tensors, LookedUp]:
+    """Return both with one candidate a state, that of ``actions`` (B, T): c = 1 instead of k."""
+    index = actions.unsqueeze(-1)
+    picked = {
+        key: value.gather(-1, index) if key in ("candidates", "logprobs", "candidate_scores") else value
+        for key, value in observations.items()
+    }
+    return picked, looked_up._replace(candidates=looked_up.candidates.gather(-1, index))
+
+
+class CandidateHead(nn.Module):
+    """``outputs`` numbers a candidate. The last layer starts at zero, so before learning all are equal.
+
+    Args:
+        hidden_size: d.
+        embedding_size: e, of the language model's tokens.
+        width: h, of the state and of the two layers above it.
+        memory: m, of the running memory.
+        uses_score: The state reads the running score.
+        uses_candidate_scores: Each candidate is also judged by what it adds to the score.
+        dropout: Share of units dropped while learning.
+        outputs: n, numbers a candidate.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        embedding_size: int,
+        *,
+        width: int = 128,
+        memory: int = 32,
+        uses_score: bool = False,
+        uses_candidate_scores: bool = False,
+        dropout: float = 0.1,
+        outputs: int = 1,
+    ) -> None:
+        super().__init__()
+        token = 64
+        self.embed = nn.Linear(embedding_size, token, bias=False)
+        self.from_token = nn.Linear(token, token)
+        self.from_previous = nn.Linear(token, token, bias=False)
+        self.contribution = nn.Linear(token, memory)
+        self.from_hidden = nn.Linear(hidden_size, width)
+        self.from_scalars = nn.Linear(2 if uses_score else 1, width, bias=False)
+        self.from_candidate = nn.Linear(token, width, bias=False)
+        self.from_candidate_scalars = nn.Linear(2 if uses_candidate_scores else 1, width, bias=False)
+        self.from_memory = nn.Linear(memory, width, bias=False)
+        self.mix = nn.Linear(width, width)
+        self.value = nn.Linear(width, outputs)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+    def embedded(self, looked_up: LookedUp) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the vectors of the candidates (..., k, 64) and of the tokens (B, t, 64)."""
+        vectors = self.embed(looked_up.vectors)
+        # Not vectors[index]: the gradient of plain indexing sums in an order that changes from run to run.
+        return functional.embedding(looked_up.candidates, vectors), functional.embedding(looked_up.tokens, vectors)
+
+    def contributions(self, tokens: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """Return what each token adds to the memory after its predecessor: (..., 64) twice to (..., m)."""
+        return self.contribution(functional.gelu(self.from_token(tokens) + self.from_previous(previous)))
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        scalars: torch.Tensor,
+        candidates: torch.Tensor,
+        candidate_scalars: torch.Tensor,
+        memory: torch.Tensor,
+        last: torch.Tensor,
+    ) -> torch.Tensor:
+        hidden = functional.layer_norm(hidden.float(), hidden.shape[-1:])
+        state = self.from_hidden(self.dropout(hidden)) + self.from_scalars(scalars)  # (..., h)
+        after = memory.unsqueeze(-2) + self.contributions(candidates, last.unsqueeze(-2))  # (..., k, m)
+        x = state.unsqueeze(-2) + self.from_candidate(candidates) + self.from_memory(after)  # (..., k, h)
+        x = self.dropout(functional.gelu(x + self.from_candidate_scalars(candidate_scalars)))
+        x = x + functional.gelu(self.mix(x))
+        values: torch.Tensor = self.value(x)  # (..., k, n)
+        return values
+
+
+class CandidateQNetwork(BasePolicy):
+    """Score each proposed token: Q(prefix, token), one value a candidate.
+
+    Q is the return still to come, in reward units; where the observation has ``candidate_scores``
+    it is what the candidate adds to the running score (known, not learned) plus a learned rest.
+
+    Input:  an observation with ``NEEDED_KEYS``, and ``score`` and ``candidate_scores`` if there.
+    Output: (B, k), the mean of the heads.
+
+    With ``atoms`` a head learns the distribution of the return G under the language model, on so
+    many values, and Q = beta log E[exp(G / beta)]; otherwise it learns Q itself.
+
+    Source: action-in Q-network, He et al. 2016, arXiv:1511.04636; sums of token features as a
+    memory, Zaheer et al. 2017, arXiv:1703.06114.
+
+    Raises:
+        ConfigError: the observation space lacks a key that the network reads.
+    """
+
+    _language_model: LanguageModel | None
+    support: torch.Tensor | None  # (atoms,) the values that returns are spread over
+
+    def __init__(
+        self,
+        observation_space: spaces.Dict,
+        action_space: spaces.Discrete,
+        *,
+        embedding_size: int,
+        max_new_tokens: int,
+        heads: int = 2,
+        atoms: int = 0,
+        beta: float = 0.1,
+        **head_kwargs: Any,
+    ) -> None:
+        super().__init__(observation_space, action_space)
+        check_observation_space(observation_space)
+        self.max_new_tokens = max_new_tokens
+        self.uses_score = "score" in observation_space.spaces
+        self.uses_candidate_scores = self.uses_score and "candidate_scores" in observation_space.spaces
+        hidden_size = int(np.prod(observation_space["hidden"].shape or ()))
+        self._heads = nn.ModuleList(
+            CandidateHead(
+                hidden_size,
+                embedding_size,
+                uses_score=self.uses_score,
+                uses_candidate_scores=self.uses_candidate_scores,
+                outputs=max(1, atoms),
+                **head_kwargs,
+            )
+            for _ in range(heads)
+        )
+        self.beta = beta
+        self.register_buffer("support", torch.linspace(-1.0, 1.0, atoms) if atoms else None)
+        # Held outside module registration: shared by online and target network, never saved.
+        object.__setattr__(self, "_language_model", None)
+
+    @property
+    def heads(self) -> list[CandidateHead]:
+        """The networks whose mean is Q."""
+        return cast("list[CandidateHead]", list(self._heads))
+
+    def bind(self, language_model: LanguageModel) -> None:
+        """Read token embeddings from ``language_model`` from now on.
+
+        Raises:
+            ModelError: its embeddings have another size than the network was made for.
+        """
+        size = self.heads[0].embed.in_features
+        if language_model.embedding_size != size:
+            raise ModelError(
+                f"the agent was made for embeddings of {size} numbers, model {language_model.name!r} has "
+                f"{language_model.embedding_size}: load it with the model that it was trained on"
+            )
+        object.__setattr__(self, "_language_model", language_model)
+
+    def start_at(self, returns: torch.Tensor) -> None:
+        """Let all candidates start where the returns (n,) are: it changes no policy, and saves updates."""
+        with torch.no_grad():
+            bias = returns.mean()
+            if self.support is not None:
+                low, high = returns.aminmax()
+                margin = (high - low).clamp(min=0.1) / 4
+                self.support.copy_(torch.linspace(float(low - margin), float(high + margin), len(self.support)))
+                bias = torch.log(self.atoms_of(returns).mean(0) + 1e-3)
+            for head in self.heads:
+                head.value.bias.copy_(bias)
+
+    def atoms_of(self, returns: torch.Tensor) -> torch.Tensor:
+        """Return (..., atoms) probabilities whose mean is the return, on the two atoms next to it."""
+        assert self.support is not None  # at_actions asked of a network with atoms
+        step = self.support[1] - self.support[0]
+        place = ((returns - self.support[0]) / step).clamp(0, len(self.support) - 1).unsqueeze(-1)
+        return (1 - (place - torch.arange(len(self.support), device=place.device)).abs()).clamp(min=0)
+
+    def known(self, observations: Tensors) -> torch.Tensor:
+        """Return the part of Q that is not learned, (..., k)."""
+        known = known_advantage(observations) if self.uses_candidate_scores else None
+        return torch.zeros_like(observations["logprobs"]) if known is None else known
+
+    def forward(self, observations: Tensors) -> torch.Tensor:
+        """Return Q of single states, (B, k)."""
+        tokens, length = observations["tokens"].long(), observations["length"].long()  # (B, T), (B, 1)
+        generated = ((1.0 - observations["budget"].float()) * self.max_new_tokens).round().long()  # (B, 1)
+        offset = torch.arange(-max(1, int(generated.max())), 0, device=tokens.device)  # (t,), right-aligned
+        inside = (offset >= -generated).unsqueeze(-1)  # (B, t, 1)
+        looked_up = self.look_up(observations["candidates"], tokens.gather(1, (length + offset).clamp(min=0)))
+        outputs = []
+        for head in self.heads:
+            candidates, vectors = head.embedded(looked_up)
+            vectors = vectors * inside
+            memory = (head.contributions(vectors, shifted(vectors)) * inside).sum(-2)
+            outputs.append(self._head(head, observations, candidates, memory, vectors[:, -1]))
+        return self._q(torch.stack(outputs), observations).mean(0)
+
+    def _predict(self, observation: Any, deterministic: bool = True) -> torch.Tensor:
+        """Return the candidate of highest value, (B,): SB3's own interface, which knows no prior."""
+        values: torch.Tensor = self(observation)
+        return values.argmax(-1)
+
+    def episode_values(self, observations: Tensors, looked_up: LookedUp) -> torch.Tensor:
+        """Return Q of every step of whole episodes, for each head: (heads, B, T, c); see ``episode_outputs``."""
+        return self._q(self.episode_outputs(observations, looked_up), observations)
+
+    def episode_outputs(self, observations: Tensors, looked_up: LookedUp) -> torch.Tensor:
+        """Return what each head says of every step of whole episodes: (heads, B, T, c, 1 or atoms).
+
+        Args:
+            observations: Each (B, T, ...); those of candidates (B, T, c), all k of them or some.
+            looked_up: What ``look_up`` answers for the candidates (B, T, c) and the token
+                appended at each step (B, T).
+        """
+        outputs = []
+        for head in self.heads:
+            candidates, vectors = head.embedded(looked_up)
+            last = shifted(vectors)  # the token before each step
+            added = head.contributions(vectors, last)
+            memory = added.cumsum(1) - added  # of the tokens before each step
+            outputs.append(self._head(head, observations, candidates, memory, last))
+        return torch.stack(outputs)
+
+    def look_up(self, candidates: torch.Tensor, tokens: torch.Tensor) -> LookedUp:
+        """Return the normalised embeddings of all these tokens, each read once.
+
+        Raises:
+            ModelError: no language model is bound.
+        """
+        if self._language_model is None:
+            raise ModelError("no language model to read embeddings from: call bind, or pass env= to load")
+        ids = torch.cat([candidates.long().flatten(), tokens.long().flatten()])
+        distinct, index = torch.unique(ids, return_inverse=True)
+        vectors = torch.from_numpy(self._language_model.embed(distinct.cpu().numpy())).to(self.device)
+        of_candidates, of_tokens = index.split([candidates.numel(), tokens.numel()])
+        return LookedUp(
+            functional.layer_norm(vectors, vectors.shape[-1:]),
+            of_candidates.view(candidates.shape),
+            of_tokens.view(tokens.shape),
+        )
+
+    def _q(self, outputs: torch.Tensor, observations: Tensors) -> torch.Tensor:
+        """Return Q, (heads, ..., k), from what the heads say, (heads, ..., k, n)."""
+        if self.support is None:
+            return outputs.squeeze(-1) + self.known(observations)
+        tilted = outputs.log_softmax(-1) + self.support / self.beta
+        return self.beta * tilted.logsumexp(-1) + self.known(observations)
+
+    def _head(
+        self,
+        head: CandidateHead,
+        observations: Tensors,
+        candidates: torch.Tensor,
+        memory: torch.Tensor,
+        last: torch.Tensor,
+    ) -> torch.Tensor:
+        scalars = [observations["budget"].float()]
+        if self.uses_score:
+            scalars.append(observations["score"].float())
+        candidate_scalars = [observations["logprobs"].float().clamp(min=-20.0) / 10.0]
+        if self.uses_candidate_scores:
+            candidate_scalars.append(self.known(observations))
+        outputs: torch.Tensor = head(
+            observations["hidden"],
+            torch.cat(scalars, -1),
+            candidates,
+            torch.stack(candidate_scalars, -1),
+            memory,
+            last,
+        )
+        return outputs

@@ -1,0 +1,335 @@
+"""An agent as plain data and tensors: what leaves the process is never a pickle.
+
+    TextDQN  <->  settings (JSON) + weights  <->  agent.zip, laid out as Stable-Baselines3 does
+                                             <->  a folder of safetensors, JSON and a model card
+
+Stable-Baselines3 unpickles whatever its zip holds pickled, and unpickling runs code. Here every
+setting is JSON; the few objects among them (spaces, the optimiser's class) are rebuilt from
+descriptions. What cannot be described, a learning rate given as a function, is left out and
+asked for at loading.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.vec_env import VecEnv
+
+from textgen_env.errors import ConfigError, ModelError, PromptError, TextGenError
+from textgen_env.models.base import LanguageModel
+from textgen_env.rewards import reward_spec
+
+if TYPE_CHECKING:
+    from agents.text_dqn.agent import TextDQN
+
+SETTINGS_FILE = "agent.json"
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+
+REBUILT = frozenset(
+    {
+        "_rng", "policy_class", "observation_space", "action_space", "policy_kwargs",  # described, see below
+        "lr_schedule", "exploration_schedule", "batch_norm_stats", "batch_norm_stats_target",  # made of settings
+        "train_freq", "replay_buffer_class",  # fixed
+        "_last_obs", "_last_original_obs", "_last_episode_starts", "_behaviour_logprobs", "_by_reference",  # now
+        "ep_info_buffer", "ep_success_buffer",  # recent episodes, for the log
+    }
+)  # fmt: skip
+"""Attributes of an agent that are not stored as they are."""
+
+PROBES = 32
+"""Tokens by which a language model is recognised."""
+
+
+# --- settings
+
+
+def settings_of(agent: TextDQN, excluded: Collection[str] = ()) -> dict[str, Any]:
+    """Return everything but the weights as plain data; ``left_out`` names what has no such form."""
+    described = {
+        "policy_class": _policy_name(agent),
+        "observation_space": {key: _box(space) for key, space in _boxes(agent.observation_space).items()},
+        "action_space": int(agent.action_space.n),  # type: ignore[attr-defined]  # SB3 has checked it
+        "policy_kwargs": _plain_kwargs(agent.policy_kwargs),
+        "_rng": agent._rng.bit_generator.state,
+    }
+    left_out = [name for name, value in described.items() if value is None]
+    for name, value in agent.__dict__.items():
+        if name in REBUILT or name in excluded:
+            continue
+        if isinstance(value, np.generic):
+            value = value.item()
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            left_out.append(name)
+            described[name] = None
+        else:
+            described[name] = value
+    return described | {"left_out": left_out}
+
+
+def objects_from(
+    settings: Mapping[str, Any], given: Mapping[str, Any], policies: Mapping[str, type], source: Any
+) -> dict[str, Any]:
+    """Return the attributes that ``settings`` describe, and ``given`` over them.
+
+    Raises:
+        ConfigError: something pickled, something left out that is not ``given``, or no settings at all.
+    """
+    if not isinstance(settings, dict) or not _is_names(settings.get("left_out")):
+        raise ConfigError(f"{source} holds no agent that TextDQN.save or save_pretrained wrote")
+    pickled = [k for k, v in settings.items() if isinstance(v, dict) and ":serialized:" in v and k not in given]
+    if pickled:
+        raise ConfigError(
+            f"{source} holds pickled entries ({', '.join(sorted(pickled))}), and unpickling runs whatever code they "
+            "hold: TextDQN reads only what it wrote itself. Give trusted values in custom_objects"
+        )
+    missing = [name for name in settings["left_out"] if name not in given]
+    if missing:
+        raise ConfigError(
+            f"{source} could not store {', '.join(missing)}, which is no plain data: give it again, as "
+            f"custom_objects={{{', '.join(f'{name!r}: ...' for name in missing)}}}"
+        )
+    found = {name: value for name, value in settings.items() if name not in REBUILT and name != "left_out"}
+    try:
+        found["observation_space"] = spaces.Dict(
+            {key: _box_from(**box) for key, box in settings["observation_space"].items()}
+        )
+        found["action_space"] = spaces.Discrete(settings["action_space"])
+        if settings["policy_class"] is not None:
+            found["policy_class"] = policies[settings["policy_class"]]
+        found["policy_kwargs"] = _kwargs_from(settings["policy_kwargs"] or {})
+        found["_rng"] = np.random.default_rng()
+        found["_rng"].bit_generator.state = settings["_rng"]
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"the settings in {source} are damaged: {type(error).__name__}: {error}") from error
+    return found | dict(given)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def read_zip(path: Any) -> Any:
+    """Return the settings in an agent's zip, without reading anything else of it.
+
+    Raises:
+        ConfigError: no zip, or none of an agent.
+    """
+    file: Any = open_path(path, "r", suffix="zip")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return json.loads(archive.read("data"))
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise ConfigError(f"{path} is no zip of an agent: {error}") from error
+    finally:
+        if file is path:
+            file.seek(0)
+        else:
+            file.close()
+
+
+@contextmanager
+def reporting_damage(path: Any) -> Iterator[None]:
+    """Turn what Python and torch say of settings and weights that cannot be read, or would run code, into one error."""
+    try:
+        yield
+    except TextGenError:
+        raise
+    except Exception as error:  # there are a dozen kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"the agent in {path} cannot be read, the file is damaged: {reason}") from error
+
+
+def _policy_name(agent: TextDQN) -> str | None:
+    names = [name for name, policy in agent.policy_aliases.items() if policy is agent.policy_class]
+    return names[0] if names else None
+
+
+def _boxes(space: spaces.Space[Any]) -> dict[str, spaces.Box]:
+    return dict(space.spaces)  # type: ignore[attr-defined]  # check_observation_space has seen to it
+
+
+def _box(space: spaces.Box) -> dict[str, Any]:
+    low, high = ((b.flat[0].item() if (b == b.flat[0]).all() else b.tolist()) for b in (space.low, space.high))
+    return {"low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
+
+
+def _box_from(low: Any, high: Any, shape: list[int], dtype: str) -> spaces.Box:
+    bounds: list[Any] = [np.broadcast_to(np.array(bound, dtype), shape) for bound in (low, high)]
+    return spaces.Box(*bounds, dtype=bounds[0].dtype.type)
+
+
+def _plain_kwargs(kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return ``policy_kwargs`` with the optimiser's class by name, or None if there is other code in them."""
+    optimizer = kwargs.get("optimizer_class")
+    name: str = getattr(optimizer, "__name__", "")
+    if name and getattr(torch.optim, name, None) is optimizer:
+        kwargs = kwargs | {"optimizer_class": name}
+    try:
+        json.dumps(kwargs)
+    except (TypeError, ValueError):
+        return None
+    return kwargs
+
+
+def _kwargs_from(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if "optimizer_class" not in kwargs:
+        return kwargs
+    optimizer = getattr(torch.optim, kwargs["optimizer_class"])
+    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+        raise ValueError(f"torch.optim has no optimiser {kwargs['optimizer_class']!r}")
+    return kwargs | {"optimizer_class": optimizer}
+
+
+# --- what an agent was trained on
+
+
+def task_of(env: VecEnv) -> dict[str, Any]:
+    """Return what an agent that learns in ``env`` should remember of it, as plain data."""
+    model: LanguageModel = env.get_attr("language_model")[0]
+    task: dict[str, Any] = {"model": model.name, "fingerprint": fingerprint(model)}
+    if not env.has_attr("episodes"):
+        return task
+    episodes = env.get_attr("episodes")[0]
+    config = episodes.config
+    try:
+        prompts = len(episodes.prompts)
+    except PromptError:
+        prompts = None  # a function makes them
+    return task | {
+        "reward": reward_spec(episodes.reward),
+        "reward_name": episodes.reward.name,
+        "scores": episodes.reward.running() is not None,
+        "prompts": prompts,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "min_new_tokens": config.min_new_tokens,
+        "max_new_tokens": config.max_new_tokens,
+    }
+
+
+def fingerprint(model: LanguageModel) -> dict[str, Any]:
+    """Return a few numbers by which a model and its vocabulary are known, whatever the precision and name."""
+    ids = np.linspace(0, model.vocab_size - 1, min(PROBES, model.vocab_size)).astype(np.int64)
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "end_ids": list(model.end_ids),
+        "tokens": [model.decode([i]) for i in ids.tolist()],
+        "embeddings": np.round(model.embed(ids)[:, :4].astype(np.float64), 6).tolist(),
+    }
+
+
+def check_trained_on(task: Mapping[str, Any] | None, model: LanguageModel) -> None:
+    """Check that ``model`` is what the agent of ``task`` was trained on.
+
+    Raises:
+        ModelError: it is another one.
+        ConfigError: the task does not say, as it should.
+    """
+    if task is None:
+        return
+    found = fingerprint(model)
+    try:
+        name, known = task["model"], task["fingerprint"]
+        differs = [part for part in found if part != "embeddings" and found[part] != known[part]]
+        embeddings = np.array(known["embeddings"], np.float64)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"the agent's record of its language model is damaged: {error!r}") from error
+    same_shape = embeddings.shape == np.shape(found["embeddings"])
+    if not differs and not (same_shape and np.allclose(found["embeddings"], embeddings, rtol=0.02, atol=1e-3)):
+        differs = ["embeddings"]
+    if differs:
+        what = "vocabulary" if {"vocab_size", "tokens", "end_ids"} & set(differs) else "weights"
+        raise ModelError(
+            f"the agent was trained on model {name!r} ({known['vocab_size']} tokens), and {model.name!r} "
+            f"({found['vocab_size']} tokens) has another {what} (its {', '.join(differs)}): load it with the model "
+            "that it was trained on"
+        )
+
+
+# --- a folder to share
+
+
+def save_pretrained(agent: TextDQN, folder: Path) -> None:
+    """Write weights, settings and a model card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = settings_of(agent, agent._excluded_save_params())
+    save_file({name: tensor.contiguous() for name, tensor in agent.policy.state_dict().items()}, folder / WEIGHTS_FILE)
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text(model_card(agent), encoding="utf-8")
+
+
+def read_pretrained(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the settings and weights that ``save_pretrained`` wrote.
+
+    Raises:
+        ConfigError: the folder lacks a file, or one is damaged.
+    """
+    try:
+        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        return settings, load_file(folder / WEIGHTS_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{str(folder)!r} holds no agent that save_pretrained wrote: {error}") from error
+
+
+def model_card(agent: TextDQN) -> str:
+    """Return a Markdown page that says what the agent is for, what it learned from, and how to use it."""
+    task = agent.task or {}
+    reward, model = task.get("reward_name", "?"), task.get("model", "?")
+    spec = json.dumps(task["reward"]) if task.get("reward") is not None else f"{reward} (a Python object; not stored)"
+    seen = [name for name in ("score", "candidate_scores") if name in _boxes(agent.observation_space)]
+    prompts = task.get("prompts")
+    numbers = sum(p.numel() for p in agent.q_net.parameters())
+    rows = {
+        "language model": f"{model}, {agent.language_model.vocab_size:,} tokens; not included",
+        "reward": f"`{spec}`",
+        "running scores seen": ", ".join(f"`{name}`" for name in seen) or "none",
+        "beta": f"{agent.beta:g} reward units a nat of KL when acting; trained for {agent.target_beta:g}",
+        "candidates": f"the {task.get('top_k')} likeliest tokens, of them the nucleus of {task.get('top_p')}",
+        "texts": f"{task.get('min_new_tokens')} to {task.get('max_new_tokens')} tokens",
+        "learned from": f"{agent.num_timesteps:,} steps (tokens), {agent._n_updates:,} gradient steps",
+        "prompts": "made by a function" if prompts is None else f"{prompts:,}",
+        "seed": str(agent.seed),
+        "size": f"{numbers:,} numbers, twice (online and slow network)",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""---
+library_name: textgen-env
+base_model: {json.dumps(model)}
+tags: [reinforcement-learning, text-generation, textgen-env]
+---
+
+# TextDQN for {reward}, on {model}
+
+A small network that tilts the language model's choice among its likeliest next tokens towards a
+reward: pi(token) is proportional to p(token) exp(Q / beta).
+
+| | |
+|---|---|
+{table}
+
+```python
+from agents.text_dqn import TextDQN
+
+agent = TextDQN.from_pretrained("this folder", model=(model, tokenizer))
+with agent.logits_processor(model) as steer:
+    model.generate(**inputs, logits_processor=[steer], **steer.settings)
+```
+
+It works with the language model above and no other, and on prompts like those it learned from.
+The reward is all it wants: it inherits the language model's faults, and what the reward overlooks.
+"""

@@ -1,0 +1,257 @@
+"""The trained Q inside ``model.generate``: any Hugging Face generation, steered.
+
+The processor makes of a step of ``generate`` what the environment makes of it: the same
+candidates, the same observation, hence the same policy. Hidden states come from a hook in front
+of the output embedding, where the environment takes them from too, so there is no second forward.
+
+    logits (B, V)  ->  candidates (B, k)  ->  log pi (B, k)  ->  logits: log pi there, -inf elsewhere
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import LogitsProcessor
+
+from agents.text_dqn.networks import prior
+from agents.text_dqn.targets import log_policy
+from textgen_env.config import check_at_least
+from textgen_env.errors import ConfigError, ModelError
+from textgen_env.models.base import MASKED_LOGPROB
+from textgen_env.models.candidates import nucleus, top_candidates
+from textgen_env.rewards import RunningScore, ScoreState, make_reward
+
+if TYPE_CHECKING:
+    from agents.text_dqn.agent import TextDQN
+
+
+class Steering(LogitsProcessor):
+    """Steers ``model.generate`` while its ``with`` block lasts. Made by ``TextDQN.logits_processor``.
+
+    Sampling and greedy decoding, batches of any size, prompts padded on the left. Processors that
+    ``generate`` adds itself (repetition penalties and the like) act before it, and change what is
+    proposed; its warpers (temperature, top-k, top-p) act after it, and ``settings`` turns them off.
+
+    Args:
+        agent: The agent; its ``beta`` may be changed at any time.
+        model: The causal LM that generates: the agent's own, or another copy of it.
+        max_new_tokens: What ``budget`` is a share of.
+        reward: Where the agent sees running scores: what they are of.
+    """
+
+    def __init__(self, agent: TextDQN, model: Any, max_new_tokens: int | None, reward: Any) -> None:
+        task = agent.task
+        if task is None or "top_k" not in task:
+            raise ConfigError("the agent does not know its task: it was trained in an environment of another make")
+        self.agent = agent
+        self.max_new_tokens = task["max_new_tokens"] if max_new_tokens is None else max_new_tokens
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        self._task = task
+        self._model = model
+        self._language_model = agent.language_model
+        _check_same(model, agent)
+        # A view on the slow network, weights shared, that counts the budget in these tokens.
+        self._network = copy.copy(agent.q_net_target)
+        self._network.max_new_tokens = self.max_new_tokens
+        self._running = self._running_score(reward)
+        self._removable: list[Any] = []
+        self._shadowed: Any = None
+        self._hidden: torch.Tensor | None = None
+        self._mask: torch.Tensor | None = None
+        self._seen: npt.NDArray[np.int64] | None = None  # (B, L) the ids of the step before
+        self._width = 0  # columns that are prompt
+        self._scores: list[ScoreState] = []
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keywords with which ``generate`` samples as the environment does; for greedy, put ``do_sample=False``."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": True,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "eos_token_id": list(self._language_model.end_ids) or None,
+        }
+
+    # --- the hooks
+
+    def __enter__(self) -> Steering:
+        def keep_mask(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._mask = kwargs.get("attention_mask")
+
+        def keep_hidden(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+            self._hidden = args[0][:, -1]
+
+        generate = self._model.generate
+        self._shadowed = self._model.__dict__.get("generate")  # that of another agent, around this one
+
+        def checked_generate(*args: Any, **kwargs: Any) -> Any:
+            _refuse_beams(self._model, args, kwargs)
+            self._seen = None
+            return generate(*args, **kwargs)
+
+        self._removable = [
+            self._model.register_forward_pre_hook(keep_mask, with_kwargs=True),
+            self._model.get_output_embeddings().register_forward_pre_hook(keep_hidden),
+        ]
+        self._model.generate = checked_generate
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._removable:
+            hook.remove()
+        del self._model.generate
+        if self._shadowed is not None:
+            self._model.generate = self._shadowed
+        self._hidden = self._mask = self._seen = None
+
+    # --- a step
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return (B, V) log-probabilities of the steered policy, -inf for all but the candidates.
+
+        Raises:
+            ConfigError: rows that change places (beam search), more than ``max_new_tokens`` steps,
+                or a forward of another model.
+        """
+        if self._hidden is None or len(self._hidden) != len(input_ids):
+            raise ConfigError("the model that generates is not the one given to logits_processor, or outside its with")
+        hidden, self._hidden = self._hidden, None
+        ids = input_ids.cpu().numpy()
+        pad = self._follow(ids)
+        steps = ids.shape[1] - self._width
+        if steps >= self.max_new_tokens:
+            raise ConfigError(
+                f"generation goes on after {steps} tokens: give generate and logits_processor the same max_new_tokens"
+            )
+        ended = np.asarray(np.isin(ids[:, self._width :], self._language_model.end_ids).any(-1))
+        observation = self._observe(ids, pad, steps, scores, ended) | {"hidden": hidden.float().cpu().numpy()}
+        tensors = {key: torch.from_numpy(value).to(self.agent.device) for key, value in observation.items()}
+        logprobs = log_policy(prior(tensors), self._network(tensors), self.agent.beta).to(scores)
+        steered = torch.full_like(scores, -torch.inf)
+        steered.scatter_(1, tensors["candidates"].long().to(scores.device), logprobs)
+        done = torch.from_numpy(ended).to(scores.device)
+        steered[done] = scores[done]  # generate pads them
+        return steered
+
+    def _follow(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return how many columns of padding each row begins with, (B,), noticing when a text begins."""
+        mask = self._mask if self._mask is not None and self._mask.ndim == 2 else None
+        pad = np.zeros(len(ids), np.int64) if mask is None else mask.long().argmax(-1).cpu().numpy()
+        if self._seen is None:
+            self._width = ids.shape[1]
+            self._scores = []
+        elif self._seen.shape[0] != len(ids) or not np.array_equal(ids[:, :-1], self._seen):
+            raise ConfigError("rows changed places between two steps, as in beam search: sample, or decode greedily")
+        self._seen = ids
+        return pad
+
+    def _observe(
+        self,
+        ids: npt.NDArray[np.int64],
+        pad: npt.NDArray[np.int64],
+        steps: int,
+        scores: torch.Tensor,
+        ended: npt.NDArray[np.bool_],
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Return the environment's observation of these rows, but for ``hidden``."""
+        rows, width = ids.shape
+        model, task = self._language_model, self._task
+        block_end = np.full(rows, steps < task["min_new_tokens"])
+        candidates, logprobs = top_candidates(scores, task["top_k"], model.end_ids, block_end)
+        legal = (logprobs > MASKED_LOGPROB) & nucleus(logprobs, task["top_p"])
+        length = width - pad
+        columns = np.arange(width)[None] + pad[:, None]
+        tokens = np.take_along_axis(ids, np.minimum(columns, width - 1), 1) * (columns < width)
+        observation: dict[str, npt.NDArray[Any]] = {
+            "tokens": tokens.astype(np.int32),
+            "length": length[:, None].astype(np.int32),
+            "budget": np.full((rows, 1), 1.0 - steps / self.max_new_tokens, np.float32),
+            "candidates": candidates,
+            "logprobs": np.where(legal, logprobs, np.float32(MASKED_LOGPROB)),
+            "action_mask": legal.astype(np.int8),
+            "score": np.zeros((rows, 1), np.float32),
+        }
+        if self._running is None:
+            return observation
+        return observation | self._look_ahead(ids, pad, candidates, ended)
+
+    # --- running scores
+
+    def _running_score(self, reward: Any) -> RunningScore[Any] | None:
+        if not self._task["scores"] or not (self._network.uses_score or self._network.uses_candidate_scores):
+            return None
+        reward = self._task["reward"] if reward is None else reward
+        if reward is None:
+            raise ConfigError(
+                f"the agent sees running scores of reward {self._task['reward_name']!r}, a Python object that was not "
+                "stored: give it again, as logits_processor(model, reward=...)"
+            )
+        running = make_reward(reward).running()
+        if running is None:
+            raise ConfigError(f"the agent sees running scores, and reward {reward!r} cannot score a prefix")
+        return running
+
+    def _look_ahead(
+        self,
+        ids: npt.NDArray[np.int64],
+        pad: npt.NDArray[np.int64],
+        candidates: npt.NDArray[np.int32],
+        ended: npt.NDArray[np.bool_],
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """Return ``score`` (B, 1) and ``candidate_scores`` (B, k) of the completions so far."""
+        assert self._running is not None
+        model = self._language_model
+        prompts = [row[start : self._width].tolist() for row, start in zip(ids, pad, strict=True)]
+        new = ids[:, self._width :].tolist()
+        if not new[0]:
+            self._scores = [self._running.start(model.decode(prompt), None, {}) for prompt in prompts]
+        ahead = np.zeros(candidates.shape, np.float32)
+        for i in np.flatnonzero(~ended).tolist():
+            if new[i]:
+                completion = model.continuations(prompts[i], new[i][:-1], new[i][-1:])[0]
+                self._scores[i] = self._running.extend(self._scores[i], completion)
+            texts = model.continuations(prompts[i], new[i], candidates[i].tolist())
+            ahead[i] = self._running.lookahead(self._scores[i], texts)
+        score = np.array([[state.value] for state in self._scores], np.float32)
+        return {"score": score, "candidate_scores": ahead}
+
+
+def _check_same(model: Any, agent: TextDQN) -> None:
+    """Raise ``ModelError`` unless ``model`` embeds tokens as the agent's language model does."""
+    own = agent.language_model
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no output embedding: a causal language model is needed")
+    weights = model.get_input_embeddings().weight
+    expected = own.embed(np.arange(min(64, own.vocab_size)))
+    same = (
+        tuple(head.weight.shape) == (own.vocab_size, own.hidden_size)
+        and weights.shape[-1] == own.embedding_size
+        and np.allclose(weights[: len(expected)].detach().float().cpu().numpy(), expected, rtol=0.02, atol=1e-3)
+    )
+    if not same:
+        raise ModelError(
+            f"this {type(model).__name__} is not the agent's language model {own.name!r}: its embeddings differ"
+        )
+
+
+def _refuse_beams(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+
+    def setting(name: str) -> Any:
+        return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
+
+    if (setting("num_beams") or 1) > 1:
+        raise ConfigError(
+            f"num_beams={setting('num_beams')}: beam search looks for the likeliest text, and log pi is no score to "
+            "sum over beams; sample, or decode greedily, with num_beams=1"
+        )
+    if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
+        raise ConfigError("assisted generation judges several tokens a forward, the agent one: leave the assistant out")

@@ -1,0 +1,72 @@
+"""The yardstick of the learning benchmark: means, clocks and shares, against hand-worked cases."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from agents.runs.optimum import estimated_optimum
+from benchmarks.grpo import TunedModel
+from benchmarks.learning import BETA, Bench, Course, _seconds_to, middle
+from textgen_env.policies import renormalise
+from textgen_env.vector_env import TextGenVectorEnv
+
+
+def test_the_middle_of_five_leaves_out_the_best_and_the_worst():
+    assert middle([100.0, 1.0, 2.0, 3.0, -100.0]) == pytest.approx(2.0)
+
+
+def test_time_to_the_goal_is_that_of_the_first_look_there_and_needs_every_seed():
+    def run(*rewards: float) -> dict:
+        rows = [
+            {"seconds": 10.0 * i, "steps": i, "reward": r, "kl": 2.0 * i, "distinct_2": 0.5}
+            for i, r in enumerate(rewards)
+        ]
+        return {"course": rows}
+
+    all_there = _seconds_to(0.7, [run(0.2, 0.7, 0.1), run(0.2, 0.3, 0.9), run(0.8)])
+    assert all_there == {"reached": "3 of 3", "seconds": 10.0, "steps": 1, "kl": 2.0, "distinct_2": 0.5}
+    assert _seconds_to(0.7, [run(0.7), run(0.1)]) == {"reached": "1 of 2", "seconds": None}
+
+
+def test_the_clock_stops_during_evaluations():
+    course = Course(lambda: time.sleep(0.2) or {"reward": 0.0}, looks=[10, 20])
+    course.model = SimpleNamespace(train=lambda: None)
+    course._on_training_start()
+    for step in range(0, 31, 10):
+        course.num_timesteps = step
+        course._on_step()
+    assert [row["steps"] for row in course.rows] == [10, 20]
+    assert course.figures()["seconds"] < 0.1
+
+
+def test_the_best_policy_has_the_whole_share_and_the_language_model_none(tmp_path):
+    bench = object.__new__(Bench)
+    bench.folder = tmp_path
+    rewards = np.random.default_rng(0).uniform(-1, 1, (3, 500))
+    np.save(tmp_path / "language_model_sentiment.npy", rewards)
+    best = estimated_optimum(rewards, BETA)
+    reward, kl = best.point
+    assert bench.share({"reward": reward, "kl": kl}, "sentiment") == pytest.approx(1.0)
+    assert bench.share({"reward": float(rewards.mean()), "kl": 0.0}, "sentiment") == pytest.approx(0.0)
+
+
+def test_the_rival_before_training_is_the_language_model_also_from_its_cache(tiny_lm):
+    model, _ = tiny_lm
+    widths = []
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda module, ids: widths.append(ids[0].shape[1]))
+    agent, rng = TunedModel(model), np.random.default_rng(0)
+    settings = {"top_k": 4, "max_new_tokens": 4, "min_new_tokens": 4, "observation": "full"}
+    env = TextGenVectorEnv(3, tiny_lm, ["the film was", "good", "the"], "length", **settings)
+    observation, _ = env.reset(seed=0)
+    for _ in range(15):  # three texts in each row
+        del widths[:]
+        policy = agent.probabilities(observation)
+        own, _ = renormalise(observation["logprobs"], observation["action_mask"])
+        np.testing.assert_allclose(policy, np.exp(own), atol=1e-5)
+        assert widths == [1 if observation["budget"][0, 0] < 1 else observation["length"].max()]
+        observation, *_ = env.step(rng.integers(4, size=3))
+    hook.remove()

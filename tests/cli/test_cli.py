@@ -1,0 +1,262 @@
+"""The command line, on a tiny model in a folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from agents.cli.app import INTERRUPTED, WHERE, app
+from textgen_env.models import MODEL_NAMES
+from textgen_env.openings import OPENINGS
+from textgen_env.rewards import REWARDS
+
+TINY = ["--max-prompt-tokens", "8", "--max-new-tokens", "4", "--top-k", "4", "--texts", "8", "--samples", "4"]
+
+
+def textgen(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "160"})
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_lm, tmp_path_factory):
+    """The tiny model, its prompts, and a run on them."""
+    folder = tmp_path_factory.mktemp("cli")
+    for part in tiny_lm:
+        part.save_pretrained(folder / "model")
+    words = ["film", "long film", "good film", "bad film"]
+    (folder / "prompts.txt").write_text("\n".join(f"the {w} was" for w in words))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    result = textgen(
+        *("train", "--out", folder / "run", "--model", folder / "model", "--prompts", folder / "prompts.txt"),
+        *("--prune", "l1_unstructured:0.1", "--steps", 400, "--envs", 4, *TINY),
+    )
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_train_shows_the_table_and_where_everything_is(run, folder):
+    for words in ("language model, sampled", "score lookahead", "text_dqn, trained", "best possible policy"):
+        assert words in run.stdout
+    assert "l1_unstructured 10%" in run.stdout
+    assert "too few to hold some back" in run.stdout.replace("\n", " ")
+    from agents.zoo import OBSERVATION
+
+    config = json.loads((folder / "run" / "config.json").read_text())
+    given = {"top_k": 4, "max_new_tokens": 4, "max_prompt_tokens": 8, "min_new_tokens": 4}
+    assert config["env"] == {**given, "observation": list(OBSERVATION)}
+    assert config["model"] == str(folder / "model")
+
+
+def test_generate_prints_a_json_list(run, folder):
+    result = textgen("generate", folder / "run", "--prompt", "the film", "--num", 3, "--json")
+    assert result.exit_code == 0, result.output
+    texts = json.loads(result.stdout)
+    assert [set(text) for text in texts] == [{"prompt", "completion", "reward", "logprob"}] * 3
+    assert all(text["prompt"] == "the film" and -1 <= text["reward"] <= 1 and text["logprob"] < 0 for text in texts)
+    assert json.loads(textgen("generate", folder / "run", "--prompt", "the film", "--num", 3, "--json").stdout) == texts
+
+
+def test_generate_without_json_prints_a_line_a_text(run, folder):
+    result = textgen("generate", folder / "run", "--prompt", "the film", "--num", 2, "--greedy", "--beta", 0.05)
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2
+    assert lines[0] == lines[1]  # greedy
+    assert "the film|" in lines[0]
+
+
+def test_record_writes_a_dataset_of_a_run_or_of_a_language_model(run, folder):
+    pytest.importorskip("minari", reason="recorded texts need minari[hdf5]")
+    from agents.text_dqn.offline import BEHAVIOUR, open_dataset
+
+    of_model = ("--model", folder / "model", "--reward", "length", "--max-new-tokens", 3, "--top-k", 4)
+    for name, options in {
+        "agent-v0": (folder / "run",),
+        "model-v0": (*of_model, "--prompts", folder / "prompts.txt"),
+    }.items():
+        result = textgen("record", *options, "--out", folder / name, "--episodes", 6)
+        assert result.exit_code == 0, result.output
+        dataset = open_dataset(folder / name)
+        assert f"6 texts of {dataset.total_steps} tokens" in result.stdout
+        assert all((episode.infos[BEHAVIOUR][1:] < 0).all() for episode in dataset)
+        assert all(episode.observations["action_mask"].any(-1).all() for episode in dataset)
+    env = dataset.recover_environment()
+    assert env.observation_space == dataset.observation_space
+    observation, _ = env.reset(options={"prompt": "the film was"})
+    assert env.observation_space.contains(observation)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either the folder of a run"),
+        (["RUN", "--top-k", "4"], "leave them out"),
+        (["RUN"], "not an empty folder"),
+        (["--model", "MODEL", "--top-k", "4", "--reward", "nothing"], "unknown reward 'nothing'"),
+    ],
+)
+def test_record_says_what_is_wrong(arguments, message, run, folder):
+    (folder / "full").mkdir(exist_ok=True)
+    (folder / "full" / "note.txt").write_text("mine")
+    places = {"RUN": folder / "run", "MODEL": folder / "model"}
+    result = textgen("record", *(places.get(a, a) for a in arguments), "--out", folder / "full")
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
+
+
+def test_generate_samples_a_language_model_itself(folder):
+    result = textgen(
+        *("generate", "--model", folder / "model", "--prompt", "the film", "--max-new-tokens", 3, "--json"),
+        *("--reward", '{"name": "keywords", "words": ["good"]}'),
+    )
+    texts = json.loads(result.stdout)
+    assert len(texts) == 4
+    assert all(text["reward"] == ("good" in text["completion"]) for text in texts)
+
+
+def test_a_pruned_and_healed_model_writes(folder, tmp_path):
+    result = textgen(
+        *("prune", folder / "model", "--cuts", "layers:0.5+ffn:0.25", "--heal", 2),
+        *("--text", folder / "prompts.txt", "--out", tmp_path / "p"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "layers 50% + ffn 25%" in result.output
+    config = json.loads((tmp_path / "p" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"]) == (1, 18)
+
+    written = textgen("generate", "--model", tmp_path / "p", "--prompt", "the film", "--max-new-tokens", 4, "--num", 2)
+    assert written.exit_code == 0, written.output
+    assert written.output.count("the film|") == 2
+
+
+def test_evaluate_repeats_the_table_and_draws_the_plane(run, folder):
+    result = textgen("evaluate", folder / "run")
+    assert result.exit_code == 0, result.output
+    trained = [line for line in run.stdout.splitlines() if "text_dqn, trained" in line]
+    assert trained
+    assert [line for line in result.stdout.splitlines() if "text_dqn, trained" in line] == trained
+    assert (folder / "run" / "evaluation" / "plane.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_on_other_prompts_as_json(run, folder):
+    (folder / "one.txt").write_text("good film")
+    result = textgen(
+        *("evaluate", folder / "run", "--prompts", folder / "one.txt", "--texts", 6, "--samples", 5),
+        *("--out", folder / "figures", "--json"),
+    )
+    report = json.loads(result.stdout)
+    assert report == json.loads((folder / "figures" / "summary.json").read_text())
+    by_name = {row["name"]: row["details"] for row in report["rows"] if row["details"]}
+    assert (by_name["text_dqn, trained"]["texts"], by_name["text_dqn, trained"]["prompts"]) == (6, 1)
+    assert by_name["language model, sampled"]["texts"] == 6
+    rewards = {row["name"]: row["reward"] for row in report["rows"]}
+    assert report["metrics"]["text_dqn, trained"]["reward_mean"] == pytest.approx(rewards["text_dqn, trained"])
+    assert 0 < report["metrics"]["language model"]["distinct_1"] <= 1
+
+
+def test_a_stored_configuration_is_a_start_for_another_run(run, folder):
+    result = textgen(
+        *("train", "--config", folder / "run" / "config.json", "--out", folder / "other", "--prune", "none"),
+        *("--steps", 40, "--candidate-scores", "--reward", "length"),
+    )
+    assert result.exit_code == 0, result.output
+    first, second = (json.loads((folder / name / "config.json").read_text()) for name in ("run", "other"))
+    assert first["env"].pop("observation") == second["env"].pop("observation")[:-1]
+    assert second == {**first, "prune": None, "steps": 40, "reward": "length"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--model", "smollm"], "Did you mean 'smollm2'"),
+        (["train", "--agent", "textdqn"], "Did you mean 'text_dqn'"),
+        (["train", "--reward", "sentimet", "--model", "{model}"], "Did you mean 'sentiment'"),
+        (["train", "--reward", '{"sentiment": }', "--model", "{model}"], "looks like JSON but is none"),
+        (["train", "--prune", "l1:0.1"], "unknown pruning method 'l1'"),
+        (["prune", "{model}", "--out", "p", "--method", "fnn"], "Did you mean 'ffn'"),
+        (["prune", "{model}", "--out", "p", "--amount", "1"], "must be in [0, 1)"),
+        (["prune", "{model}", "--out", "p", "--cuts", "layers"], "METHOD:AMOUNT"),
+        (["prune", "{model}", "--out", "p", "--text", "nowhere.txt"], "cannot read 'nowhere.txt'"),
+        (["prune", "{model}", "--out", "{model}"], "holds a model already"),
+        (["train", "--prompts", "nowhere.txt", "--model", "{model}"], "no file of prompts at 'nowhere.txt'"),
+        (["train", "--config", "nowhere.json"], "cannot read 'nowhere.json'"),
+        (["train", "--max-new-tokens", "4", "--min-new-tokens", "5"], "min_new_tokens must be at most"),
+        (["train", "--model", "{model}", "--top-k", "4", "--max-prompt-tokens", "200"], "exceed the 128 tokens"),
+        (["generate"], "give either the folder of a run, or --model"),
+        (["generate", "nowhere"], "holds no config.json"),
+        (["generate", "--model", "{model}", "--prompt", " "], "must not be empty"),
+        (["generate", "--model", "{model}", "--beta", "0.1"], "the language model itself has none"),
+        (["generate", "{run}", "--reward", "length"], "leave them out"),
+        (["generate", "{run}", "--prompt", "the " * 9], "more than max_prompt_tokens=8"),
+        (["evaluate", "{run}", "--prompts", "fod"], "prompts in the box"),
+        (["list", "reward"], "Did you mean 'rewards'"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(arguments, message, run, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"{model}": folder / "model", "{run}": folder / "run"}
+    result = textgen(*(places.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_run_is_not_overwritten(run, folder):
+    result = textgen("train", "--out", folder / "run", "--model", folder / "model")
+    assert result.exit_code == 2
+    assert "already holds a run" in result.stderr
+
+
+def test_ctrl_c_ends_with_130_and_says_where(folder, monkeypatch):
+    from agents.runs.run import Run
+
+    def interrupt(self, say):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "yardstick", interrupt)
+    result = textgen("train", "--out", folder / "stopped", "--model", folder / "model", "--steps", 40, *TINY)
+    assert result.exit_code == INTERRUPTED == 130
+    assert str(folder / "stopped") in result.stdout.replace("\n", "")
+
+
+def test_list_names_everything_there_is():
+    shown = textgen("list").stdout
+    for name in (*REWARDS, *OPENINGS, "text_dqn", "lookahead", *MODEL_NAMES, "wanda"):
+        assert name in shown
+    assert "wanda" not in textgen("list", "rewards").stdout
+
+
+def test_the_help_shows_the_defaults_of_a_run():
+    from agents.runs.config import ENV_SETTINGS, RunConfig
+    from textgen_env.config import EnvConfig
+
+    config = RunConfig()
+    names = {"texts": "eval_texts", "samples": "eval_samples"}
+    shown = 0
+    for option in typer.main.get_command(app).commands["train"].params:
+        field = names.get(option.name, option.name)
+        env = ENV_SETTINGS.get(field, getattr(EnvConfig(), field, None))
+        if isinstance(option.show_default, str) and field not in ("out", "min_new_tokens", *WHERE):
+            default = getattr(config, field, env)
+            assert option.show_default == ("none" if default is None else str(default)), field
+            shown += 1
+    assert shown >= 10
+
+
+def test_help_loads_no_framework():
+    program = (
+        "import sys; from typer.testing import CliRunner; from agents.cli import app\n"
+        "assert CliRunner().invoke(app, ['train', '--help']).exit_code == 0\n"
+        "print(*sys.modules.keys() & {'torch', 'transformers', 'matplotlib', 'stable_baselines3'})"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""

@@ -1,0 +1,231 @@
+"""Hugging Face causal language models behind ``LanguageModel``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from textgen_env.errors import CapacityError, ConfigError, ModelError
+from textgen_env.models.base import LanguageModel
+from textgen_env.models.cache import KeyValues
+from textgen_env.models.device import available_bytes
+from textgen_env.models.generic import GenericDecoder
+from textgen_env.models.llama import LlamaDecoder
+from textgen_env.models.packing import Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from textgen_env.models.slots import HFSlots
+
+UNLIMITED = 1 << 30
+
+
+class HFModel(LanguageModel):
+    """A causal LM and its tokenizer, as loaded by ``from_pretrained``.
+
+    The module is put into eval mode and otherwise left alone; it goes on working for its owner.
+    Its weights are read once: wrap it again after changing them. The first forward is checked
+    against the model's own, so an architecture that the engine gets wrong is refused, not guessed.
+
+    Args:
+        model: The causal LM, on any device, in any floating dtype.
+        tokenizer: Its tokenizer.
+        name: Shown in error messages and logs.
+        memo_bytes: Bound of what each ``slots`` remembers: half for proposals of prefixes seen
+            before, half for the keys and values of prompts. 0 remembers nothing.
+
+    Memory of ``slots(rows, length, k)``, see ``slots_bytes``:
+        rows * length * layers * kv_heads * (key_size + value_size) * bytes per number
+        + rows * vocabulary * bytes per number (logits) + 8 MB (scratch of the candidates) + memo_bytes.
+
+    Raises:
+        ModelError: no tokenizer, no end-of-text token, or an architecture that caches something
+            other than keys and values for each token.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str | None = None,
+        memo_bytes: int = 64 << 20,
+    ) -> None:
+        self.name = name or model.config.name_or_path or type(model).__name__
+        if tokenizer is None:
+            raise ModelError(f"model {self.name!r} has no tokenizer; pass the one it was trained with")
+        if memo_bytes < 0:
+            raise ConfigError(f"memo_bytes must not be negative, got {memo_bytes}")
+        head: Any = model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"{type(model).__name__} has no output embedding: a causal language model is needed")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.memo_bytes = memo_bytes
+        self.vocab_size, self.hidden_size = head.weight.shape
+        embedding: Any = model.get_input_embeddings()
+        self._embeddings: torch.Tensor = embedding.weight
+        self.embedding_size = self._embeddings.shape[-1]
+        self.max_context = _max_context(model.config.get_text_config())
+        self.end_ids = _end_ids(model, tokenizer)
+        if not self.end_ids:
+            raise ModelError(
+                f"model {self.name!r} has no end-of-text token: set tokenizer.eos_token or "
+                "model.generation_config.eos_token_id"
+            )
+        self._token_bytes = _byte_level_tokens(tokenizer, self.vocab_size)
+        self._token_text = [_decoded(token) for token in self._token_bytes or []]
+        self.decoder = _agreeing_decoder(self)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def continuations(self, prompt_ids: Sequence[int], ids: Sequence[int], candidates: Sequence[int]) -> list[str]:
+        if self._token_bytes is not None:
+            known = self._token_bytes
+            prefix = b"".join([known[i] for i in ids])
+            return [(prefix + known[c]).decode("utf-8", "replace") for c in candidates]
+        # Other tokenizers strip a leading space at the start of a text: decode after the prompt.
+        before = self.decode(prompt_ids)
+        texts = [self.decode([*prompt_ids, *ids, c]) for c in candidates]
+        return [
+            text[len(before) :] if text.startswith(before) else self.decode([*ids, c])
+            for text, c in zip(texts, candidates, strict=True)
+        ]
+
+    def extended(self, completion: str, token: int) -> str | None:
+        # A text that ends in the replacement character may end within a character.
+        if self._token_bytes is None or completion.endswith("\ufffd"):
+            return None
+        text = self._token_text[token]
+        return None if text is None else completion + text
+
+    @torch.inference_mode()
+    def embed(self, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        rows = torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self._embeddings.device)
+        return self._embeddings[rows].float().cpu().numpy()
+
+    def slots(self, rows: int, length: int, k: int | None) -> HFSlots:
+        most = self.vocab_size - len(self.end_ids)
+        if k is not None and not 1 <= k <= most:
+            raise ConfigError(f"top_k must be in 1..{most} (vocabulary without end tokens), got {k}")
+        if rows < 1:
+            raise ConfigError(f"rows must be at least 1, got {rows}")
+        if not 1 <= length <= self.max_context:
+            raise ConfigError(f"a row of model {self.name!r} holds 1..{self.max_context} tokens, got length={length}")
+        needed, free = self.slots_bytes(rows, length), available_bytes(self.decoder.shape.device)
+        if needed > free:
+            raise CapacityError(
+                f"{rows} rows of {length} tokens need {needed:,} bytes and {free:,} are free: "
+                "use fewer rows or shorter texts"
+            )
+        return HFSlots(self, self.decoder, rows, length, k)
+
+    def slots_bytes(self, rows: int, length: int) -> int:
+        """Return the bytes that ``slots(rows, length, k)`` takes at most."""
+        shape = self.decoder.shape
+        logits = rows * self.vocab_size * shape.dtype.itemsize
+        return rows * KeyValues.rounded(length) * shape.token_bytes + logits + (8 << 20) + self.memo_bytes
+
+
+# --- what a model and a tokenizer say about themselves
+
+
+def _max_context(config: Any) -> int:
+    """Tokens that the model attends to from its last one: positions it knows, or its sliding window."""
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    return min((limit for limit in limits if limit), default=UNLIMITED)
+
+
+def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    sources = (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer)
+    found: set[int] = set()
+    for source in sources:
+        ends = getattr(source, "eos_token_id", None)
+        found.update([ends] if isinstance(ends, int) else ends or [])
+    if "<|endoftext|>" in tokenizer.all_special_tokens:
+        found.add(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    return tuple(sorted(i for i in found if 0 <= i < model.get_output_embeddings().weight.shape[0]))
+
+
+def _byte_level_tokens(tokenizer: Any, vocab_size: int) -> list[bytes] | None:
+    """Return the bytes of every token of a byte-level tokenizer, else None. Special ones are empty."""
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if type(decoder).__name__ != "ByteLevel":
+        return None
+    # GPT-2's alphabet: bytes that print stand for themselves, the others come after code point 255.
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    alphabet = {chr(b): b for b in printed} | {chr(256 + i): b for i, b in enumerate(others)}
+    special = set(tokenizer.all_special_ids)
+    tokens = [b""] * vocab_size
+    for text, i in tokenizer.get_vocab().items():
+        if i < vocab_size and i not in special:
+            known = all(c in alphabet for c in text)
+            tokens[i] = bytes(alphabet[c] for c in text) if known else text.encode()
+    return tokens
+
+
+def _decoded(token: bytes) -> str | None:
+    """Return the text of a token, or None if it is a part of a character."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _agreeing_decoder(model: HFModel) -> Decoder:
+    """Return the fastest decoder that agrees with the model's own uncached forward.
+
+    Raises:
+        ModelError: none does.
+    """
+    kinds = (LlamaDecoder, GenericDecoder) if LlamaDecoder.fits(model.model) else (GenericDecoder,)
+    allowed = 1e-3 if model.model.dtype in (torch.float32, torch.float64) else 0.15
+    for kind in kinds:
+        decoder = kind(model.model)
+        gap = _disagreement(model, decoder)
+        if gap <= allowed:
+            return decoder
+    raise ModelError(
+        f"the cached forward of {type(model.model).__name__} differs from its own uncached one by {gap:.1%} "
+        f"(at most {allowed:.1%} is rounding): this architecture is not supported"
+    )
+
+
+@torch.inference_mode()
+def _disagreement(model: HFModel, decoder: Decoder) -> float:
+    """Return how far two short ragged rows are from the uncached forward, relative to its spread.
+
+    The texts are plain language: on special tokens, half precision differs from itself.
+    """
+    ids = [*model.encode("The old man went down to the"), *range(8)][:6]
+    lengths = [3, 1]
+    slots = HFSlots(model, decoder, rows=2, length=len(ids), k=None)
+    rows, free = np.arange(2), np.zeros(2, bool)
+    gaps = []
+    try:
+        # Both texts are beginnings of one, so its forward gives what each is compared with.
+        uncached = model.model(input_ids=torch.tensor([ids], device=decoder.shape.device)).logits[0]
+        expected = uncached.float().log_softmax(-1).cpu().numpy()
+        slots.start(rows, [ids[:length] for length in lengths])
+        for step in range(3):
+            found = slots.propose(rows, free).logprobs
+            for row, length in enumerate(lengths):
+                target = expected[length + step - 1]
+                spread = float(np.linalg.norm(target - target.mean()))
+                gaps.append(float(np.linalg.norm(found[row] - target)) / max(spread, 1e-6))
+            slots.advance(rows, np.array([ids[length + step] for length in lengths]))
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{type(model.model).__name__} cannot run on a cache with a row for each text: {error}"
+        ) from error
+    return max(gaps)
