@@ -26,14 +26,11 @@ import numpy.typing as npt
 from textgen_env.episode import Outcome, Rows
 from textgen_env.errors import ConfigError
 from textgen_env.observation import flatten
-from textgen_env.policies import Agent, kl_to, log_prior, sample
+from textgen_env.policies import Agent, Floats, kl_to, log_prior, sample
 from textgen_env.prompts import ListPrompts, Prompt, PromptSource
 from textgen_env.rewards.base import Generation
 from textgen_env.rewards.lexical import Repetition, split_words
 from textgen_env.vector_env import TextGenVectorEnv
-
-Floats = npt.NDArray[np.float64]
-
 
 DISTINCT_TEXTS = 256
 """Distinct-n falls with the number of texts, so it is always taken over the first so many."""

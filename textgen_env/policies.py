@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from textgen_env.episode import Episodes, Rows
-from textgen_env.evaluation import Floats
+
+Floats = npt.NDArray[np.float64]
 
 
 class Agent(Protocol):

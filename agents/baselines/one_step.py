@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from textgen_env.errors import ConfigError
-from textgen_env.evaluation import Floats
-from textgen_env.policies import renormalise, sample
+from textgen_env.policies import Floats, renormalise, sample
 from textgen_env.registry import Registry
 
 Observation = dict[str, npt.NDArray[Any]]

@@ -25,8 +25,7 @@ from agents.baselines.one_step import Observation
 from textgen_env.config import check_at_least
 from textgen_env.episode import Episodes, Outcome, Rows, Snapshot
 from textgen_env.errors import ConfigError
-from textgen_env.evaluation import Floats
-from textgen_env.policies import log_prior, sample
+from textgen_env.policies import Floats, log_prior, sample
 from textgen_env.prompts import Prompt
 from textgen_env.registry import Registry
 from textgen_env.vector_env import TextGenVectorEnv

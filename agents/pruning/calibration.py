@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from agents.pruning.methods import Linear, _rows
 from textgen_env.errors import ConfigError
+
+Linear = nn.Linear | Conv1D
 
 Text = Sequence[str] | torch.Tensor
 """Texts, or token ids (N, T) without padding."""
@@ -147,3 +149,9 @@ def _influence(model: PreTrainedModel, blocks: nn.ModuleList, batches: list[torc
     with _hooked({str(i): block for i, block in enumerate(blocks)}, see):
         _run(model, batches)
     return turned / tokens
+
+
+def _rows(linear: Linear) -> torch.Tensor:
+    """The weight as (out, in); GPT-2 keeps it transposed."""
+    weight = linear.weight.data
+    return weight.T if isinstance(linear, Conv1D) else weight

@@ -27,8 +27,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from agents.pruning.calibration import Text, self_written, token_batches
-from agents.pruning.methods import Linear, PruningReport
+from agents.pruning.calibration import Linear, Text, self_written, token_batches
+from agents.pruning.methods import PruningReport
 from agents.pruning.model import PrunedTransformerModel, load_transformer
 from textgen_env.errors import ConfigError, ModelError, RunFolderError
 

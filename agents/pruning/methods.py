@@ -14,14 +14,11 @@ from torch.nn.utils import prune as torch_prune
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from agents.pruning.calibration import Calibration, _influence, _input_energy, _output_energy
+from agents.pruning.calibration import Calibration, Linear, _influence, _input_energy, _output_energy, _rows
 from textgen_env.errors import ConfigError, ModelError
 from textgen_env.registry import Registry
 
 REPORT_FILE = "pruning.json"
-
-
-Linear = nn.Linear | Conv1D
 
 
 METHODS: Registry[Callable[[PreTrainedModel, float, Calibration], None]] = Registry("pruning method")
@@ -245,12 +242,6 @@ def _linear(block: nn.Module, name: str) -> Linear:
             f"{name} is a {type(layer).__name__}; only plain linear layers can be cut (not quantised ones)"
         )
     return layer
-
-
-def _rows(linear: Linear) -> torch.Tensor:
-    """The weight as (out, in); GPT-2 keeps it transposed."""
-    weight = linear.weight.data
-    return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def _zeros(model: PreTrainedModel) -> dict[str, tuple[int, int]]:

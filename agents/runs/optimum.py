@@ -25,8 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from textgen_env.errors import CapacityError, ConfigError
-from textgen_env.evaluation import Floats
-from textgen_env.policies import kl_to, log_prior
+from textgen_env.policies import Floats, kl_to, log_prior
 from textgen_env.prompts import Prompt
 from textgen_env.vector_env import TextGenVectorEnv
 

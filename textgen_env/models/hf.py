@@ -16,10 +16,10 @@ from textgen_env.models.device import available_bytes
 from textgen_env.models.generic import GenericDecoder
 from textgen_env.models.llama import LlamaDecoder
 from textgen_env.models.packing import Decoder
+from textgen_env.models.slots import HFSlots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from textgen_env.models.slots import HFSlots
 
 UNLIMITED = 1 << 30
 
@@ -127,7 +127,7 @@ class HFModel(LanguageModel):
                 f"{rows} rows of {length} tokens need {needed:,} bytes and {free:,} are free: "
                 "use fewer rows or shorter texts"
             )
-        return HFSlots(self, self.decoder, rows, length, k)
+        return HFSlots(self, self.decoder, rows, length, k, self.memo_bytes)
 
     def slots_bytes(self, rows: int, length: int) -> int:
         """Return the bytes that ``slots(rows, length, k)`` takes at most."""
@@ -209,7 +209,7 @@ def _disagreement(model: HFModel, decoder: Decoder) -> float:
     """
     ids = [*model.encode("The old man went down to the"), *range(8)][:6]
     lengths = [3, 1]
-    slots = HFSlots(model, decoder, rows=2, length=len(ids), k=None)
+    slots = HFSlots(model, decoder, rows=2, length=len(ids), k=None, memo_bytes=model.memo_bytes)
     rows, free = np.arange(2), np.zeros(2, bool)
     gaps = []
     try:

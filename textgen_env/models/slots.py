@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from textgen_env.errors import CapacityError, ConfigError, ModelError, PromptError, ResetNeeded
-from textgen_env.models.base import Proposals, Slots
+from textgen_env.models.base import LanguageModel, Proposals, Slots
 from textgen_env.models.cache import KeyValues
 from textgen_env.models.candidates import top_candidates
 from textgen_env.models.packing import AttentionGroup, Decoder, RaggedBatch
-
-if TYPE_CHECKING:
-    pass
-from textgen_env.models.hf import HFModel
 
 Rows = npt.NDArray[np.int64]
 
@@ -31,7 +27,7 @@ T = TypeVar("T")
 class SavedRow:
     """A row taken out of its slots: ids, and the keys and values cached for them."""
 
-    owner: HFModel
+    owner: LanguageModel
     ids: npt.NDArray[np.int32]
     prompt_length: int
     key_values: tuple[torch.Tensor, torch.Tensor]
@@ -40,7 +36,9 @@ class SavedRow:
 class HFSlots(Slots):
     """Rows of text with a KV cache. See ``Slots`` for the contract."""
 
-    def __init__(self, model: HFModel, decoder: Decoder, rows: int, length: int, k: int | None) -> None:
+    def __init__(
+        self, model: LanguageModel, decoder: Decoder, rows: int, length: int, k: int | None, memo_bytes: int
+    ) -> None:
         self.model = model
         self.rows = rows
         self.length = length
@@ -50,8 +48,8 @@ class HFSlots(Slots):
         self._held = np.zeros(rows, np.int64)  # tokens of each row
         self._cached = np.zeros(rows, np.int64)  # how many of them have keys and values
         self._prompt = np.zeros(rows, np.int64)  # how many of them are the prompt
-        self._memo: _Bounded[npt.NDArray[np.float32]] = _Bounded(model.memo_bytes // 2)
-        self._prompts: _Bounded[tuple[torch.Tensor, torch.Tensor]] = _Bounded(model.memo_bytes // 2)
+        self._memo: _Bounded[npt.NDArray[np.float32]] = _Bounded(memo_bytes // 2)
+        self._prompts: _Bounded[tuple[torch.Tensor, torch.Tensor]] = _Bounded(memo_bytes // 2)
         self.cache = KeyValues(decoder.shape, rows, length)
 
     # --- bookkeeping
