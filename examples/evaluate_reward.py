@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 
 import textgen_env  # noqa: F401  registers the environment
-from textgen_env.metrics import ChrfMetric, DistinctMetric, RewardStatistics, RougeMetric
+from textgen_env.metrics import Chrf, Distinct, RewardStatistics, Rouge
 from textgen_env.rewards import EvaluateReward
 
 PROMPTS = [
@@ -25,7 +25,7 @@ PROMPTS = [
 
 
 def main() -> None:
-    reward = EvaluateReward(ChrfMetric(), key="chrf")  # a module and which of its figures
+    reward = EvaluateReward(Chrf(), key="chrf")  # a module and which of its figures
     envs = gym.make_vec("TextGen-v0", num_envs=8, prompts=PROMPTS, reward=reward, max_new_tokens=12)
     references = {prompt["prompt"]: prompt["reference"] for prompt in PROMPTS}
     observation, _ = envs.reset(seed=0)
@@ -41,7 +41,7 @@ def main() -> None:
             texts.append(final["completion"][row])
             wanted.append(references[final["prompt"][row]])
             earned.append(float(rewards[row]))
-    description = evaluate.combine([ChrfMetric(), RougeMetric(), DistinctMetric(), RewardStatistics()])
+    description = evaluate.combine([Chrf(), Rouge(), Distinct(), RewardStatistics()])
     figures = description.compute(predictions=texts, references=wanted, rewards=earned)
     for name, figure in figures.items():
         print(f"{name:12} {figure:.3f}")

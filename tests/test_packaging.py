@@ -120,7 +120,7 @@ print(textgen_env.__file__)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     assert run(python, "-c", program, cwd=tmp_path, env=environment).strip().startswith(site)
     script = (
-        "from agents.cli import app; from typer.testing import CliRunner;"
+        "from agents.cli.app import app; from typer.testing import CliRunner;"
         "print(CliRunner().invoke(app, ['--help']).exit_code)"
     )
     assert run(python, "-c", script, cwd=tmp_path, env=environment).strip() == "0"

@@ -33,12 +33,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Generation": "rewards",
-    "LanguageModel": "language_model",
+    "LanguageModel": "models.base",
     "Prompt": "prompts",
     "PromptSource": "prompts",
-    "Proposals": "language_model",
+    "Proposals": "models.base",
     "Reward": "rewards",
-    "TableModel": "table_model",
+    "TableModel": "models.table",
     "Task": "tasks",
     "TextGenEnv": "env",
     "TextGenVectorEnv": "vector_env",

@@ -29,7 +29,7 @@ from textgen_env.observation import flatten
 from textgen_env.policies import Agent, Floats, kl_to, log_prior, sample
 from textgen_env.prompts import ListPrompts, Prompt, PromptSource
 from textgen_env.rewards.base import Generation
-from textgen_env.rewards.lexical import Repetition, split_words
+from textgen_env.rewards.lexical import RepetitionReward, split_words
 from textgen_env.vector_env import TextGenVectorEnv
 
 DISTINCT_TEXTS = 256
@@ -66,7 +66,7 @@ class Evaluation:
     @property
     def repetition(self) -> float:
         """Mean share of a text's word 3-grams that have occurred in it before."""
-        return float(Repetition()([Generation("", completion) for completion in self.completions]).mean())
+        return float(RepetitionReward()([Generation("", completion) for completion in self.completions]).mean())
 
     def by_prompt(self, values: Floats) -> Floats:
         """Return (N,) values as (P, n)."""

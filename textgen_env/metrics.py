@@ -1,7 +1,7 @@
 """How generated text is described: ``evaluate`` metrics that need no hub.
 
 Each is an ``evaluate.Metric`` backed by sacrebleu, rouge-score, numpy or a language model, and they
-combine: ``evaluate.combine([BleuMetric(), DistinctMetric()]).compute(predictions=..., references=...)``. Columns
+combine: ``evaluate.combine([Bleu(), Distinct()]).compute(predictions=..., references=...)``. Columns
 are ``predictions`` (completions), ``references``, ``prompts`` and ``rewards``; a metric takes those
 that it reads and leaves the rest, so one call serves a combination.
 
@@ -83,7 +83,7 @@ class TextMetric(evaluate.Metric):
 
 
 @METRICS.register("bleu")
-class BleuMetric(TextMetric):
+class Bleu(TextMetric):
     """Corpus BLEU, 0 to 100, as sacrebleu computes it (13a tokens, exponential smoothing).
 
     A prediction has one reference or a list of them.
@@ -99,7 +99,7 @@ class BleuMetric(TextMetric):
 
 
 @METRICS.register("chrf")
-class ChrfMetric(TextMetric):
+class Chrf(TextMetric):
     """Corpus chrF2, 0 to 100, as sacrebleu computes it. One reference or a list of them a prediction."""
 
     columns = ("predictions", "references")
@@ -112,7 +112,7 @@ class ChrfMetric(TextMetric):
 
 
 @METRICS.register("rouge")
-class RougeMetric(TextMetric):
+class Rouge(TextMetric):
     """Mean ROUGE-1, ROUGE-2 and ROUGE-L F1, 0 to 1, as rouge-score computes them without a stemmer."""
 
     columns = ("predictions", "references")
@@ -151,7 +151,7 @@ class Perplexity(TextMetric):
 
 
 @METRICS.register("distinct")
-class DistinctMetric(TextMetric):
+class Distinct(TextMetric):
     """Distinct-1, 2 and 3 of all predictions together: different n-grams of words over all of them."""
 
     def _compute(self, predictions: Sequence[str]) -> dict[str, float]:
@@ -164,7 +164,7 @@ class DistinctMetric(TextMetric):
 
 
 @METRICS.register("repetition")
-class RepetitionMetric(TextMetric):
+class RepetitionReward(TextMetric):
     """Mean share of a prediction's n-grams of words that it has used before.
 
     Args:
@@ -177,9 +177,9 @@ class RepetitionMetric(TextMetric):
 
     def _compute(self, predictions: Sequence[str]) -> dict[str, float]:
         from textgen_env.rewards import Generation
-        from textgen_env.rewards.lexical import Repetition
+        from textgen_env.rewards.lexical import RepetitionReward
 
-        shares = Repetition(self._n)([Generation("", text) for text in predictions])
+        shares = RepetitionReward(self._n)([Generation("", text) for text in predictions])
         return {"repetition": float(shares.mean())}
 
 

@@ -117,11 +117,11 @@ def test_what_an_agent_cannot_do_is_not_its_failure():
 def test_a_killed_benchmark_goes_on_where_it_was(done, tmp_path):
     folder = tmp_path / "b"
     program = (
-        "from agents.benchmark import *; from test_benchmark import CONFIG\n"
+        "from agents.benchmark.grid import *; from test_benchmark import CONFIG\n"
         f"if __name__ == '__main__': run_benchmark(CONFIG, {str(folder)!r}, workers=2)"
     )
     (tmp_path / "program.py").write_text(program)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [Path.cwd(), Path(__file__).parents[1]]))}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [Path.cwd(), *Path(__file__).parents[:2]]))}
     process = subprocess.Popen([sys.executable, tmp_path / "program.py"], env=env)
     while len(list(folder.glob("cells/*.json"))) < 3 and process.poll() is None:
         time.sleep(0.02)

@@ -254,7 +254,7 @@ def test_the_help_shows_the_defaults_of_a_run():
 
 def test_help_loads_no_framework():
     program = (
-        "import sys; from typer.testing import CliRunner; from agents.cli import app\n"
+        "import sys; from typer.testing import CliRunner; from agents.cli.app import app\n"
         "assert CliRunner().invoke(app, ['train', '--help']).exit_code == 0\n"
         "print(*sys.modules.keys() & {'torch', 'transformers', 'matplotlib', 'stable_baselines3'})"
     )

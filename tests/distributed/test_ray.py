@@ -292,12 +292,12 @@ def test_a_learner_that_pauses_finds_a_bounded_number_of_batches_and_an_error_is
 def test_a_killed_learner_goes_on_from_its_checkpoint(tmp_path):
     program = (
         "import test_ray as t\n"
-        "from agents.distributed import RayTextSource\n"
+        "from agents.distributed.actors import RayTextSource\n"
         "t.train(t.replace(t.CONFIG, steps=100_000, checkpoint_every=200), 'run', model=t.weather(), "
         "engine=RayTextSource(2))\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.path.join(root, "tests")])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.path.join(root, "tests"), os.path.dirname(__file__)])}
     learner = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=env, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while newest_checkpoint(tmp_path / "run" / "checkpoints") is None and time.monotonic() < deadline:

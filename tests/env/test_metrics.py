@@ -9,13 +9,13 @@ import pytest
 from textgen_env.errors import ConfigError
 from textgen_env.metrics import (
     METRICS,
-    BleuMetric,
-    ChrfMetric,
-    DistinctMetric,
+    Bleu,
+    Chrf,
+    Distinct,
     Perplexity,
-    RepetitionMetric,
+    Repetition,
     RewardStatistics,
-    RougeMetric,
+    Rouge,
     SelfBleu,
 )
 from textgen_env.rewards import make_reward
@@ -31,12 +31,8 @@ REFERENCES = [
 
 
 def test_bleu_and_chrf_of_sacrebleus_readme():
-    assert BleuMetric().compute(predictions=PREDICTIONS, references=REFERENCES)["bleu"] == pytest.approx(
-        48.530827009929865
-    )
-    assert ChrfMetric().compute(predictions=PREDICTIONS, references=REFERENCES)["chrf"] == pytest.approx(
-        59.73, abs=0.005
-    )
+    assert Bleu().compute(predictions=PREDICTIONS, references=REFERENCES)["bleu"] == pytest.approx(48.530827009929865)
+    assert Chrf().compute(predictions=PREDICTIONS, references=REFERENCES)["chrf"] == pytest.approx(59.73, abs=0.005)
 
 
 def test_predictions_may_have_different_numbers_of_references():
@@ -44,31 +40,29 @@ def test_predictions_may_have_different_numbers_of_references():
 
     references = [["a b c d", "a b c e"], ["f g h i"]]
     expected = corpus_bleu(["a b c d", "f g h j"], [["a b c d", "f g h i"], ["a b c e", None]]).score
-    assert BleuMetric().compute(predictions=["a b c d", "f g h j"], references=references)["bleu"] == expected
+    assert Bleu().compute(predictions=["a b c d", "f g h j"], references=references)["bleu"] == expected
 
 
 def test_rouge_of_rouge_scores_own_tests():
     # from rouge_scorer_test.py of rouge-score: f-measures 0.5 (one of three words) and 0.8 (two of three)
-    figures = RougeMetric().compute(
-        predictions=["testing", "testing two"], references=["testing one two", "testing one two"]
-    )
+    figures = Rouge().compute(predictions=["testing", "testing two"], references=["testing one two", "testing one two"])
     assert figures["rouge1"] == pytest.approx((0.5 + 0.8) / 2)
     assert figures["rougeL"] == pytest.approx((0.5 + 0.8) / 2)
     assert figures["rouge2"] == 0
 
 
 def test_distinct_by_hand():
-    figures = DistinctMetric().compute(predictions=["a b a b", "A b", "c"])
+    figures = Distinct().compute(predictions=["a b a b", "A b", "c"])
     # words: a b a b a b c; pairs: ab ba ab ab; triples: aba bab
     assert figures == {"distinct_1": 3 / 7, "distinct_2": 2 / 4, "distinct_3": 1.0}
-    assert DistinctMetric().compute(predictions=[""]) == {"distinct_1": 0.0, "distinct_2": 0.0, "distinct_3": 0.0}
+    assert Distinct().compute(predictions=[""]) == {"distinct_1": 0.0, "distinct_2": 0.0, "distinct_3": 0.0}
 
 
 def test_repetition_is_the_mean_of_the_reward_of_that_name():
     texts = ["a b a b", "no word twice here"]
     expected = make_reward({"name": "repetition", "n": 2})([Generation("", text) for text in texts]).mean()
     assert expected == pytest.approx((1 / 3 + 0) / 2)  # ab ba ab, and three pairs that differ
-    assert RepetitionMetric(n=2).compute(predictions=texts)["repetition"] == expected
+    assert Repetition(n=2).compute(predictions=texts)["repetition"] == expected
 
 
 def test_self_bleu_is_100_for_copies_and_small_for_strangers():
@@ -110,20 +104,20 @@ def test_reward_statistics_by_hand():
 
 
 def test_metrics_combine_and_each_takes_its_columns():
-    together = evaluate.combine([BleuMetric(), RougeMetric(), DistinctMetric(), RewardStatistics()])
+    together = evaluate.combine([Bleu(), Rouge(), Distinct(), RewardStatistics()])
     references = [references[0] for references in REFERENCES]
 
     figures = together.compute(predictions=PREDICTIONS, references=references, rewards=[1.0, 2.0, 3.0])
 
     assert {"bleu", "rouge1", "rougeL", "distinct_1", "reward_mean"} <= set(figures)
-    assert figures["bleu"] == BleuMetric().compute(predictions=PREDICTIONS, references=references)["bleu"]
+    assert figures["bleu"] == Bleu().compute(predictions=PREDICTIONS, references=references)["bleu"]
 
 
 def test_metrics_collect_batches():
-    collecting = BleuMetric()
+    collecting = Bleu()
     for prediction, references in zip(PREDICTIONS, REFERENCES, strict=True):
         collecting.add_batch(predictions=[prediction], references=[references])
-    assert collecting.compute() == BleuMetric().compute(predictions=PREDICTIONS, references=REFERENCES)
+    assert collecting.compute() == Bleu().compute(predictions=PREDICTIONS, references=REFERENCES)
 
 
 @pytest.mark.parametrize("name", sorted(METRICS))
@@ -156,4 +150,4 @@ def test_every_metric_answers_numbers_and_describes_itself(name, tiny_lm, tmp_pa
 )
 def test_columns_that_cannot_be_used_are_refused(columns, message):
     with pytest.raises(ConfigError, match=message):
-        BleuMetric().compute(**columns)
+        Bleu().compute(**columns)

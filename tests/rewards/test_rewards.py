@@ -360,15 +360,15 @@ def test_shaped_pays_steps_by_the_potential_and_texts_by_the_reward():
 
 
 def test_an_evaluate_module_is_a_reward():
-    from textgen_env.metrics import DistinctMetric, RougeMetric
+    from textgen_env.metrics import Distinct, Rouge
 
-    assert make_reward(RougeMetric(keep_in_memory=True)).name == "rouge"
-    reward = EvaluateReward(RougeMetric(), key="rougeL")
+    assert make_reward(Rouge(keep_in_memory=True)).name == "rouge"
+    reward = EvaluateReward(Rouge(), key="rougeL")
     generations = [Generation("", "testing two", reference="testing one two")]
     assert reward.scored(generations).total[0] == pytest.approx(0.8)  # rouge-score's own test of LCS
-    assert EvaluateReward(DistinctMetric(), key="distinct_1")([Generation("", "a a")])[0] == 0.5
+    assert EvaluateReward(Distinct(), key="distinct_1")([Generation("", "a a")])[0] == 0.5
     with pytest.raises(RewardError, match=r"no single number 'rouge'.*rouge1, rouge2, rougeL"):
-        make_reward(RougeMetric()).scored(generations)
+        make_reward(Rouge()).scored(generations)
 
 
 def test_a_pipeline_is_a_reward(files):

@@ -14,20 +14,20 @@ from textgen_env.rewards.base import (
 )
 from textgen_env.rewards.combine import Mix, Shaped, make_reward, reward_spec
 from textgen_env.rewards.functions import FunctionReward, batch_reward
-from textgen_env.rewards.lexical import Distinct, Keywords, Length, Metre, Readability, Repetition
+from textgen_env.rewards.lexical import DistinctReward, Keywords, Length, Metre, Readability, RepetitionReward
 from textgen_env.rewards.linear import Classifier
 from textgen_env.rewards.neural import Fluency, Similarity
-from textgen_env.rewards.references import Bleu, Chrf, Rouge
+from textgen_env.rewards.references import BleuReward, ChrfReward, RougeReward
 from textgen_env.rewards.rhyme import Rhyme
 from textgen_env.rewards.sentiment import Sentiment
 from textgen_env.rewards.structure import Json, Regex
 
 __all__ = [
     "REWARDS",
-    "Bleu",
-    "Chrf",
+    "BleuReward",
+    "ChrfReward",
     "Classifier",
-    "Distinct",
+    "DistinctReward",
     "EvaluateReward",
     "Fluency",
     "FunctionReward",
@@ -40,10 +40,10 @@ __all__ = [
     "PipelineReward",
     "Readability",
     "Regex",
-    "Repetition",
+    "RepetitionReward",
     "Reward",
     "Rhyme",
-    "Rouge",
+    "RougeReward",
     "RunningScore",
     "ScoreState",
     "Scored",

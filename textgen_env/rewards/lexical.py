@@ -125,7 +125,7 @@ class _LengthScore(IncrementalScore[int]):
 
 @REWARDS.register("repetition")
 @dataclass(frozen=True)
-class Repetition(IncrementalReward):
+class RepetitionReward(IncrementalReward):
     """The share of the completion's n-grams of words that have occurred in it before. Subtract it.
 
     Range: 0 (no n-gram twice, or fewer than n words) to below 1 (one word over and over).
@@ -151,7 +151,7 @@ class Repetition(IncrementalReward):
 
 @REWARDS.register("distinct")
 @dataclass(frozen=True)
-class Distinct(IncrementalReward):
+class DistinctReward(IncrementalReward):
     """Distinct-n: different n-grams of words over all n-grams of the completion.
 
     Range: 0 (fewer than n words), else above 0 to 1 (none occurs twice).

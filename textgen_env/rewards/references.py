@@ -30,7 +30,7 @@ ROUGE_KINDS = ("rouge1", "rouge2", "rougeL")
 
 @REWARDS.register("bleu")
 @dataclass(frozen=True)
-class Bleu(Reward):
+class BleuReward(Reward):
     """Sentence BLEU of the completion against the reference, with effective order.
 
     Range: 0 to 1. Needs references.
@@ -48,7 +48,7 @@ class Bleu(Reward):
 
 @REWARDS.register("chrf")
 @dataclass(frozen=True)
-class Chrf(Reward):
+class ChrfReward(Reward):
     """chrF2 of the completion against the reference: F-score of character n-grams up to 6.
 
     Range: 0 to 1. Needs references.
@@ -80,7 +80,7 @@ def _sacrebleu_metric(name: str) -> Metric:
 
 @REWARDS.register("rouge")
 @dataclass(frozen=True)
-class Rouge(Reward):
+class RougeReward(Reward):
     """ROUGE F1 of the completion against the reference: common words, or the common subsequence.
 
     Range: 0 to 1. Needs references.
