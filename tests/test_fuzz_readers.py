@@ -385,7 +385,7 @@ def test_a_damaged_minari_dataset_is_refused_or_fills_the_replay(folder):
     files = sorted(path for path in (folder / "letters-v0").rglob("*") if path.is_file())
     start = {path: path.read_bytes() for path in files}
     env = open_env()
-    replay = EpisodeReplay(100, env.single_observation_space, env.single_action_space, device="cpu", n_envs=2)
+    replay = EpisodeReplay(100, env.single_observation_space, device="cpu", n_envs=2)
 
     @examples(15, 200)
     @given(st.sampled_from(files), st.data())

@@ -23,14 +23,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.type_aliases import RolloutReturn
 
 from agents.distributed.connection import SMALLEST_STORE, check_versions, connected, versions
 from agents.runs.config import RunConfig
 from agents.runs.run import Run, open_run
-from agents.text_dqn.agent import TextDQN
+from agents.text_dqn.agent import Collected, TextDQN, add_step
+from agents.text_dqn.learner import Learner
 from agents.text_dqn.replay import EpisodeReplay
 from textgen_env.config import check_at_least
 from textgen_env.errors import ClusterError, ConfigError
@@ -88,32 +87,30 @@ class Collector:
         run = open_run(replace(config, agent_settings=settings), **given)
         assert isinstance(run.agent, TextDQN)
         assert run.agent.env is not None
-        self.agent, self.env, self.version = run.agent, run.agent.env, -1
-        self.agent.set_random_seed(seed)
-        self.agent.set_logger(Logger(None, []))
-        self.agent.policy.set_training_mode(False)
-        self.agent._last_obs = self.env.reset()  # type: ignore[assignment]
+        self.learner, self.env, self.version = run.agent.learner, run.agent.env, -1
+        self.learner.rng = np.random.default_rng(seed)
+        torch.manual_seed(seed)
+        self.observation: Any = self.env.reset()
         return versions()
 
-    def collect(self, version: int, weights: Mapping[str, Array], progress_remaining: float) -> WrittenTexts:
+    def collect(self, version: int, weights: Mapping[str, Array], progress: float) -> WrittenTexts:
         """Take as many steps as the longest text has, and return the texts that have ended meanwhile."""
-        agent, replay = self.agent, self.agent.replay_buffer
-        assert isinstance(replay, EpisodeReplay)
+        learner = self.learner
         if version != self.version:
-            agent.q_net_target.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+            learner.slow_network.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
             self.version = version
-        agent._current_progress_remaining = progress_remaining
         ended: list[list[dict[str, Any]]] = [[] for _ in range(self.env.num_envs)]
+        kl = []
         for _ in range(self.steps):
-            actions, stored = agent._sample_action(0, None, self.env.num_envs)
-            observation, rewards, dones, infos = self.env.step(actions)
-            agent._store_transition(replay, stored, observation, rewards, dones, infos)
+            acted = learner.act(self.observation, progress)
+            kl.append(acted.kl)
+            new_obs, rewards, dones, infos = self.env.step(acted.actions)
+            add_step(learner, self.observation, new_obs, acted, rewards, dones, infos)
+            self.observation = new_obs
             for row in np.flatnonzero(dones):
                 ended[row].append({name: infos[row][name] for name in ("episode", "reward_parts")})
-        kl = float(agent.logger.name_to_value["rollout/kl_per_token"])
-        agent.logger.dump()
-        steps, lengths = replay.take()
-        return WrittenTexts(steps, lengths, [info for row in ended for info in row], version, kl)
+        steps, lengths = learner.replay.take()
+        return WrittenTexts(steps, lengths, [info for row in ended for info in row], version, float(np.mean(kl)))
 
 
 def rows_in_actor(config: RunConfig) -> int:
@@ -180,15 +177,14 @@ class RayTextSource:
 def store_bound(run: Run, actors: int) -> int:
     """Return the most bytes that a run has in the object store: batches not learned from yet, and weights."""
     assert isinstance(run.agent, TextDQN)
-    assert run.agent.replay_buffer is not None
-    space: Any = run.agent.replay_buffer.observation_space
-    batch = run.config.envs * rows_in_actor(run.config) * EpisodeReplay.bytes_per_step(space)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in run.agent.q_net_target.state_dict().values())
+    learner = run.agent.learner
+    batch = run.config.envs * rows_in_actor(run.config) * EpisodeReplay.bytes_per_step(learner.replay.observation_space)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in learner.slow_network.state_dict().values())
     return actors * OUTSTANDING * (batch + weights) + weights
 
 
 @dataclass
-class _Actor:
+class Actor:
     number: int
     handle: Any
     opened: bool = False
@@ -207,7 +203,7 @@ class ActorPool:
         self._envs = run.config.envs
         self._seeds = np.random.SeedSequence([run.config.seed, run.agent.num_timesteps])  # a resumed run draws anew
         batch = self._envs * run.config.env_config().max_new_tokens
-        usual = engine.actors * OUTSTANDING * max(batch / run.agent.steps_per_update, engine.publish_every)
+        usual = engine.actors * OUTSTANDING * max(batch / run.agent.learner.steps_per_update, engine.publish_every)
         self.max_lag = int(LAG_FACTOR * usual) if engine.max_lag is None else engine.max_lag
         self.replaced = self.dropped_episodes = self.stale_steps = self.max_seen_lag = self.steps = 0
         self._weights: tuple[int, Any] | None = None
@@ -218,15 +214,15 @@ class ActorPool:
         except TypeError as error:
             raise ConfigError(f"model, prompts and reward must be such that pickle can send them: {error}") from error
         self._class = ray.remote(num_cpus=1, max_restarts=0)(_RayCollector)
-        self._pending: dict[Any, _Actor] = {}
+        self._pending: dict[Any, Actor] = {}
         self._actors = [self._start(number) for number in range(engine.actors)]
         cores = int(ray.cluster_resources().get("CPU", 0))
         if engine.actors > cores or (engine.address is None and engine.actors > own_cores()):
             have, what = (cores, "the rest wait for nodes") if engine.actors > cores else (own_cores(), "they share")
             say(f"warning: {engine.actors} actors, and {have} cores for them: {what}")
 
-    def _start(self, number: int) -> _Actor:
-        actor = _Actor(number, self._class.remote())
+    def _start(self, number: int) -> Actor:
+        actor = Actor(number, self._class.remote())
         seed = int(self._seeds.spawn(1)[0].generate_state(1)[0])
         self._pending[actor.handle.open.remote(self._task, seed)] = actor
         return actor
@@ -246,50 +242,39 @@ class ActorPool:
 
     # --- what ``TextDQN.learn`` calls
 
-    def collect(self, agent: TextDQN, callback: BaseCallback) -> RolloutReturn:
-        """Put the next batch into the agent's replay; after ``POLL`` seconds without one, return without.
+    def collect(self, learner: Learner, logger: Logger, progress: float, steps_left: int) -> Collected | None:
+        """Return the next batch; after ``POLL`` seconds without one, None.
 
         The last batch is cut so that the run has exactly the steps it was to have: a text that would
         go beyond counts with the steps that were left, and is not learned from.
         """
-        callback.on_rollout_start()
-        self._publish(agent)
+        self._publish(learner)
         for actor in self._actors:
             if actor.opened:
-                self._ask(actor, agent)
-        batch = self._next_batch()
-        if batch is None or self._is_stale(batch, agent):
-            return RolloutReturn(0, 0, True)
-        left = agent._total_timesteps - agent.num_timesteps
-        whole = int(np.searchsorted(np.cumsum(batch.lengths), left, side="right"))
-        infos, lengths = batch.infos[:whole], batch.lengths[:whole]
-        steps = min(left, int(batch.lengths.sum()))
-        assert isinstance(agent.replay_buffer, EpisodeReplay)
-        agent.replay_buffer.put(batch.steps, lengths)
-        agent.num_timesteps += steps
-        agent._update_current_progress_remaining(agent.num_timesteps, agent._total_timesteps)
-        agent._update_info_buffer(infos)
-        self._record(agent.logger, batch, steps)
-        if agent.num_timesteps == agent._total_timesteps:
+                self.ask(actor, progress)
+        batch = self.next_batch()
+        if batch is None or self._is_stale(batch, learner, logger):
+            return None
+        whole = int(np.searchsorted(np.cumsum(batch.lengths), steps_left, side="right"))
+        counted = min(steps_left, int(batch.lengths.sum()))
+        self._record(logger, batch, counted)
+        if counted == steps_left:
             self.close()  # what follows is measuring, and needs the cores
-        callback.update_locals({"infos": infos})
-        goes_on = callback.on_step()
-        callback.on_rollout_end()
-        return RolloutReturn(steps, len(lengths), goes_on)
+        return Collected(batch.steps, batch.lengths[:whole], batch.infos[:whole], counted)
 
-    def _publish(self, agent: TextDQN) -> None:
-        if self._weights is None or agent._n_updates - self._weights[0] >= self._engine.publish_every:
-            state = {name: tensor.cpu().numpy() for name, tensor in agent.q_net_target.state_dict().items()}
-            self._weights = agent._n_updates, self._ray.put(state)
+    def _publish(self, learner: Learner) -> None:
+        if self._weights is None or learner.updates - self._weights[0] >= self._engine.publish_every:
+            state = {name: tensor.cpu().numpy() for name, tensor in learner.slow_network.state_dict().items()}
+            self._weights = learner.updates, self._ray.put(state)
 
-    def _ask(self, actor: _Actor, agent: TextDQN) -> None:
+    def ask(self, actor: Actor, progress: float) -> None:
+        """Have the actor write until ``OUTSTANDING`` of its batches are asked for."""
         assert self._weights is not None
         version, weights = self._weights
         for _ in range(OUTSTANDING - sum(other is actor for other in self._pending.values())):
-            request = actor.handle.collect.remote(version, weights, agent._current_progress_remaining)
-            self._pending[request] = actor
+            self._pending[actor.handle.collect.remote(version, weights, progress)] = actor
 
-    def _next_batch(self) -> WrittenTexts | None:
+    def next_batch(self) -> WrittenTexts | None:
         """Return the batch that has been ready for longest, if one comes in time."""
         since = time.perf_counter()
         ready, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=POLL)
@@ -320,7 +305,7 @@ class ActorPool:
         actor.opened = True
         return None
 
-    def _replace(self, actor: _Actor, error: Exception) -> None:
+    def _replace(self, actor: Actor, error: Exception) -> None:
         self._ray.kill(actor.handle)
         self._pending = {request: other for request, other in self._pending.items() if other is not actor}
         self._deaths += 1
@@ -335,13 +320,13 @@ class ActorPool:
         self._say(f"actor {actor.number} died ({type(error).__name__}): replaced; {lost} unfinished texts are dropped")
         self._actors[actor.number] = self._start(actor.number)
 
-    def _is_stale(self, batch: WrittenTexts, agent: TextDQN) -> bool:
-        lag = agent._n_updates - batch.version
+    def _is_stale(self, batch: WrittenTexts, learner: Learner, logger: Logger) -> bool:
+        lag = learner.updates - batch.version
         if lag > self.max_lag:
             self.stale_steps += int(batch.lengths.sum())
             return True
         self.max_seen_lag = max(self.max_seen_lag, lag)
-        agent.logger.record_mean("ray/lag", lag)
+        logger.record_mean("ray/lag", lag)
         return False
 
     def _record(self, logger: Logger, batch: WrittenTexts, steps: int) -> None:

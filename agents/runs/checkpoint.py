@@ -16,21 +16,15 @@ import os
 import random
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from agents.sb3_vec import SB3VecEnv
-from agents.text_dqn.portable import REBUILT, check_trained_on, settings_of
-from agents.text_dqn.replay import EpisodeReplay
+from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import ConfigError, RunFolderError
-
-if TYPE_CHECKING:
-    from agents.text_dqn.agent import TextDQN
-
 
 HALF_MADE = ".half-made"
 
@@ -63,7 +57,7 @@ def save_checkpoint(folder: str | os.PathLike[str], agent: TextDQN, extra: dict[
         shutil.rmtree(half_made, ignore_errors=True)  # a killed process left it
         half_made.mkdir(parents=True)
         save_file(tensors, half_made / "state.safetensors")
-        _replay(agent).save(half_made / "replay.safetensors")
+        agent.save_replay_buffer(half_made / "replay.safetensors")
         (half_made / "state.json").write_text(text, encoding="utf-8")
         for path in (*half_made.iterdir(), half_made):
             _flush(path)
@@ -92,14 +86,13 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], agent: TextDQN) -> dict[
     try:
         tensors = load_file(path / "state.safetensors")
         plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        settings, extra = plain["agent"], dict(plain["extra"])
-        check_trained_on(settings["task"], agent.language_model)
-        _restore(agent, tensors, plain, settings)
+        extra = dict(plain["extra"])
+        _restore(agent, tensors, plain)
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         if isinstance(error, ConfigError) or type(error).__module__ == "textgen_env.errors":
             raise
         raise RunFolderError(f"the checkpoint {str(path)!r} is damaged, or of another agent: {error}") from error
-    _replay(agent).load(path / "replay.safetensors")
+    agent.load_replay_buffer(path / "replay.safetensors")
     return extra
 
 
@@ -124,67 +117,23 @@ def _flush(path: Path) -> None:
 # --- what there is to store
 
 
-def _env(agent: TextDQN) -> SB3VecEnv:
-    if not isinstance(agent.env, SB3VecEnv):
-        raise ConfigError(
-            f"a checkpoint holds the rows of a native vector environment, got {type(agent.env).__name__}: make it with "
-            "gym.make_vec('TextGen-v0', ...)"
-        )
-    return agent.env
-
-
-def _replay(agent: TextDQN) -> EpisodeReplay:
-    assert isinstance(agent.replay_buffer, EpisodeReplay)
-    return agent.replay_buffer
-
-
 def _state(agent: TextDQN) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return tensors and plain data, after the environment has forgotten its caches."""
-    arrays, env = _env(agent).state_dict()
-    optimizer = agent.policy.optimizer.state_dict()
-    plain_state: dict[str, dict[str, Any]] = {}
-    tensors = {f"policy.{name}": tensor.contiguous() for name, tensor in agent.policy.state_dict().items()}
-    tensors |= {f"env.{name}": torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-    for index, values in optimizer["state"].items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value.contiguous()
-            else:
-                plain_state.setdefault(str(index), {})[name] = value
+    """Return tensors and plain data, the global random generators among them: SB3 draws from those."""
+    tensors, plain = agent.state_dict()
     version, words, spare = random.getstate()
-    old: Any = np.random.get_state(legacy=False)  # SB3 draws from the global generators
+    legacy: Any = np.random.get_state(legacy=False)
     tensors["random.torch"] = torch.get_rng_state()
-    tensors["random.numpy"] = torch.from_numpy(old["state"].pop("key").astype(np.int64))
+    tensors["random.numpy"] = torch.from_numpy(legacy["state"].pop("key").astype(np.int64))
     tensors["random.python"] = torch.tensor(words)
-    return tensors, {
-        "agent": settings_of(agent, {*agent._excluded_save_params(), "_custom_logger"}),
-        "optimizer": {"groups": optimizer["param_groups"], "state": plain_state},
-        "env": env,
-        "random": {"numpy": old, "python": [version, spare]},
-    }
+    return tensors, plain | {"random": {"numpy": legacy, "python": [version, spare]}}
 
 
-def _restore(agent: TextDQN, tensors: dict[str, torch.Tensor], plain: dict[str, Any], settings: dict[str, Any]) -> None:
-    def part(name: str) -> dict[str, torch.Tensor]:
-        return {key.removeprefix(name): tensor for key, tensor in tensors.items() if key.startswith(name)}
-
-    agent.policy.load_state_dict(part("policy."))
-    moments: dict[int, dict[str, Any]] = {int(index): values for index, values in plain["optimizer"]["state"].items()}
-    for key, tensor in part("optimizer.").items():
-        index, _, name = key.partition(".")
-        moments.setdefault(int(index), {})[name] = tensor.clone()
-    agent.policy.optimizer.load_state_dict({"state": moments, "param_groups": plain["optimizer"]["groups"]})
-    _env(agent).load_state_dict({name: tensor.numpy() for name, tensor in part("env.").items()}, plain["env"])
-    skipped = {*REBUILT, *settings["left_out"], "left_out"}
-    agent.__dict__.update({name: value for name, value in settings.items() if name not in skipped})
-    observation: Any = _env(agent).observe()
-    agent._last_obs = observation
-    agent._last_episode_starts = np.zeros(_env(agent).num_envs, bool)
-    agent._rng.bit_generator.state = settings["_rng"]
+def _restore(agent: TextDQN, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
+    agent.load_state_dict(tensors, plain)
     version, spare = plain["random"]["python"]
     random.setstate((version, tuple(tensors["random.python"].tolist()), spare))
-    old: dict[str, Any] = plain["random"]["numpy"]
+    legacy: dict[str, Any] = plain["random"]["numpy"]
     words: Any = tensors["random.numpy"].numpy().astype(np.uint32)
-    old["state"]["key"] = words
-    np.random.set_state(old)
+    legacy["state"]["key"] = words
+    np.random.set_state(legacy)
     torch.set_rng_state(tensors["random.torch"])

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 from torch.nn import functional
 
@@ -158,7 +157,7 @@ class CandidateHead(nn.Module):
         return values
 
 
-class CandidateQNetwork(BasePolicy):
+class CandidateQNetwork(nn.Module):
     """Score each proposed token: Q(prefix, token), one value a candidate.
 
     Q is the return still to come, in reward units; where the observation has ``candidate_scores``
@@ -183,7 +182,6 @@ class CandidateQNetwork(BasePolicy):
     def __init__(
         self,
         observation_space: spaces.Dict,
-        action_space: spaces.Discrete,
         *,
         embedding_size: int,
         max_new_tokens: int,
@@ -192,7 +190,7 @@ class CandidateQNetwork(BasePolicy):
         beta: float = 0.1,
         **head_kwargs: Any,
     ) -> None:
-        super().__init__(observation_space, action_space)
+        super().__init__()
         check_observation_space(observation_space)
         self.max_new_tokens = max_new_tokens
         self.uses_score = "score" in observation_space.spaces
@@ -215,6 +213,11 @@ class CandidateQNetwork(BasePolicy):
         object.__setattr__(self, "_language_model", None)
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.heads[0].value.weight.device
+
+    @property
     def heads(self) -> list[CandidateHead]:
         """The networks whose mean is Q."""
         return cast("list[CandidateHead]", list(self._heads))
@@ -233,8 +236,12 @@ class CandidateQNetwork(BasePolicy):
             )
         object.__setattr__(self, "_language_model", language_model)
 
+    def set_training_mode(self, mode: bool) -> None:
+        """Switch dropout on or off: the name by which SB3's policies ask for it."""
+        self.train(mode)
+
     def start_at(self, returns: torch.Tensor) -> None:
-        """Let all candidates start where the returns (n,) are: it changes no policy, and saves updates."""
+        """Set the output bias to the mean of the returns (n,). Softmax ignores shifts, so the policy is unchanged."""
         with torch.no_grad():
             bias = returns.mean()
             if self.support is not None:
@@ -271,11 +278,6 @@ class CandidateQNetwork(BasePolicy):
             memory = (head.contributions(vectors, shifted(vectors)) * inside).sum(-2)
             outputs.append(self._head(head, observations, candidates, memory, vectors[:, -1]))
         return self._q(torch.stack(outputs), observations).mean(0)
-
-    def _predict(self, observation: Any, deterministic: bool = True) -> torch.Tensor:
-        """Return the candidate of highest value, (B,): SB3's own interface, which knows no prior."""
-        values: torch.Tensor = self(observation)
-        return values.argmax(-1)
 
     def episode_values(self, observations: Tensors, looked_up: LookedUp) -> torch.Tensor:
         """Return Q of every step of whole episodes, for each head: (heads, B, T, c); see ``episode_outputs``."""

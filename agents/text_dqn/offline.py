@@ -123,7 +123,7 @@ def fill_replay(replay: EpisodeReplay, dataset: MinariDataset) -> int:
             episode.actions,
             episode.rewards,
             behaviour,
-            reference=(episode.infos or {}).get(BY_LANGUAGE_MODEL, np.zeros(len(behaviour) + 1, bool))[1:],
+            by_language_model=(episode.infos or {}).get(BY_LANGUAGE_MODEL, np.zeros(len(behaviour) + 1, bool))[1:],
             ended=bool(episode.terminations[-1]),
         )
     return sum(lengths)
@@ -248,8 +248,9 @@ def _check_spaces(replay: EpisodeReplay, dataset: MinariDataset) -> None:
                 f"observation {key!r} must have shape {needed}, the dataset has "
                 f"{'none' if shape is None else shape}: record it in an environment like the agent's"
             )
-    if actions != replay.action_space:
-        raise DatasetError(f"the dataset's actions must be {replay.action_space}, got {actions}")
+    needed_actions = spaces.Discrete(replay.num_actions)
+    if actions != needed_actions:
+        raise DatasetError(f"the dataset's actions must be {needed_actions}, got {actions}")
 
 
 def _lengths(dataset: MinariDataset) -> list[int]:

@@ -12,41 +12,35 @@ asked for at loading.
 from __future__ import annotations
 
 import json
+import math
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.vec_env import VecEnv
 
+from agents.text_dqn.replay import EpisodeReplay
+from agents.text_dqn.settings import COUNTERS, Range, check_settings
 from textgen_env.errors import ConfigError, ModelError, PromptError, TextGenError
 from textgen_env.models.base import LanguageModel
 from textgen_env.rewards import reward_spec
-
-if TYPE_CHECKING:
-    from agents.text_dqn.agent import TextDQN
 
 SETTINGS_FILE = "agent.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 
-REBUILT = frozenset(
-    {
-        "_rng", "policy_class", "observation_space", "action_space", "policy_kwargs",  # described, see below
-        "lr_schedule", "exploration_schedule", "batch_norm_stats", "batch_norm_stats_target",  # made of settings
-        "train_freq", "replay_buffer_class",  # fixed
-        "_last_obs", "_last_original_obs", "_last_episode_starts", "_behaviour_logprobs", "_by_reference",  # now
-        "ep_info_buffer", "ep_success_buffer",  # recent episodes, for the log
-    }
-)  # fmt: skip
-"""Attributes of an agent that are not stored as they are."""
+SPACE_SIZE = Range(1, 2**24, whole=True)
+"""Actions, rows, and numbers in a part of an observation."""
 
 PROBES = 32
 """Tokens by which a language model is recognised."""
@@ -55,67 +49,90 @@ PROBES = 32
 # --- settings
 
 
-def settings_of(agent: TextDQN, excluded: Collection[str] = ()) -> dict[str, Any]:
-    """Return everything but the weights as plain data; ``left_out`` names what has no such form."""
-    described = {
-        "policy_class": _policy_name(agent),
-        "observation_space": {key: _box(space) for key, space in _boxes(agent.observation_space).items()},
-        "action_space": int(agent.action_space.n),  # type: ignore[attr-defined]  # SB3 has checked it
-        "policy_kwargs": _plain_kwargs(agent.policy_kwargs),
-        "_rng": agent._rng.bit_generator.state,
-    }
-    left_out = [name for name, value in described.items() if value is None]
-    for name, value in agent.__dict__.items():
-        if name in REBUILT or name in excluded:
-            continue
-        if isinstance(value, np.generic):
-            value = value.item()
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError):
-            left_out.append(name)
-            described[name] = None
-        else:
-            described[name] = value
-    return described | {"left_out": left_out}
+@dataclass(frozen=True)
+class Restored:
+    """What a stored agent is made of."""
+
+    policy_class: Any  # a name, or a class that was given
+    policy_kwargs: dict[str, Any]
+    observation_space: spaces.Dict
+    action_space: spaces.Discrete
+    n_envs: int
+    settings: dict[str, Any]  # arguments of the constructor
+    counters: dict[str, Any]
+    model_name: str | None
+    task: dict[str, Any] | None
 
 
-def objects_from(
-    settings: Mapping[str, Any], given: Mapping[str, Any], policies: Mapping[str, type], source: Any
+def described(
+    settings: Mapping[str, Any],
+    *,
+    policy_class: str | None,
+    policy_kwargs: dict[str, Any],
+    observation_space: spaces.Space[Any],
+    action_space: spaces.Space[Any],
 ) -> dict[str, Any]:
-    """Return the attributes that ``settings`` describe, and ``given`` over them.
+    """Return all of it as plain data; ``left_out`` names what has no such form."""
+    plain: dict[str, Any] = {
+        "policy_class": policy_class,
+        "policy_kwargs": _plain_kwargs(policy_kwargs),
+        "observation_space": {key: _box(space) for key, space in _boxes(observation_space).items()},
+        "action_space": int(action_space.n),  # type: ignore[attr-defined]  # SB3 has checked it
+        **{name: None if callable(value) else value for name, value in settings.items()},
+    }
+    left_out = [name for name in ("policy_class", "policy_kwargs") if plain[name] is None]
+    return plain | {"left_out": left_out + [name for name, value in settings.items() if callable(value)]}
+
+
+def restored(stored: Any, given: Mapping[str, Any], policies: Mapping[str, type], source: Any) -> Restored:
+    """Return what ``stored`` describes, with ``given`` settings over it. Names that are no settings are passed over.
 
     Raises:
-        ConfigError: something pickled, something left out that is not ``given``, or no settings at all.
+        ConfigError: something pickled, something left out that is not ``given``, a value out of
+            range, or no settings at all.
     """
-    if not isinstance(settings, dict) or not _is_names(settings.get("left_out")):
+    if not isinstance(stored, dict) or not _is_names(stored.get("left_out")):
         raise ConfigError(f"{source} holds no agent that TextDQN.save or save_pretrained wrote")
-    pickled = [k for k, v in settings.items() if isinstance(v, dict) and ":serialized:" in v and k not in given]
+    pickled = [k for k, v in stored.items() if isinstance(v, dict) and ":serialized:" in v and k not in given]
     if pickled:
         raise ConfigError(
             f"{source} holds pickled entries ({', '.join(sorted(pickled))}), and unpickling runs whatever code they "
             "hold: TextDQN reads only what it wrote itself. Give trusted values in custom_objects"
         )
-    missing = [name for name in settings["left_out"] if name not in given]
+    missing = [name for name in stored["left_out"] if name not in given]
     if missing:
         raise ConfigError(
             f"{source} could not store {', '.join(missing)}, which is no plain data: give it again, as "
             f"custom_objects={{{', '.join(f'{name!r}: ...' for name in missing)}}}"
         )
-    found = {name: value for name, value in settings.items() if name not in REBUILT and name != "left_out"}
     try:
-        found["observation_space"] = spaces.Dict(
-            {key: _box_from(**box) for key, box in settings["observation_space"].items()}
+        boxes = {key: _box_from(**box) for key, box in stored["observation_space"].items()}
+        policy, kwargs = stored["policy_class"], stored["policy_kwargs"] or {}
+        return Restored(
+            policy_class=given["policy_class"] if "policy_class" in given else policies[policy],
+            policy_kwargs=given["policy_kwargs"] if "policy_kwargs" in given else _kwargs_from(kwargs),
+            observation_space=spaces.Dict(dict(boxes)),
+            action_space=spaces.Discrete(SPACE_SIZE.check("action_space", stored["action_space"])),
+            n_envs=SPACE_SIZE.check("n_envs", stored["n_envs"]),
+            settings=check_settings({**stored, **given}),
+            counters=checked_counters(stored["counters"]),
+            model_name=_of_type("model_name", stored["model_name"], str),
+            task=_of_type("task", stored["task"], dict),
         )
-        found["action_space"] = spaces.Discrete(settings["action_space"])
-        if settings["policy_class"] is not None:
-            found["policy_class"] = policies[settings["policy_class"]]
-        found["policy_kwargs"] = _kwargs_from(settings["policy_kwargs"] or {})
-        found["_rng"] = np.random.default_rng()
-        found["_rng"].bit_generator.state = settings["_rng"]
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"the settings in {source} are damaged: {type(error).__name__}: {error}") from error
-    return found | dict(given)
+
+
+def checked_counters(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the counters of ``COUNTERS``, each checked, and the learner's own, which it checks itself."""
+    counters = {name: bounds.check(name, stored[name]) for name, bounds in COUNTERS.items()}
+    return counters | {"learner": dict(stored["learner"])}
+
+
+def _of_type(name: str, value: Any, kind: type) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise ConfigError(f"{name} must be a {kind.__name__} or null, got {value!r}")
+    return value
 
 
 def _is_names(value: object) -> bool:
@@ -153,11 +170,6 @@ def reporting_damage(path: Any) -> Iterator[None]:
         raise ConfigError(f"the agent in {path} cannot be read, the file is damaged: {reason}") from error
 
 
-def _policy_name(agent: TextDQN) -> str | None:
-    names = [name for name, policy in agent.policy_aliases.items() if policy is agent.policy_class]
-    return names[0] if names else None
-
-
 def _boxes(space: spaces.Space[Any]) -> dict[str, spaces.Box]:
     return dict(space.spaces)  # type: ignore[attr-defined]  # check_observation_space has seen to it
 
@@ -168,6 +180,8 @@ def _box(space: spaces.Box) -> dict[str, Any]:
 
 
 def _box_from(low: Any, high: Any, shape: list[int], dtype: str) -> spaces.Box:
+    if not 0 < math.prod(SPACE_SIZE.check("a size in observation_space", size) for size in shape) <= SPACE_SIZE.high:
+        raise ConfigError(f"observation_space has a part of shape {shape}, more than {SPACE_SIZE.high:g} numbers")
     bounds: list[Any] = [np.broadcast_to(np.array(bound, dtype), shape) for bound in (low, high)]
     return spaces.Box(*bounds, dtype=bounds[0].dtype.type)
 
@@ -192,6 +206,33 @@ def _kwargs_from(kwargs: dict[str, Any]) -> dict[str, Any]:
     if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
         raise ValueError(f"torch.optim has no optimiser {kwargs['optimizer_class']!r}")
     return kwargs | {"optimizer_class": optimizer}
+
+
+# --- the replay
+
+
+def write_replay(replay: EpisodeReplay, path: Path) -> None:
+    """Write the steps as safetensors, with the counters and the random state as JSON in its header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    steps, state = replay.state_dict()
+    save_arrays(steps, path, metadata={"state": json.dumps(state)})
+
+
+def read_replay(replay: EpisodeReplay, path: Path) -> None:
+    """Read what ``write_replay`` wrote, into a replay of the same shape.
+
+    Raises:
+        ConfigError: the file holds other keys or shapes, or no replay.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            state = json.loads(file.metadata()["state"])
+            steps = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        replay.load_state_dict(steps, state)
+    except ConfigError as error:
+        raise ConfigError(f"replay file {path}: {error}") from error
+    except (OSError, OverflowError, RecursionError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is no replay file that save_replay_buffer wrote: {error}") from error
 
 
 # --- what an agent was trained on
@@ -264,13 +305,12 @@ def check_trained_on(task: Mapping[str, Any] | None, model: LanguageModel) -> No
 # --- a folder to share
 
 
-def save_pretrained(agent: TextDQN, folder: Path) -> None:
+def save_pretrained(folder: Path, settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor], card: str) -> None:
     """Write weights, settings and a model card."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = settings_of(agent, agent._excluded_save_params())
-    save_file({name: tensor.contiguous() for name, tensor in agent.policy.state_dict().items()}, folder / WEIGHTS_FILE)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (folder / CARD_FILE).write_text(model_card(agent), encoding="utf-8")
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def read_pretrained(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -286,24 +326,30 @@ def read_pretrained(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
         raise ConfigError(f"{str(folder)!r} holds no agent that save_pretrained wrote: {error}") from error
 
 
-def model_card(agent: TextDQN) -> str:
-    """Return a Markdown page that says what the agent is for, what it learned from, and how to use it."""
-    task = agent.task or {}
+def model_card(settings: Mapping[str, Any], vocab_size: int, numbers: int) -> str:
+    """Return a Markdown page that says what the agent is for, what it learned from, and how to use it.
+
+    Args:
+        settings: As stored.
+        vocab_size: Of its language model.
+        numbers: Weights of the online network.
+    """
+    task, counters = settings["task"] or {}, settings["counters"]
+    updates = counters["learner"]["updates"]
     reward, model = task.get("reward_name", "?"), task.get("model", "?")
     spec = json.dumps(task["reward"]) if task.get("reward") is not None else f"{reward} (a Python object; not stored)"
-    seen = [name for name in ("score", "candidate_scores") if name in _boxes(agent.observation_space)]
+    seen = [name for name in ("score", "candidate_scores") if name in settings["observation_space"]]
     prompts = task.get("prompts")
-    numbers = sum(p.numel() for p in agent.q_net.parameters())
     rows = {
-        "language model": f"{model}, {agent.language_model.vocab_size:,} tokens; not included",
+        "language model": f"{model}, {vocab_size:,} tokens; not included",
         "reward": f"`{spec}`",
         "running scores seen": ", ".join(f"`{name}`" for name in seen) or "none",
-        "beta": f"{agent.beta:g} reward units a nat of KL when acting; trained for {agent.target_beta:g}",
+        "beta": f"{settings['beta']:g} reward units a nat of KL when acting; trained for {settings['target_beta']:g}",
         "candidates": f"the {task.get('top_k')} likeliest tokens, of them the nucleus of {task.get('top_p')}",
         "texts": f"{task.get('min_new_tokens')} to {task.get('max_new_tokens')} tokens",
-        "learned from": f"{agent.num_timesteps:,} steps (tokens), {agent._n_updates:,} gradient steps",
+        "learned from": f"{counters['num_timesteps']:,} steps (tokens), {updates:,} gradient steps",
         "prompts": "made by a function" if prompts is None else f"{prompts:,}",
-        "seed": str(agent.seed),
+        "seed": str(settings["seed"]),
         "size": f"{numbers:,} numbers, twice (online and slow network)",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -12,10 +12,9 @@ part of the score that is not yet paid, 0 at the end. That keeps every optimum, 
 
 from __future__ import annotations
 
-import json
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ import numpy.typing as npt
 import psutil
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
 
 from textgen_env.errors import CapacityError, ConfigError
 
@@ -39,6 +37,17 @@ STORED = {
     "candidate_scores": np.float32,
 }
 """Observation keys that learning needs, and how they are kept. ``tokens`` are kept as actions."""
+
+STEP_FIELDS = {
+    "action": np.int64,
+    "token": np.int32,
+    "reward": np.float32,
+    "behaviour": np.float32,
+    "ended": np.bool_,
+    "acted": np.bool_,
+    "by_language_model": np.bool_,
+}
+"""What a step holds beside its observation."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +65,10 @@ class EpisodeBatch:
     behaviour: torch.Tensor  # (B, T) log-probability of the action when it was taken, nats
     ended: torch.Tensor  # (B, T) bool
     acted: torch.Tensor  # (B, T) bool
-    reference: torch.Tensor  # (B, T) bool, the language model itself chose the action
+    by_language_model: torch.Tensor  # (B, T) bool, the language model itself chose the action
 
 
-class EpisodeReplay(ReplayBuffer):
+class EpisodeReplay:
     """A ring of steps for each environment, sampled by whole episodes.
 
     Bytes: ``buffer_size`` times ``bytes_per_step(observation_space)``, allocated at once.
@@ -72,17 +81,14 @@ class EpisodeReplay(ReplayBuffer):
         self,
         buffer_size: int,
         observation_space: spaces.Dict,
-        action_space: spaces.Discrete,
         device: torch.device | str = "auto",
         n_envs: int = 1,
-        optimize_memory_usage: bool = False,
-        handle_timeout_termination: bool = True,
         seed: int | None = None,
     ) -> None:
-        # The base allocates rows of its own; this buffer only keeps its interface.
-        super().__init__(1, spaces.Box(0.0, 1.0, (1,)), action_space, device, n_envs=1)
+        self.device = torch.device(device)
         self.n_envs = n_envs
         self.observation_space = observation_space
+        self.num_actions = _shape(observation_space, "candidates")[0]
         self.keys = [key for key in STORED if key in observation_space.spaces]
         self.ring = max(2, buffer_size // n_envs)
         needed = self.ring * n_envs * self.bytes_per_step(observation_space)
@@ -95,7 +101,7 @@ class EpisodeReplay(ReplayBuffer):
         shape = (n_envs, self.ring)
         self.store: dict[str, Array] = {
             key: np.zeros((*shape, *_shape(observation_space, key)), STORED[key]) for key in self.keys
-        } | {name: np.zeros(shape, dtype) for name, dtype in _STEP_FIELDS.items()}
+        } | {name: np.zeros(shape, dtype) for name, dtype in STEP_FIELDS.items()}
         self.rng = np.random.default_rng(seed)
         self.reset()
 
@@ -104,7 +110,7 @@ class EpisodeReplay(ReplayBuffer):
         """Return the bytes that one step takes."""
         keys = [key for key in STORED if key in observation_space.spaces]
         sizes = (int(np.prod(_shape(observation_space, key))) * np.dtype(STORED[key]).itemsize for key in keys)
-        return sum(sizes) + sum(np.dtype(dtype).itemsize for dtype in _STEP_FIELDS.values())
+        return sum(sizes) + sum(np.dtype(dtype).itemsize for dtype in STEP_FIELDS.values())
 
     def reset(self) -> None:
         """Forget everything."""
@@ -119,60 +125,66 @@ class EpisodeReplay(ReplayBuffer):
         """Return how many steps of finished episodes can be sampled."""
         return sum(length for episodes in self.episodes for _, length in episodes)
 
-    def add(  # type: ignore[override]
+    def add(
         self,
-        obs: dict[str, Array],
-        next_obs: dict[str, Array],
-        action: Array,
-        reward: Array,
+        observation: Mapping[str, Array],
+        next_observation: Mapping[str, Array],
+        actions: Array,
+        rewards: Array,
         done: Array,
-        infos: list[dict[str, Any]],
-        behaviour: Array | None = None,
-        reference: Array | None = None,
+        truncated: Array,
+        behaviour: Array,
+        by_language_model: Array,
     ) -> None:
         """Store one step of each environment.
 
         Args:
-            obs, next_obs: (N, ...) a key; ``next_obs`` holds the last observation of ended rows.
-            action, reward, done: (N,).
-            infos: N dicts; ``TimeLimit.truncated`` marks an end that is not the text's own.
+            observation, next_observation: (N, ...) a key; ``next_observation`` holds the last
+                observation of ended rows.
+            actions, rewards, done: (N,).
+            truncated: (N,) True where an outside limit ended the episode, and not the text itself.
             behaviour: (N,) log-probability of each action when it was taken; nats.
-            reference: (N,) True where the language model itself chose; nowhere unless said.
+            by_language_model: (N,) True where the language model itself chose.
         """
         envs = np.arange(self.n_envs)
+        ended = done & ~truncated
+        shaped = rewards
+        if "score" in self.keys:
+            score, next_score = observation["score"][:, 0], next_observation["score"][:, 0]
+            unpaid = np.where(self.written == self.open, score, self.unpaid)
+            shaped, self.unpaid = _shaped(rewards, score, next_score, unpaid, ended)
         at = self._next_rows(envs)
-        action = np.asarray(action).reshape(self.n_envs)
-        truncated = np.array([bool(info.get("TimeLimit.truncated")) for info in infos])
-        for key in self.keys:
-            self.store[key][envs, at] = _storable(key, obs[key])
-        chosen = action.astype(np.int64)
-        self.store["action"][envs, at] = chosen
-        self.store["token"][envs, at] = obs["candidates"][envs, chosen]
-        self.store["behaviour"][envs, at] = np.nan if behaviour is None else behaviour
-        self.store["reference"][envs, at] = False if reference is None else reference
-        self.store["reward"][envs, at] = self._shaped(obs, next_obs, np.asarray(reward), done & ~truncated)
-        self.store["ended"][envs, at] = done & ~truncated
-        self.store["acted"][envs, at] = True
+        self._write(
+            (envs, at),
+            observation,
+            action=actions,
+            token=observation["candidates"][envs, actions],
+            reward=shaped,
+            behaviour=behaviour,
+            by_language_model=by_language_model,
+            ended=ended,
+            acted=True,
+        )
         for env in np.flatnonzero(done).tolist():
             if truncated[env]:
-                self._store_last_state(env, {key: next_obs[key][env] for key in self.keys})
+                self._store_last_state(env, {key: next_observation[key][env] for key in self.keys})
             self._close(env)
 
     def add_episode(
         self,
-        observations: dict[str, Array],
+        observations: Mapping[str, Array],
         actions: Array,
         rewards: Array,
         behaviour: Array,
-        reference: Array | None = None,
+        by_language_model: Array,
         ended: bool = True,
     ) -> None:
         """Store one whole episode of L steps, in the ring with the most room.
 
         Args:
             observations: (L + 1, ...) a key, the last one after the last step.
-            actions, rewards, behaviour, reference: (L,); see ``add``.
-            ended: Whether the text ended by itself, and not by an outside time limit.
+            actions, rewards, behaviour, by_language_model: (L,); see ``add``.
+            ended: The text ended by itself, and not by an outside limit.
 
         Raises:
             ConfigError: an environment is in the middle of an episode.
@@ -181,22 +193,24 @@ class EpisodeReplay(ReplayBuffer):
             raise ConfigError("environments are in the middle of episodes: add recorded ones before learning")
         env, steps = int(self.written.argmin()), len(actions)
         at = np.concatenate([self._next_rows(np.array([env])) for _ in range(steps)])
-        for key in self.keys:
-            self.store[key][env, at] = _storable(key, observations[key][:-1])
+        last = np.arange(steps) == steps - 1
         shaped = np.array(rewards, np.float64)
         if "score" in self.keys:
-            score = observations["score"][:, 0]
-            unpaid = score - np.concatenate([[0.0], shaped.cumsum()])
-            unpaid[-1] *= not ended
-            shaped += np.diff(unpaid)
-        self.store["action"][env, at] = actions
-        self.store["token"][env, at] = observations["candidates"][np.arange(steps), actions]
-        self.store["behaviour"][env, at] = behaviour
-        self.store["reference"][env, at] = False if reference is None else reference
-        self.store["reward"][env, at] = shaped
-        self.store["ended"][env, at] = False
-        self.store["ended"][env, at[-1]] = ended
-        self.store["acted"][env, at] = True
+            scores = observations["score"][:, 0]
+            unpaid = scores[0]
+            for t in range(steps):
+                shaped[t], unpaid = _shaped(rewards[t], scores[t], scores[t + 1], unpaid, last[t] and ended)
+        self._write(
+            (env, at),
+            {key: observations[key][:-1] for key in self.keys},
+            action=actions,
+            token=observations["candidates"][np.arange(steps), actions],
+            reward=shaped,
+            behaviour=behaviour,
+            by_language_model=by_language_model,
+            ended=last & ended,
+            acted=True,
+        )
         if not ended:
             self._store_last_state(env, {key: observations[key][-1] for key in self.keys})
         self._close(env)
@@ -214,7 +228,7 @@ class EpisodeReplay(ReplayBuffer):
         self.episodes = [deque() for _ in range(self.n_envs)]
         return {name: array[np.repeat(envs, lengths), at] for name, array in self.store.items()}, lengths
 
-    def put(self, steps: dict[str, Array], lengths: npt.NDArray[np.int64]) -> None:
+    def put(self, steps: Mapping[str, Array], lengths: npt.NDArray[np.int64]) -> None:
         """Store what ``take`` handed over elsewhere, each episode in the ring with the most room.
 
         An episode that an environment has begun here is given up: its steps would lie in between.
@@ -230,7 +244,7 @@ class EpisodeReplay(ReplayBuffer):
                 array[env, at] = steps[name][first:end]
             self._close(env)
 
-    def sample(self, batch_size: int, env: Any = None) -> EpisodeBatch:  # type: ignore[override]
+    def sample(self, batch_size: int) -> EpisodeBatch:
         """Return ``batch_size`` episodes, uniformly with replacement.
 
         Raises:
@@ -263,14 +277,14 @@ class EpisodeReplay(ReplayBuffer):
             behaviour=tensor("behaviour"),
             ended=tensor("ended"),
             acted=tensor("acted") & torch.from_numpy(inside).to(self.device),
-            reference=tensor("reference"),
+            by_language_model=tensor("by_language_model"),
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write the steps as safetensors, with the counters and the random state as JSON in its header."""
-        from safetensors.numpy import save_file
-
-        state = {
+    def state_dict(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Return the steps as arrays, without the part of the rings that was never written, and plain data."""
+        used = min(self.ring, int(self.written.max()))
+        steps = {name: np.ascontiguousarray(array[:, :used]) for name, array in self.store.items()}
+        return steps, {
             "written": self.written.tolist(),
             "open": self.open.tolist(),
             "unpaid": self.unpaid.tolist(),
@@ -279,59 +293,43 @@ class EpisodeReplay(ReplayBuffer):
             "rng": self.rng.bit_generator.state,
             "ring": self.ring,
         }
-        used = min(self.ring, int(self.written.max()))  # of each ring: what was never written is left out
-        held = {name: np.ascontiguousarray(array[:, :used]) for name, array in self.store.items()}
-        save_file(held, path, metadata={"state": json.dumps(state)})
 
-    def load(self, path: str | Path) -> None:
-        """Read what ``save`` wrote, into a replay of the same shape.
+    def load_state_dict(self, steps: Mapping[str, Array], plain: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` returned, into a replay of the same shape.
 
         Raises:
-            ConfigError: the file holds other keys or shapes, or no replay.
+            ConfigError: other keys or shapes (says which).
+            KeyError, OverflowError, TypeError, ValueError: ``plain`` is no state of a replay.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "np") as file:
-                state = json.loads(file.metadata()["state"])
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            used = min(self.ring, max(state["written"]))
-            episodes = [deque((int(first), int(length)) for first, length in ring) for ring in state["episodes"]]
-            counts = np.array([state[name] for name in ("written", "open", "unpaid")], np.float64)
-            if (
-                counts.shape != (3, self.n_envs)
-                or len(episodes) != self.n_envs
-                or not isinstance(state["episodes_seen"], int)
-            ):
-                raise ValueError(f"its state is not that of {self.n_envs} rows")
-            rng = np.random.default_rng()
-            rng.bit_generator.state = state["rng"]
-        except (OSError, OverflowError, RecursionError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path} is no replay file that save_replay_buffer wrote: {error}") from error
+        used = min(self.ring, max(plain["written"]))
+        episodes = [deque((int(first), int(length)) for first, length in ring) for ring in plain["episodes"]]
+        counts = np.array([plain[name] for name in ("written", "open", "unpaid")], np.float64)
+        whole = isinstance(plain["episodes_seen"], int)
+        if counts.shape != (3, self.n_envs) or len(episodes) != self.n_envs or not whole:
+            raise ValueError(f"its state is not that of {self.n_envs} rows")
+        rng = np.random.default_rng()
+        rng.bit_generator.state = plain["rng"]
         for name, array in self.store.items():
-            shape, given = array[:, :used].shape, arrays[name].shape if name in arrays else None
-            if given != shape or state.get("ring") != self.ring:
+            shape, given = array[:, :used].shape, steps[name].shape if name in steps else None
+            if given != shape or plain["ring"] != self.ring:
                 raise ConfigError(
-                    f"replay file {path}: {name!r} must have shape {shape} of {self.ring} steps a row, got {given} of "
-                    f"{state.get('ring')}: use the same buffer_size, environment and number of rows"
+                    f"{name!r} must have shape {shape} of {self.ring} steps a row, got {given} of {plain['ring']}: use "
+                    "the same buffer_size, environment and number of rows"
                 )
-            array[:, :used] = arrays[name]
-        self.written[:] = state["written"]
-        self.open[:] = state["open"]
-        self.unpaid[:] = state["unpaid"]
+            array[:, :used] = steps[name]
+        self.written[:] = plain["written"]
+        self.open[:] = plain["open"]
+        self.unpaid[:] = plain["unpaid"]
         self.episodes = episodes
-        self.episodes_seen = state["episodes_seen"]
+        self.episodes_seen = plain["episodes_seen"]
         self.rng = rng
 
-    def _shaped(self, obs: dict[str, Array], next_obs: dict[str, Array], reward: Array, ended: Array) -> Array:
-        if "score" not in self.keys:
-            return reward
-        fresh = self.written == self.open + 1  # its first step has just been counted
-        self.unpaid[fresh] = obs["score"][fresh, 0]
-        unpaid = np.where(ended, 0.0, self.unpaid + (next_obs["score"] - obs["score"])[:, 0] - reward)
-        shaped = reward + unpaid - self.unpaid
-        self.unpaid = unpaid
-        return shaped
+    def _write(self, where: Any, observation: Mapping[str, Array], **fields: Any) -> None:
+        """Store observations and step fields at ``where``, an index of (environments, rows)."""
+        for key in self.keys:
+            self.store[key][where] = _storable(key, observation[key])
+        for name, value in fields.items():
+            self.store[name][where] = value
 
     def _next_rows(self, envs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the row that each environment writes next, forgetting the episode it overwrites."""
@@ -348,10 +346,7 @@ class EpisodeReplay(ReplayBuffer):
 
     def _store_last_state(self, env: int, last: dict[str, Array]) -> None:
         at = self._next_rows(np.array([env]))[0]
-        for key in self.keys:
-            self.store[key][env, at] = _storable(key, last[key])
-        for name in _STEP_FIELDS:
-            self.store[name][env, at] = 0
+        self._write((env, at), last, **dict.fromkeys(STEP_FIELDS, 0))
 
     def _close(self, env: int) -> None:
         first, length = int(self.open[env]), int(self.written[env] - self.open[env])
@@ -364,17 +359,6 @@ class EpisodeReplay(ReplayBuffer):
         self.episodes_seen += 1
 
 
-_STEP_FIELDS = {
-    "action": np.int64,
-    "token": np.int32,
-    "reward": np.float32,
-    "behaviour": np.float32,
-    "ended": np.bool_,
-    "acted": np.bool_,
-    "reference": np.bool_,
-}
-
-
 def _storable(key: str, value: Array) -> Array:
     return np.clip(value, -6e4, 6e4) if STORED[key] is np.float16 else value
 
@@ -384,3 +368,12 @@ def _shape(observation_space: spaces.Dict, key: str) -> tuple[int, ...]:
     if shape is None:
         raise ConfigError(f"observation key {key!r} has no shape")
     return shape
+
+
+def _shaped(reward: Any, score: Any, next_score: Any, unpaid: Any, ended: Any) -> tuple[Any, Any]:
+    """Return rewards with the unpaid part of the running score as potential, and that part after the step.
+
+    The potential is 0 at the end of a text, so the sum over the text stays what it was.
+    """
+    after = np.where(ended, 0.0, unpaid + (next_score - score) - reward)
+    return reward + after - unpaid, after

@@ -10,23 +10,22 @@ of the output embedding, where the environment takes them from too, so there is 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import LogitsProcessor
 
+from agents.text_dqn.learner import Learner
 from agents.text_dqn.networks import prior
 from agents.text_dqn.targets import log_policy
 from textgen_env.config import check_at_least
 from textgen_env.errors import ConfigError, ModelError
-from textgen_env.models.base import MASKED_LOGPROB
+from textgen_env.models.base import MASKED_LOGPROB, LanguageModel
 from textgen_env.models.candidates import nucleus, top_candidates
 from textgen_env.rewards import RunningScore, ScoreState, make_reward
-
-if TYPE_CHECKING:
-    from agents.text_dqn.agent import TextDQN
 
 
 class Steering(LogitsProcessor):
@@ -37,25 +36,34 @@ class Steering(LogitsProcessor):
     proposed; its warpers (temperature, top-k, top-p) act after it, and ``settings`` turns them off.
 
     Args:
-        agent: The agent; its ``beta`` may be changed at any time.
+        learner: The agent's; its ``beta`` may be changed at any time.
+        language_model: That it was trained on.
+        task: What it was trained on.
         model: The causal LM that generates: the agent's own, or another copy of it.
         max_new_tokens: What ``budget`` is a share of.
         reward: Where the agent sees running scores: what they are of.
     """
 
-    def __init__(self, agent: TextDQN, model: Any, max_new_tokens: int | None, reward: Any) -> None:
-        task = agent.task
+    def __init__(
+        self,
+        learner: Learner,
+        language_model: LanguageModel,
+        task: Mapping[str, Any] | None,
+        model: Any,
+        max_new_tokens: int | None,
+        reward: Any,
+    ) -> None:
         if task is None or "top_k" not in task:
             raise ConfigError("the agent does not know its task: it was trained in an environment of another make")
-        self.agent = agent
+        self._learner = learner
         self.max_new_tokens = task["max_new_tokens"] if max_new_tokens is None else max_new_tokens
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
         self._task = task
         self._model = model
-        self._language_model = agent.language_model
-        _check_same(model, agent)
+        self._language_model = language_model
+        _check_same(model, language_model)
         # A view on the slow network, weights shared, that counts the budget in these tokens.
-        self._network = copy.copy(agent.q_net_target)
+        self._network = copy.copy(learner.slow_network)
         self._network.max_new_tokens = self.max_new_tokens
         self._running = self._running_score(reward)
         self._removable: list[Any] = []
@@ -132,8 +140,8 @@ class Steering(LogitsProcessor):
             )
         ended = np.asarray(np.isin(ids[:, self._width :], self._language_model.end_ids).any(-1))
         observation = self._observe(ids, pad, steps, scores, ended) | {"hidden": hidden.float().cpu().numpy()}
-        tensors = {key: torch.from_numpy(value).to(self.agent.device) for key, value in observation.items()}
-        logprobs = log_policy(prior(tensors), self._network(tensors), self.agent.beta).to(scores)
+        tensors = {key: torch.from_numpy(value).to(self._network.device) for key, value in observation.items()}
+        logprobs = log_policy(prior(tensors), self._network(tensors), self._learner.beta).to(scores)
         steered = torch.full_like(scores, -torch.inf)
         steered.scatter_(1, tensors["candidates"].long().to(scores.device), logprobs)
         done = torch.from_numpy(ended).to(scores.device)
@@ -223,9 +231,8 @@ class Steering(LogitsProcessor):
         return {"score": score, "candidate_scores": ahead}
 
 
-def _check_same(model: Any, agent: TextDQN) -> None:
+def _check_same(model: Any, own: LanguageModel) -> None:
     """Raise ``ModelError`` unless ``model`` embeds tokens as the agent's language model does."""
-    own = agent.language_model
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         raise ModelError(f"{type(model).__name__} has no output embedding: a causal language model is needed")

@@ -74,7 +74,7 @@ def log_policy(log_mu: torch.Tensor, q: torch.Tensor, beta: float) -> torch.Tens
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What the objectives share.
+    """What the objectives share: the trade between reward and KL, and how far back corrections reach.
 
     Args:
         beta: The trade between reward and KL, reward units a nat; positive.
@@ -88,26 +88,26 @@ class ObjectiveSettings:
 
 
 def lambda_targets(
-    batch: EpisodeBatch, q: torch.Tensor, trade: ObjectiveSettings, trace: str = "retrace"
+    batch: EpisodeBatch, q: torch.Tensor, settings: ObjectiveSettings, trace: str = "retrace"
 ) -> torch.Tensor:
     """Return y, (B, T): what Q of each taken action should be. Padding gets numbers to be ignored.
 
     Args:
         batch: Whole episodes.
         q: (B, T, k) values of a slow copy of the network.
-        trade: Temperature, lambda, discount.
+        settings: Temperature, lambda, discount.
         trace: One of ``TRACES``.
     """
     log_mu = prior(batch.observations)
-    value = soft_value(log_mu, q, trade.beta)  # (B, T)
+    value = soft_value(log_mu, q, settings.beta)  # (B, T)
     chosen = of_actions(q, batch.actions)
-    ratio = (of_actions(log_policy(log_mu, q, trade.beta), batch.actions) - batch.behaviour).exp()
+    ratio = (of_actions(log_policy(log_mu, q, settings.beta), batch.actions) - batch.behaviour).exp()
     c, baseline = TRACES[trace](ratio, chosen, value)
-    carry = trade.trace_lambda * c * batch.acted  # a state without an action passes on its value alone
+    carry = settings.trace_lambda * c * batch.acted  # a state without an action passes on its value alone
     target = batch.rewards.clone()
     for t in range(batch.rewards.shape[1] - 2, -1, -1):
         after = value[:, t + 1] + carry[:, t + 1] * (target[:, t + 1] - baseline[:, t + 1])
-        target[:, t] += trade.gamma * torch.where(batch.ended[:, t], 0.0, after)
+        target[:, t] += settings.gamma * torch.where(batch.ended[:, t], 0.0, after)
     return target
 
 
@@ -118,17 +118,17 @@ def of_actions(values: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
 
 Objective = Callable[[CandidateQNetwork, CandidateQNetwork, EpisodeBatch, ObjectiveSettings], torch.Tensor]
 OBJECTIVES: Registry[Objective] = Registry("target")
-"""From the online network, the slow one, whole episodes and the trade to a loss."""
+"""From the online network, the slow one, whole episodes and the settings to a loss."""
 
 
 def regression(
-    online: CandidateQNetwork, slow: CandidateQNetwork, batch: EpisodeBatch, trade: ObjectiveSettings, *, trace: str
+    online: CandidateQNetwork, slow: CandidateQNetwork, batch: EpisodeBatch, settings: ObjectiveSettings, *, trace: str
 ) -> torch.Tensor:
     """Return the mean squared distance of each head from the same targets."""
     looked_up = online.look_up(batch.observations["candidates"], batch.tokens)
     with torch.no_grad():
         q = slow.episode_values(batch.observations, looked_up).mean(0)  # (B, T, k)
-        target = lambda_targets(batch, q, trade, trace)
+        target = lambda_targets(batch, q, settings, trace)
     # The loss reads Q of the taken candidates at_actions, so at_actions that is computed: a k-th of the work.
     observations, taken = at_actions(batch.observations, looked_up, batch.actions)
     values = online.episode_values(observations, taken).squeeze(-1)  # (heads, B, T)
@@ -141,12 +141,12 @@ for _name in TRACES:
 
 @OBJECTIVES.register("residual")
 def residual(
-    online: CandidateQNetwork, slow: CandidateQNetwork, batch: EpisodeBatch, trade: ObjectiveSettings
+    online: CandidateQNetwork, slow: CandidateQNetwork, batch: EpisodeBatch, settings: ObjectiveSettings
 ) -> torch.Tensor:
     """Return the mean squared Bellman residual of whole texts, a step."""
     looked_up = online.look_up(batch.observations["candidates"], batch.tokens)
     q = online.episode_values(batch.observations, looked_up)  # (heads, B, T, k)
-    value = soft_value(prior(batch.observations), q, trade.beta)  # (heads, B, T)
+    value = soft_value(prior(batch.observations), q, settings.beta)  # (heads, B, T)
     advantage = (of_actions(q, batch.actions) - value) * batch.acted  # beta log pi / mu of each step
     paid = (batch.rewards * batch.acted).sum(-1)
     last = batch.acted.sum(-1) - 1
@@ -157,7 +157,7 @@ def residual(
 
 @OBJECTIVES.register("q_sharp")
 def classification(
-    online: CandidateQNetwork, slow: CandidateQNetwork, batch: EpisodeBatch, trade: ObjectiveSettings
+    online: CandidateQNetwork, slow: CandidateQNetwork, batch: EpisodeBatch, settings: ObjectiveSettings
 ) -> torch.Tensor:
     """Return the cross-entropy of the return's distribution, at steps after which the language model wrote."""
     looked_up = online.look_up(batch.observations["candidates"], batch.tokens)
@@ -165,8 +165,8 @@ def classification(
     logits = online.episode_outputs(observations, taken).squeeze(-2)  # (heads, B, T, atoms)
     returns = (batch.rewards * batch.acted).flip(-1).cumsum(-1).flip(-1)  # (B, T), what was still to come
     target = online.atoms_of(returns - online.known(observations).squeeze(-1))  # (B, T, atoms)
-    others = (batch.acted & ~batch.reference).flip(-1).cumsum(-1).flip(-1)  # actions of the agent's own from t on
-    own = (batch.acted & ~batch.reference).long()
+    others = (batch.acted & ~batch.by_language_model).flip(-1).cumsum(-1).flip(-1)  # the agent's own, from t on
+    own = (batch.acted & ~batch.by_language_model).long()
     by_model = batch.acted & (others - own == 0)  # whoever acted at t, the language model wrote the rest
     losses = -(target * logits.log_softmax(-1)).sum(-1)
     return losses[:, by_model].mean() if by_model.any() else losses.sum() * 0.0

@@ -73,7 +73,7 @@ def test_an_actor_sends_what_the_learner_would_have_stored_itself():
     run.agent.learn(10_000, Stop())
     actor.agent.beta_start = actor.agent.beta
     weights = weights_of(run.agent)
-    batches = [actor.collect(0, weights, 1.0) for _ in range(2)]
+    batches = [actor.collect(0, weights, 0.0) for _ in range(2)]
 
     replay = run.agent.replay_buffer
     stored = {(e, *where) for e, ring in enumerate(replay.episodes) for where in ring}
@@ -90,7 +90,7 @@ def test_an_actor_sends_what_the_learner_would_have_stored_itself():
 
 def test_episodes_survive_take_and_put_in_any_ring():
     actor, run = collector(), opened()
-    batch = actor.collect(0, weights_of(run.agent), 1.0)
+    batch = actor.collect(0, weights_of(run.agent), 0.0)
     assert len(batch.lengths) == len(batch.infos) >= CONFIG.envs  # a text has at most as many tokens as a batch steps
     assert [info["episode"]["l"] for info in batch.infos] == batch.lengths.tolist()
     replay = run.agent.replay_buffer
@@ -107,7 +107,7 @@ def test_episodes_survive_take_and_put_in_any_ring():
 
 def test_actors_with_different_seeds_write_different_texts():
     run = opened()
-    first, same, other = (collector(seed).collect(0, weights_of(run.agent), 1.0).steps["token"] for seed in (1, 1, 2))
+    first, same, other = (collector(seed).collect(0, weights_of(run.agent), 0.0).steps["token"] for seed in (1, 1, 2))
     assert first.tolist() == same.tolist()
     assert first.tolist() != other.tolist()
 

@@ -48,7 +48,7 @@ def assert_same(first, second):
     """The whole state of two agents, to the last bit."""
     for name, tensor in first.policy.state_dict().items():
         np.testing.assert_array_equal(tensor.numpy(), second.policy.state_dict()[name].numpy(), err_msg=name)
-    assert first._rng.bit_generator.state == second._rng.bit_generator.state
+    assert first.learner.rng.bit_generator.state == second.learner.rng.bit_generator.state
     assert first.replay_buffer.rng.bit_generator.state == second.replay_buffer.rng.bit_generator.state
     for key, array in first._last_obs.items():
         np.testing.assert_array_equal(array, second._last_obs[key], err_msg=key)

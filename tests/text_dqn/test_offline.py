@@ -98,7 +98,7 @@ def test_greedy_texts_have_log_probability_zero_and_flat_observations_their_mask
 @pytest.mark.parametrize("cut", [False, True], ids=["ended", "cut off"])
 def test_adding_a_whole_episode_equals_adding_its_steps(cut):
     space = spaces.Dict({key: make().single_observation_space[key] for key in ("candidates", "logprobs", "score")})
-    whole, steps = (EpisodeReplay(20, space, spaces.Discrete(4), device="cpu", n_envs=1) for _ in range(2))
+    whole, steps = (EpisodeReplay(20, space, device="cpu", n_envs=1) for _ in range(2))
     rng = np.random.default_rng(0)
     for length in (4, 3, 6, 5, 2):  # more than the ring holds
         observations = {
@@ -113,8 +113,7 @@ def test_adding_a_whole_episode_equals_adding_its_steps(cut):
         for t in range(length):
             now, after = ({k: v[i : i + 1] for k, v in observations.items()} for i in (t, t + 1))
             last = t == length - 1
-            info = [{"TimeLimit.truncated": cut and last}]
-            taken = (actions[t : t + 1], rewards[t : t + 1], np.array([last]), info)
+            taken = (actions[t : t + 1], rewards[t : t + 1], np.array([last]), np.array([cut and last]))
             steps.add(now, after, *taken, behaviour[t : t + 1], by_model[t : t + 1])
     assert whole.episodes == steps.episodes
     assert whole.store["ended"].any() != cut
@@ -203,7 +202,7 @@ def written(folder, change):
 
 
 def replay_of(env, size=400):
-    return EpisodeReplay(size, env.single_observation_space, env.single_action_space, device="cpu", n_envs=2)
+    return EpisodeReplay(size, env.single_observation_space, device="cpu", n_envs=2)
 
 
 BAD = {

@@ -69,7 +69,7 @@ def test_a_loaded_agent_goes_on_exactly_as_the_saved_one(agent, tmp_path):
         loaded.load_replay_buffer(tmp_path / "replay.safetensors")
         assert (loaded.num_timesteps, loaded._n_updates, loaded.beta) == (400, agent._n_updates, 0.3)
         assert_same_weights(agent, loaded)
-        assert loaded._rng.bit_generator.state == agent._rng.bit_generator.state
+        assert loaded.learner.rng.bit_generator.state == agent.learner.rng.bit_generator.state
         runs.append(loaded.learn(160, reset_num_timesteps=False))
         assert loaded.num_timesteps == 560
     assert_same_weights(*runs)
@@ -91,7 +91,7 @@ def test_the_zip_holds_settings_as_json_and_no_pickle(agent, tmp_path):
         settings = json.loads(file.read("data"))
         assert set(file.namelist()) >= {"policy.pth", "policy.optimizer.pth", "_stable_baselines3_version"}
     assert settings["left_out"] == []
-    assert (settings["_beta"], settings["seed"], settings["num_timesteps"]) == (0.3, 3, 400)
+    assert (settings["beta"], settings["seed"], settings["num_timesteps"]) == (0.3, 3, 400)
     assert not set(settings["policy_kwargs"]) & {"optimizer_class"}
 
 
@@ -192,11 +192,13 @@ def test_a_damaged_folder_is_refused(agent, tmp_path, damage):
     folder = tmp_path / "agent"
     agent.save_pretrained(folder)
     settings = json.loads((folder / "agent.json").read_text())
+    learner = settings["counters"]["learner"] | {"rng": {"bit_generator": "PCG64", "state": 3}}
+    bad_rng = settings["counters"] | {"learner": learner}
     changed = {
         "bad json": "{",
         "other json": "[1]",
         "bad space": json.dumps(settings | {"observation_space": {"hidden": {"low": 0}}}),
-        "bad rng": json.dumps(settings | {"_rng": {"bit_generator": "PCG64", "state": 3}}),
+        "bad rng": json.dumps(settings | {"counters": bad_rng}),
     }
     if damage == "no folder":
         folder = tmp_path / "nowhere"

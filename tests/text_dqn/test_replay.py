@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from agents.text_dqn.portable import read_replay, write_replay
 from agents.text_dqn.replay import EpisodeReplay
 from textgen_env.errors import CapacityError, ConfigError
 
 K, D = 3, 4
+NO = np.array([False])  # for every row
 SPACE = spaces.Dict(
     {
         "hidden": spaces.Box(-1, 1, (D,), np.float32),
@@ -23,7 +25,7 @@ SCORED = spaces.Dict({**SPACE.spaces, "score": spaces.Box(-9, 9, (1,), np.float3
 
 
 def replay(size: int = 40, envs: int = 2, space: spaces.Dict = SPACE) -> EpisodeReplay:
-    return EpisodeReplay(size, space, spaces.Discrete(K), device="cpu", n_envs=envs, seed=0)
+    return EpisodeReplay(size, space, device="cpu", n_envs=envs, seed=0)
 
 
 def observation(rng: np.random.Generator, envs: int, **fixed: np.ndarray) -> dict[str, np.ndarray]:
@@ -48,7 +50,7 @@ def write(buffer: EpisodeReplay, lengths: list[int], seed: int = 0) -> list[list
             actions = rng.integers(0, K, buffer.n_envs)
             rewards, behaviour = rng.normal(size=(2, buffer.n_envs)).astype(np.float32)
             done = np.full(buffer.n_envs, step == length - 1)
-            buffer.add(obs, obs, actions, rewards, done, [{}] * buffer.n_envs, behaviour)
+            buffer.add(obs, obs, actions, rewards, done, NO, behaviour, NO)
             for env in range(buffer.n_envs):
                 written[env].append(
                     {key: value[env] for key, value in obs.items()}
@@ -96,7 +98,7 @@ def test_an_open_episode_that_overwrites_an_old_one_forgets_it_at_once():
     write(buffer, [6, 4])
     rng = np.random.default_rng(1)
     obs = observation(rng, 1)
-    buffer.add(obs, obs, np.zeros(1), np.zeros(1), np.array([False]), [{}], np.zeros(1))
+    buffer.add(obs, obs, np.zeros(1, int), np.zeros(1), np.array([False]), NO, np.zeros(1), NO)
 
     assert list(buffer.episodes[0]) == [(6, 4)]
 
@@ -115,7 +117,7 @@ def test_shaped_rewards_are_the_increments_of_the_score_however_it_is_paid(paid)
             reward = total if last else 0.0
         else:
             reward = total - scores[t] if last else scores[t + 1] - scores[t]
-        buffer.add(obs, after, np.zeros(1), np.array([reward]), np.array([last]), [{}], np.zeros(1))
+        buffer.add(obs, after, np.zeros(1, int), np.array([reward]), np.array([last]), NO, np.zeros(1), NO)
 
     batch = buffer.sample(1)
 
@@ -126,8 +128,8 @@ def test_an_outside_time_limit_keeps_the_last_state_without_an_action():
     buffer = replay(envs=1)
     rng = np.random.default_rng(0)
     obs, after = observation(rng, 1), observation(rng, 1)
-    cut = [{"TimeLimit.truncated": True}]
-    buffer.add(obs, after, np.ones(1), np.ones(1), np.array([True]), cut, np.zeros(1))
+    cut = np.array([True])
+    buffer.add(obs, after, np.ones(1, int), np.ones(1), np.array([True]), cut, np.zeros(1), NO)
 
     batch = buffer.sample(1)
 
@@ -140,15 +142,15 @@ def test_a_saved_replay_goes_on_as_if_it_had_never_stopped(tmp_path):
     one, other = replay(), replay()
     write(one, [3, 5, 2])
     one.sample(4)
-    one.save(tmp_path / "replay.safetensors")
-    other.load(tmp_path / "replay.safetensors")
+    write_replay(one, tmp_path / "replay.safetensors")
+    read_replay(other, tmp_path / "replay.safetensors")
 
     for buffer in (one, other):
         write(buffer, [4], seed=1)
 
     np.testing.assert_array_equal(one.sample(8).rewards, other.sample(8).rewards)
     with pytest.raises(ConfigError, match="shape"):
-        replay(size=60).load(tmp_path / "replay.safetensors")
+        read_replay(replay(size=60), tmp_path / "replay.safetensors")
 
 
 def test_bytes_are_said_and_counted():

@@ -46,7 +46,7 @@ def random_episodes(toy: TextTree, count: int, seed: int = 0) -> tuple[EpisodeBa
         behaviour=torch.from_numpy(-np.log(legal[at].sum(-1))),
         ended=torch.from_numpy((toy.child[at, chosen] < 0) & (nodes >= 0)),
         acted=torch.from_numpy(nodes >= 0),
-        reference=torch.zeros(nodes.shape, dtype=torch.bool),
+        by_language_model=torch.zeros(nodes.shape, dtype=torch.bool),
     )
     return batch, nodes
 
@@ -93,7 +93,7 @@ def two_steps(behaviour: float = np.log(0.5)) -> EpisodeBatch:
         behaviour=torch.full((1, 2), behaviour),
         ended=torch.tensor([[False, True]]),
         acted=torch.tensor([[True, True]]),
-        reference=torch.tensor([[False, False]]),
+        by_language_model=torch.tensor([[False, False]]),
     )
 
 

@@ -1,0 +1,288 @@
+"""Soft Q-learning over the candidates of a language model: act, remember, update.
+
+The policy is the language model, tilted: pi(a|s) proportional to mu(a|s) exp(Q(s, a) / beta).
+Before the first update Q is equal for all candidates, so the policy *is* the language model (or
+score lookahead, where the observation has ``candidate_scores``).
+
+    act      observation -> slow network -> Q (N, k) -> + log mu, / beta -> pi -> actions (N,)
+    add      one step of N texts -> EpisodeReplay
+    update   whole episodes -> objective -> AdamW -> the slow network follows
+
+It knows torch and numpy, and neither Stable-Baselines3 nor files: ``agent.TextDQN`` is the shell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from agents.text_dqn.networks import CandidateQNetwork, Tensors, prior
+from agents.text_dqn.replay import EpisodeReplay
+from agents.text_dqn.settings import COUNT, NATS, Range
+from agents.text_dqn.targets import OBJECTIVES, ObjectiveSettings, log_policy
+from textgen_env.errors import ConfigError
+from textgen_env.policies import Floats, kl_to, renormalise, sample
+
+FIRST_SAMPLE = 256
+"""Texts whose mean return is where Q starts."""
+
+
+@dataclass(frozen=True)
+class Acted:
+    """What N rows did at a step."""
+
+    actions: npt.NDArray[np.int64]  # (N,)
+    logprobs: Floats  # (N,) of the actions under the behaviour, nats
+    by_language_model: npt.NDArray[np.bool_]  # (N,) the language model itself chose
+    kl: float  # nats a token, behaviour against language model, mean over the rows
+
+
+class Learner:
+    """The algorithm of TextDQN.
+
+    Args:
+        network, slow_network: Online and slow copy, bound to a language model. The slow one gives
+            the targets, acts, and is evaluated.
+        optimizer: Of the online network.
+        replay: Where ``add`` writes and ``update`` samples.
+        beta: Temperature of the policy, reward units a nat. May be changed at any time.
+        target_beta: The trade E[R] - target_beta KL that Q is trained for.
+        beta_start: Temperature of the behaviour at the first step; it falls geometrically to
+            ``beta`` over ``exploration_fraction`` of the training.
+        target, trace_lambda, gamma: See ``agents.text_dqn.targets``.
+        steps_per_update: Environment steps for each update.
+        batch_size: Whole episodes an update.
+        tau: Share of the online network that the slow one takes over at each update.
+        max_grad_norm: Gradients are clipped to this norm.
+        rng: Draws the actions.
+    """
+
+    def __init__(
+        self,
+        network: CandidateQNetwork,
+        slow_network: CandidateQNetwork,
+        optimizer: torch.optim.Optimizer,
+        replay: EpisodeReplay,
+        *,
+        beta: float = 0.1,
+        target_beta: float = 0.1,
+        beta_start: float = 0.4,
+        exploration_fraction: float = 1.0,
+        target: str = "retrace",
+        trace_lambda: float = 1.0,
+        gamma: float = 1.0,
+        steps_per_update: int = 80,
+        batch_size: int = 32,
+        tau: float = 0.02,
+        max_grad_norm: float = 10.0,
+        rng: np.random.Generator,
+    ) -> None:
+        self.network, self.slow_network = network, slow_network
+        self.optimizer = optimizer
+        self.replay = replay
+        self.beta = beta
+        self.beta_start = beta_start
+        self.exploration_fraction = exploration_fraction
+        self.target = target
+        self.objective = ObjectiveSettings(target_beta, trace_lambda, gamma)
+        self.steps_per_update = steps_per_update
+        self.batch_size = batch_size
+        self.tau = tau
+        self.max_grad_norm = max_grad_norm
+        self.rng = rng
+        self.steps = 0  # environment steps ever learned from
+        self.updates = 0
+        self.offline_updates = 0  # updates that no environment step has paid for
+        self._lm_takes_over_at: npt.NDArray[np.int64] = np.zeros(replay.n_envs, np.int64)  # step of each row's text
+
+    @property
+    def beta(self) -> float:
+        """Temperature of the policy, reward units a nat."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, beta: float) -> None:
+        self._beta: float = Range(above=True, unit=NATS).check("beta", beta)
+
+    # --- acting
+
+    def act(self, observation: Mapping[str, npt.NDArray[Any]], progress: float) -> Acted:
+        """Choose one action a row.
+
+        Args:
+            observation: (N, ...) a key.
+            progress: Share of the training that is done, in [0, 1].
+        """
+        rows = np.arange(len(observation["logprobs"]))
+        tensors = {key: torch.as_tensor(value, device=self.network.device) for key, value in observation.items()}
+        logprobs = self.log_policy(tensors, self.behaviour_beta(progress))
+        log_mu, _ = renormalise(observation["logprobs"], observation["action_mask"])
+        by_language_model = self._chosen_by_lm(observation["budget"][:, 0])
+        logprobs = np.where(by_language_model[:, None], log_mu, logprobs)
+        policy = np.exp(logprobs)
+        actions = self.draw(policy)
+        return Acted(actions, logprobs[rows, actions], by_language_model, float(kl_to(policy, log_mu).mean()))
+
+    def log_policy(self, observation: Tensors, beta: float) -> Floats:
+        """Return log pi at temperature ``beta``, (B, k) nats."""
+        with torch.inference_mode():
+            logprobs = log_policy(prior(observation), self.slow_network(observation), beta)
+        return logprobs.double().cpu().numpy()
+
+    def draw(self, policy: Floats) -> npt.NDArray[np.int64]:
+        """Return one action a row, each drawn with a random number of its own."""
+        return sample(policy, self.rng.random(len(policy)))
+
+    def behaviour_beta(self, progress: float) -> float:
+        """Return the temperature that acts while learning, annealed from ``beta_start`` to ``beta``."""
+        share = 1.0 if self.exploration_fraction <= 0 else min(1.0, progress / self.exploration_fraction)
+        return float(self.beta_start * (self.beta / self.beta_start) ** share)
+
+    def _chosen_by_lm(self, budget: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+        """Return the rows, (N,), that the language model finishes: from a random step on, for ``q_sharp``."""
+        if self.target != "q_sharp":
+            return np.zeros(len(budget), bool)
+        length = self.network.max_new_tokens
+        step = np.rint((1.0 - budget) * length)
+        fresh = self.rng.integers(length, size=len(budget))
+        self._lm_takes_over_at = np.where(step == 0, fresh, self._lm_takes_over_at)
+        return np.asarray(step >= self._lm_takes_over_at)
+
+    # --- learning
+
+    def add(
+        self,
+        observation: Mapping[str, npt.NDArray[Any]],
+        next_observation: Mapping[str, npt.NDArray[Any]],
+        acted: Acted,
+        rewards: npt.NDArray[Any],
+        done: npt.NDArray[np.bool_],
+        truncated: npt.NDArray[np.bool_],
+    ) -> None:
+        """Remember one step of N rows; see ``EpisodeReplay.add``."""
+        self.replay.add(
+            observation,
+            next_observation,
+            acted.actions,
+            rewards,
+            done,
+            truncated,
+            acted.logprobs,
+            acted.by_language_model,
+        )
+        self.steps += len(acted.actions)
+
+    def put(self, steps: Mapping[str, npt.NDArray[Any]], lengths: npt.NDArray[np.int64], counted: int) -> None:
+        """Remember whole episodes that were written elsewhere; ``counted`` steps are paid for by them."""
+        self.replay.put(steps, lengths)
+        self.steps += counted
+
+    @property
+    def updates_owed(self) -> int:
+        """Updates that ``steps_per_update`` asks for by now; 0 before the first finished text."""
+        owed = self.steps // self.steps_per_update - (self.updates - self.offline_updates)
+        return max(0, owed) if self.replay.episodes_seen else 0
+
+    def update(self, count: int = 1, offline: bool = False) -> Floats:
+        """Do ``count`` gradient steps and return their losses.
+
+        Args:
+            offline: They are extra, and no environment step pays for them.
+
+        Raises:
+            ConfigError: the replay holds no finished text.
+        """
+        if self.updates == 0:
+            first = self.replay.sample(FIRST_SAMPLE)
+            returns = (first.rewards * first.acted).sum(-1)
+            self.network.start_at(returns)
+            self.slow_network.start_at(returns)
+        self.network.train()
+        losses = np.array([self._update() for _ in range(count)])
+        self.network.eval()
+        self.updates += count
+        self.offline_updates += count * offline
+        return losses
+
+    def _update(self) -> float:
+        batch = self.replay.sample(self.batch_size)
+        loss = OBJECTIVES[self.target](self.network, self.slow_network, batch, self.objective)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        with torch.no_grad():
+            for own, slow in zip(self.network.parameters(), self.slow_network.parameters(), strict=True):
+                slow.mul_(1 - self.tau)
+                torch.add(slow, own, alpha=self.tau, out=slow)
+        return float(loss.detach())
+
+    # --- what stays
+
+    def counters(self) -> dict[str, Any]:
+        """Return everything but networks, optimiser and replay, as plain data."""
+        return {
+            "steps": self.steps,
+            "updates": self.updates,
+            "offline_updates": self.offline_updates,
+            "lm_takes_over_at": self._lm_takes_over_at.tolist(),
+            "rng": self.rng.bit_generator.state,
+        }
+
+    def load_counters(self, stored: Mapping[str, Any]) -> None:
+        """Put back what ``counters`` returned.
+
+        Raises:
+            ConfigError: a count out of range, or no state of a generator.
+        """
+        steps, updates, offline = (COUNT.check(name, stored[name]) for name in ("steps", "updates", "offline_updates"))
+        if offline > updates:
+            raise ConfigError(f"offline_updates must be at most updates={updates}, got {offline}")
+        self.rng.bit_generator.state = stored["rng"]
+        places = np.array(stored["lm_takes_over_at"], np.int64)
+        if places.ndim != 1:
+            raise ConfigError(f"lm_takes_over_at must be a list of steps, got {stored['lm_takes_over_at']!r}")
+        if len(places) == self.replay.n_envs:  # else the rows are others: each starts a text of its own
+            self._lm_takes_over_at = places
+        self.steps, self.updates, self.offline_updates = steps, updates, offline
+
+    def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return tensors and plain data: networks, optimiser and counters. The replay has its own."""
+        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        tensors |= {f"slow_network.{name}": tensor for name, tensor in self.slow_network.state_dict().items()}
+        optimizer = self.optimizer.state_dict()
+        moments: dict[str, dict[str, Any]] = {}
+        for index, values in optimizer["state"].items():
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{index}.{name}"] = value
+                else:
+                    moments.setdefault(str(index), {})[name] = value
+        plain = {"groups": optimizer["param_groups"], "moments": moments}
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        return contiguous, {"optimizer": plain, "counters": self.counters()}
+
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` returned.
+
+        Raises:
+            ConfigError: counters out of range.
+            KeyError, RuntimeError, ValueError: it is of other networks.
+        """
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        self.network.load_state_dict(part("network."))
+        self.slow_network.load_state_dict(part("slow_network."))
+        moments: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in plain["optimizer"]["moments"].items()}
+        for key, tensor in part("optimizer.").items():
+            index, _, name = key.partition(".")
+            moments.setdefault(int(index), {})[name] = tensor.clone()
+        self.optimizer.load_state_dict({"state": moments, "param_groups": plain["optimizer"]["groups"]})
+        self.load_counters(plain["counters"])

@@ -1,0 +1,110 @@
+"""Every setting of TextDQN with its type and range: checked when it is given and when it is read from a file.
+
+A file is somebody's words, so reading takes only the names listed here, and only values in range:
+a folder to write to, a size of 1e12 numbers or a count of 1e89 steps never reaches the learner.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from agents.text_dqn.targets import OBJECTIVES
+from textgen_env.errors import ConfigError
+
+MANY = 2**53
+"""More steps, updates or bytes than any machine counts; still exact as a float."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number in ``low..high``, both included unless ``above``; finite.
+
+    Args:
+        whole: Only integers.
+        above: ``low`` itself is excluded.
+        optional: None is allowed, too.
+        unit: Said in the error.
+    """
+
+    low: float = 0
+    high: float = math.inf
+    whole: bool = False
+    above: bool = False
+    optional: bool = False
+    unit: str = ""
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return ``value`` as a plain int or float.
+
+        Raises:
+            ConfigError: another type, or out of range (says name, range and value).
+        """
+        if value is None and self.optional:
+            return None
+        kind = Integral if self.whole else Real
+        plain = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+        if not plain or not self.low <= value <= self.high or (self.above and value == self.low):
+            raise ConfigError(f"{name} must be {self}, got {value!r}")
+        return int(value) if self.whole else float(value)
+
+    def __str__(self) -> str:
+        number = "a whole number" if self.whole else "a number"
+        if self.above and self.low == 0:
+            text = number.replace("a ", "a positive ", 1) + ("" if math.isinf(self.high) else f" up to {self.high:g}")
+        elif math.isinf(self.high):
+            text = f"{number} of at least {self.low:g}"
+        else:
+            text = f"{number} from {self.low:g} to {self.high:g}"
+        return f"{text} ({self.unit})" if self.unit else text
+
+
+NATS = "reward units a nat"
+COUNT = Range(0, MANY, whole=True)
+
+SETTINGS: Mapping[str, Range] = {
+    "beta": Range(above=True, unit=NATS),
+    "target_beta": Range(above=True, unit=NATS),
+    "beta_start": Range(above=True, unit=NATS),
+    "exploration_fraction": Range(0, 1),
+    "trace_lambda": Range(0, 1),
+    "learning_rate": Range(0),
+    "learning_starts": COUNT,
+    "steps_per_update": Range(1, MANY, whole=True),
+    "batch_size": Range(1, 2**20, whole=True),
+    "tau": Range(0, 1),
+    "buffer_size": Range(1, MANY, whole=True),
+    "gamma": Range(0, 1),
+    "max_grad_norm": Range(above=True),
+    "stats_window_size": Range(1, 2**20, whole=True),
+    "seed": Range(0, 2**32 - 1, whole=True, optional=True),
+}
+"""Settings that are numbers. ``target`` is a name in ``OBJECTIVES``, ``learning_rate`` may also be a schedule."""
+
+COUNTERS: Mapping[str, Range] = {
+    "num_timesteps": COUNT,
+    "episodes": COUNT,
+    "progress_remaining": Range(0, 1),
+}
+"""Where the training stands, beside the learner's own counters."""
+
+
+def check_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of ``SETTINGS`` and ``target`` that are ``given``, each checked.
+
+    Raises:
+        ConfigError: a value of another type, or out of range.
+        UnknownName: no such target (with a suggestion).
+    """
+    checked = {
+        name: value if name == "learning_rate" and callable(value) else SETTINGS[name].check(name, value)
+        for name, value in given.items()
+        if name in SETTINGS
+    }
+    if "target" in given:
+        OBJECTIVES[given["target"]]
+        checked["target"] = given["target"]
+    return checked
