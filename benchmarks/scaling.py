@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 
@@ -18,10 +19,10 @@ import torch
 from stable_baselines3.common.logger import Logger
 
 from agents.distributed.actors import Collector, RayTextSource, store_bound
+from agents.distributed.connection import import_ray
 from agents.runs.config import RunConfig
 from agents.runs.run import open_run
 from agents.text_dqn.agent import TextDQN
-from agents.text_dqn.replay import EpisodeReplay
 
 
 def steps_a_second(collect: Callable[[], int], seconds: float) -> float:
@@ -37,38 +38,32 @@ def measure(config: RunConfig, seconds: float, rounds: int) -> dict[str, float]:
     run = open_run(config)
     agent = run.agent
     assert isinstance(agent, TextDQN)
-    replay = agent.replay_buffer
-    assert isinstance(replay, EpisodeReplay)
     agent.set_logger(Logger(None, []))
-    weights = {name: tensor.numpy() for name, tensor in agent.q_net_target.state_dict().items()}
+    weights = {name: tensor.numpy() for name, tensor in agent.learner.slow_network.state_dict().items()}
     alone = Collector()
     alone.open(config, {}, 0)
     sent: list[int] = []
 
     def one_process() -> int:
-        return int(alone.collect(0, weights, 1.0).lengths.sum())
+        return int(alone.collect(0, weights, 0.0).lengths.sum())
 
     one, two = [], []
     with RayTextSource(2)(run, print) as pool:
 
         def two_actors() -> int:
-            batch = None
-            while batch is None:
-                for actor in pool._actors:
-                    if actor.opened:
-                        pool._ask(actor, agent)
-                batch = pool._next_batch()
-            replay.put(batch.steps, batch.lengths)
-            sent.extend([batch.nbytes, int(batch.lengths.sum())])
-            return sent[-1]
+            found = None
+            while found is None:
+                found = pool.collect(agent.learner, agent.logger, 0.0, sys.maxsize)
+            agent.learner.put(found.steps, found.lengths, found.counted)
+            sent.extend([sum(array.nbytes for array in found.steps.values()), found.counted])
+            return found.counted
 
-        pool._publish(agent)
         while pool.writing < 2:
             two_actors()
         for _ in range(rounds):
             two.append(steps_a_second(two_actors, seconds))
-            for request in pool._pending:  # what is under way ends first: it would take cores from the other
-                pool._ray.wait([request])
+            for request in pool.pending:  # what is under way ends first: it would take cores from the other
+                import_ray().wait([request])
             torch.set_num_threads(2)
             one_process()
             one.append(steps_a_second(one_process, seconds))
@@ -81,7 +76,7 @@ def measure(config: RunConfig, seconds: float, rounds: int) -> dict[str, float]:
         "bytes a step": bytes_a_step,
         "bytes a second": bytes_a_step * float(np.median(two)),
         "updates/s": updates,
-        "steps/s that those updates pay for": updates * agent.steps_per_update,
+        "steps/s that those updates pay for": updates * agent.learner.steps_per_update,
         "bytes of the head": float(sum(array.nbytes for array in weights.values())),
         "most bytes in the object store": float(store_bound(run, 2)),
     }

@@ -28,9 +28,10 @@ from stable_baselines3.common.logger import Logger
 from agents.distributed.connection import SMALLEST_STORE, check_versions, connected, versions
 from agents.runs.config import RunConfig
 from agents.runs.run import Run, open_run
-from agents.text_dqn.agent import Collected, TextDQN, add_step
+from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.learner import Learner
 from agents.text_dqn.replay import EpisodeReplay
+from agents.text_dqn.sources import Collected, add_step
 from textgen_env.config import check_at_least
 from textgen_env.errors import ClusterError, ConfigError
 from textgen_env.models.device import own_cores
@@ -88,8 +89,7 @@ class Collector:
         assert isinstance(run.agent, TextDQN)
         assert run.agent.env is not None
         self.learner, self.env, self.version = run.agent.learner, run.agent.env, -1
-        self.learner.rng = np.random.default_rng(seed)
-        torch.manual_seed(seed)
+        run.agent.set_random_seed(seed)
         self.observation: Any = self.env.reset()
         return versions()
 
@@ -214,8 +214,8 @@ class ActorPool:
         except TypeError as error:
             raise ConfigError(f"model, prompts and reward must be such that pickle can send them: {error}") from error
         self._class = ray.remote(num_cpus=1, max_restarts=0)(_RayCollector)
-        self._pending: dict[Any, Actor] = {}
-        self._actors = [self._start(number) for number in range(engine.actors)]
+        self.pending: dict[Any, Actor] = {}  # request to the actor that was asked
+        self.actors = [self._start(number) for number in range(engine.actors)]
         cores = int(ray.cluster_resources().get("CPU", 0))
         if engine.actors > cores or (engine.address is None and engine.actors > own_cores()):
             have, what = (cores, "the rest wait for nodes") if engine.actors > cores else (own_cores(), "they share")
@@ -224,20 +224,20 @@ class ActorPool:
     def _start(self, number: int) -> Actor:
         actor = Actor(number, self._class.remote())
         seed = int(self._seeds.spawn(1)[0].generate_state(1)[0])
-        self._pending[actor.handle.open.remote(self._task, seed)] = actor
+        self.pending[actor.handle.open.remote(self._task, seed)] = actor
         return actor
 
     @property
     def writing(self) -> int:
         """How many actors are up."""
-        return sum(actor.opened for actor in self._actors)
+        return sum(actor.opened for actor in self.actors)
 
     def close(self) -> None:
         """End the actors and forget what they were asked for."""
-        for actor in self._actors:
+        for actor in self.actors:
             self._ray.kill(actor.handle)
-        self._pending.clear()
-        self._actors.clear()
+        self.pending.clear()
+        self.actors.clear()
         self._weights = None
 
     # --- what ``TextDQN.learn`` calls
@@ -249,7 +249,7 @@ class ActorPool:
         go beyond counts with the steps that were left, and is not learned from.
         """
         self._publish(learner)
-        for actor in self._actors:
+        for actor in self.actors:
             if actor.opened:
                 self.ask(actor, progress)
         batch = self.next_batch()
@@ -271,13 +271,13 @@ class ActorPool:
         """Have the actor write until ``OUTSTANDING`` of its batches are asked for."""
         assert self._weights is not None
         version, weights = self._weights
-        for _ in range(OUTSTANDING - sum(other is actor for other in self._pending.values())):
-            self._pending[actor.handle.collect.remote(version, weights, progress)] = actor
+        for _ in range(OUTSTANDING - sum(other is actor for other in self.pending.values())):
+            self.pending[actor.handle.collect.remote(version, weights, progress)] = actor
 
     def next_batch(self) -> WrittenTexts | None:
         """Return the batch that has been ready for longest, if one comes in time."""
         since = time.perf_counter()
-        ready, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=POLL)
+        ready, _ = self._ray.wait(list(self.pending), num_returns=1, timeout=POLL)
         self._waited += time.perf_counter() - since
         if not ready:
             if time.monotonic() - self._last_batch > self._engine.patience:
@@ -286,7 +286,7 @@ class ActorPool:
                     f"{self._engine.actors} are up. Does the cluster have free cores?"
                 )
             return None
-        actor = self._pending.pop(ready[0])
+        actor = self.pending.pop(ready[0])
         errors = self._ray.exceptions
         try:
             answer = self._ray.get(ready[0])
@@ -307,7 +307,7 @@ class ActorPool:
 
     def _replace(self, actor: Actor, error: Exception) -> None:
         self._ray.kill(actor.handle)
-        self._pending = {request: other for request, other in self._pending.items() if other is not actor}
+        self.pending = {request: other for request, other in self.pending.items() if other is not actor}
         self._deaths += 1
         if self._deaths >= DEATHS * self._engine.actors:
             raise ClusterError(
@@ -318,7 +318,7 @@ class ActorPool:
         self.replaced += 1
         self.dropped_episodes += lost
         self._say(f"actor {actor.number} died ({type(error).__name__}): replaced; {lost} unfinished texts are dropped")
-        self._actors[actor.number] = self._start(actor.number)
+        self.actors[actor.number] = self._start(actor.number)
 
     def _is_stale(self, batch: WrittenTexts, learner: Learner, logger: Logger) -> bool:
         lag = learner.updates - batch.version

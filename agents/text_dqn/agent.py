@@ -11,14 +11,12 @@ language model (or score lookahead), which the policy is before the first update
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
@@ -28,14 +26,15 @@ from stable_baselines3.common.save_util import load_from_zip_file, save_to_zip_f
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.dqn.policies import DQNPolicy
 
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn import portable
-from agents.text_dqn.learner import Acted, Learner
+from agents.text_dqn.learner import Learner
 from agents.text_dqn.networks import CandidateQNetwork, check_observation_space
+from agents.text_dqn.policy import CandidatePolicy
 from agents.text_dqn.replay import EpisodeReplay
 from agents.text_dqn.settings import check_settings
+from agents.text_dqn.sources import EpisodeSource, add_step
 from agents.text_dqn.steering import Steering
 from textgen_env.errors import ConfigError
 from textgen_env.models.base import LanguageModel
@@ -48,67 +47,6 @@ SHELL_SETTINGS = ("learning_rate", "learning_starts", "buffer_size", "stats_wind
 
 LEARNER_SETTINGS = ("beta", "target_beta", "beta_start", "target", "trace_lambda", "steps_per_update")
 """Settings that SB3 does not have."""
-
-
-class CandidatePolicy(DQNPolicy):
-    """The online and the slow candidate network, and the optimiser of the first.
-
-    Args:
-        q_net_kwargs: For ``CandidateQNetwork``.
-        optimizer_class, optimizer_kwargs: AdamW with a weight decay of 0.1 unless said.
-    """
-
-    def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Discrete,
-        lr_schedule: Any,
-        q_net_kwargs: dict[str, Any],
-        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
-        optimizer_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        self.q_net_kwargs = q_net_kwargs
-        super().__init__(
-            observation_space,
-            action_space,
-            lr_schedule,
-            net_arch=[],
-            optimizer_class=optimizer_class,
-            optimizer_kwargs={"weight_decay": 0.1} if optimizer_kwargs is None else optimizer_kwargs,
-        )
-
-    def make_q_net(self) -> CandidateQNetwork:  # type: ignore[override]
-        space = check_observation_space(self.observation_space)
-        return CandidateQNetwork(space, **self.q_net_kwargs).to(self.device)
-
-    def _predict(self, observation: Any, deterministic: bool = True) -> torch.Tensor:
-        """Return the candidate of highest value, (B,): SB3's own interface, which knows no prior."""
-        values: torch.Tensor = self.q_net(observation)
-        return values.argmax(-1)
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        kept = super()._get_constructor_parameters()
-        for name in ("net_arch", "activation_fn", "features_extractor_class", "features_extractor_kwargs"):
-            kept.pop(name)
-        return kept | {"q_net_kwargs": self.q_net_kwargs}
-
-
-@dataclass(frozen=True)
-class Collected:
-    """Whole texts that were written elsewhere."""
-
-    steps: Mapping[str, npt.NDArray[Any]]  # (S, ...) a name, as ``EpisodeReplay.take`` hands them over
-    lengths: npt.NDArray[np.int64]  # (E,)
-    infos: list[dict[str, Any]]  # E dicts with SB3's "episode", and "reward_parts"
-    counted: int  # environment steps that they count for
-
-
-class EpisodeSource(Protocol):
-    """Writes the texts that an agent learns from, where its own environment does not."""
-
-    def collect(self, learner: Learner, logger: Logger, progress: float, steps_left: int) -> Collected | None:
-        """Return some texts, at most ``steps_left`` steps of them counted; None if none came in time."""
-        ...
 
 
 class TextDQN(DQN):
@@ -596,23 +534,3 @@ class TextDQN(DQN):
             ConfigError: no replay file, or one of another shape.
         """
         portable.read_replay(self.replay_buffer, Path(path))
-
-
-def add_step(
-    learner: Learner,
-    observation: Any,
-    new_obs: Any,
-    acted: Acted,
-    rewards: npt.NDArray[Any],
-    dones: npt.NDArray[np.bool_],
-    infos: list[dict[str, Any]],
-) -> None:
-    """Let ``learner`` remember a step of an SB3 ``VecEnv``, whose infos hold the last observation of ended texts."""
-    last = new_obs
-    if dones.any():
-        last = {key: value.copy() for key, value in new_obs.items()}
-        for i in np.flatnonzero(dones):
-            for key, value in last.items():
-                value[i] = infos[i]["terminal_observation"][key]
-    truncated = np.array([bool(info.get("TimeLimit.truncated")) for info in infos])
-    learner.add(observation, last, acted, rewards, dones, truncated)

@@ -126,6 +126,7 @@ def restored(stored: Any, given: Mapping[str, Any], policies: Mapping[str, type]
 def checked_counters(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return the counters of ``COUNTERS``, each checked, and the learner's own, which it checks itself."""
     counters = {name: bounds.check(name, stored[name]) for name, bounds in COUNTERS.items()}
+    np.random.default_rng().bit_generator.state = stored["learner"]["rng"]  # refuses what is no state
     return counters | {"learner": dict(stored["learner"])}
 
 

@@ -87,7 +87,7 @@ SETTINGS: Mapping[str, Range] = {
 COUNTERS: Mapping[str, Range] = {
     "num_timesteps": COUNT,
     "episodes": COUNT,
-    "progress_remaining": Range(0, 1),
+    "progress_remaining": Range(-MANY, 1),  # below 0 where the last step of all rows went beyond the end
 }
 """Where the training stands, beside the learner's own counters."""
 

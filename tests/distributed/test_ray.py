@@ -69,9 +69,9 @@ def test_an_actor_sends_what_the_learner_would_have_stored_itself():
             return self.n_calls <= 2 * actor.steps  # the step that it stops in is not stored
 
     run.agent.learning_starts = 10_000  # the actor has the weights of an untrained network
-    run.agent.beta_start = run.agent.beta
+    run.agent.learner.beta_start = run.agent.beta
     run.agent.learn(10_000, Stop())
-    actor.agent.beta_start = actor.agent.beta
+    actor.learner.beta_start = actor.learner.beta
     weights = weights_of(run.agent)
     batches = [actor.collect(0, weights, 0.0) for _ in range(2)]
 
@@ -253,16 +253,16 @@ class Pause(BaseCallback):
     def _on_step(self):
         if not self.counts:  # the run lasts until both actors are up, and then a little
             self.model._total_timesteps = self.num_timesteps + 200
-        if len(self.pool._pending) == 2 * OUTSTANDING - 1 and not self.counts:
+        if len(self.pool.pending) == 2 * OUTSTANDING - 1 and not self.counts:
             ready = []
             deadline = time.monotonic() + 60
-            while len(ready) < len(self.pool._pending) and time.monotonic() < deadline:
-                ready, _ = ray.wait(list(self.pool._pending), num_returns=len(self.pool._pending), timeout=1)
+            while len(ready) < len(self.pool.pending) and time.monotonic() < deadline:
+                ready, _ = ray.wait(list(self.pool.pending), num_returns=len(self.pool.pending), timeout=1)
             time.sleep(0.5)  # an actor that went on unasked would do so now
             self.used = sum(ray.get(request).nbytes for request in ready) + 3 * sum(
                 array.nbytes for array in weights_of(self.model).values()
             )
-            self.counts = [len(ready), len(self.pool._pending)]
+            self.counts = [len(ready), len(self.pool.pending)]
         return self.num_timesteps < self.model._total_timesteps
 
 

@@ -22,8 +22,9 @@ from toys import PROMPTS, Worth, letters
 
 from agents.pruning.healing import distil
 from agents.sb3_vec import SB3VecEnv
-from agents.text_dqn.agent import CandidatePolicy, TextDQN
+from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.networks import NEEDED_KEYS
+from agents.text_dqn.policy import CandidatePolicy
 from textgen_env.errors import ConfigError, ModelError, TextGenError
 
 SCORES = ("score", "candidate_scores")
@@ -91,7 +92,7 @@ def test_the_zip_holds_settings_as_json_and_no_pickle(agent, tmp_path):
         settings = json.loads(file.read("data"))
         assert set(file.namelist()) >= {"policy.pth", "policy.optimizer.pth", "_stable_baselines3_version"}
     assert settings["left_out"] == []
-    assert (settings["beta"], settings["seed"], settings["num_timesteps"]) == (0.3, 3, 400)
+    assert (settings["beta"], settings["seed"], settings["counters"]["num_timesteps"]) == (0.3, 3, 400)
     assert not set(settings["policy_kwargs"]) & {"optimizer_class"}
 
 

@@ -50,7 +50,7 @@ def write(buffer: EpisodeReplay, lengths: list[int], seed: int = 0) -> list[list
             actions = rng.integers(0, K, buffer.n_envs)
             rewards, behaviour = rng.normal(size=(2, buffer.n_envs)).astype(np.float32)
             done = np.full(buffer.n_envs, step == length - 1)
-            buffer.add(obs, obs, actions, rewards, done, NO, behaviour, NO)
+            buffer.add(obs, obs, actions, rewards, done, ~done & done, behaviour, ~done & done)
             for env in range(buffer.n_envs):
                 written[env].append(
                     {key: value[env] for key, value in obs.items()}
