@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check bench soak fuzz setup
+.PHONY: demo test quick check bench soak fuzz setup
 setup: .venv/.ready
 
-.venv/.ready: setup.cfg constraints.txt
+.venv/.ready: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
@@ -18,12 +19,16 @@ demo: .venv/.ready
 	$(BIN)/textgen train --model smollm2 --prune l1_unstructured:0.1 --out $(RUN)
 
 test: .venv/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST) -n auto --dist loadfile
+
+quick: .venv/.ready
+	$(PYTEST) -n auto --dist loadfile -m "not slow"
 
 check: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/check_house.py
 
 bench: .venv/.ready
 	$(BIN)/python -m benchmarks.throughput
@@ -32,4 +37,4 @@ soak: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
 
 fuzz: .venv/.ready
-	OMP_NUM_THREADS=1 FUZZ=large $(BIN)/python -m pytest tests/test_fuzz_env.py tests/test_fuzz_readers.py
+	FUZZ=large $(PYTEST) tests/test_fuzz_env.py tests/test_fuzz_readers.py

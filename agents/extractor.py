@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from agents.pruning.model import PrunedTransformerModel
 from textgen_env.config import check_at_least, check_one_of
 from textgen_env.errors import ConfigError, ModelError
+from textgen_env.extras import require
 from textgen_env.models.device import pick_device
 
 SCALARS = ("logprobs", "budget", "score")
@@ -188,12 +189,9 @@ def trainable_copy(
 
 
 def _add_lora(transformer: PrunedTransformerModel, rank: int) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ConfigError(
-            "trainable='lora' needs the package peft: pip install 'textgen-env[lora]', or train 'last_layers'"
-        ) from error
+    require("peft", extra="lora", for_="trainable='lora'")
+    from peft import LoraConfig, inject_adapter_in_model
+
     transposed = any(isinstance(module, Conv1D) for module in transformer.modules())
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", fan_in_fan_out=transposed)
     inject_adapter_in_model(config, transformer.model)

@@ -27,6 +27,7 @@ from agents.baselines.planning import PLANNING_AGENTS
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import ConfigError
+from textgen_env.extras import require
 from textgen_env.models.table import TableModel
 from textgen_env.policies import Agent
 from textgen_env.registry import Registry, unknown_name
@@ -115,11 +116,7 @@ def _on_hidden_states() -> dict[str, Any]:
 
 
 def _contrib(name: str, agent: str) -> Any:
-    try:
-        import sb3_contrib
-    except ImportError as error:
-        raise ConfigError(f"agent {agent!r} comes in the package sb3-contrib: pip install sb3-contrib") from error
-    return getattr(sb3_contrib, name)
+    return getattr(require("sb3_contrib", extra="contrib", for_=f"agent {agent!r}"), name)
 
 
 class WithProbabilities(OnPolicyAlgorithm):

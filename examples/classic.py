@@ -2,19 +2,18 @@
 
 SmolLM2 proposes ten candidates for every next token of a text. A pruned copy of it reads the prefix,
 and a small Q-network on its hidden state learns which of the ten earns 1 by being the true token.
-Always taking rank 1 is the baseline, and where the network starts: at how often each rank is right.
-What it can gain is what it learns about this kind of text; the language model itself learns nothing.
+Rank 1 is the baseline. The network starts at how often each rank is right, and can gain only by learning
+about this kind of text; the language model itself learns nothing.
 
-That is little, for "rank 2" is another token in every state, and what it learns from few texts costs
-more: on the Python reference the agent is right in 36.9% of 7,321 held-out decisions and rank 1 in
-37.7%. TextDQN therefore values the tokens themselves, not their ranks.
+That gain is small, since "rank 2" is another token in every state, and few texts mislead: on the Python
+reference the agent is right in 36.9% of 7,321 held-out decisions and rank 1 in 37.7%. TextDQN therefore
+learns values of tokens, not of ranks.
 
     python examples/classic.py                                     # about 3 minutes on 2 cores
     python examples/classic.py --train my/texts --test other/texts
 
 Without folders it reads the Python language reference, which every Python carries, a fifth of its
-topics held out. Choosing a token does not change how the text goes on, so nothing is discounted:
-gamma is 0.
+topics held out. The chosen token does not change the rest of the text, so gamma is 0.
 """
 
 from __future__ import annotations
@@ -28,10 +27,9 @@ from pathlib import Path
 
 import torch
 
+from agents import DeepQLearningModel, ExperienceReplay, PrunedTransformerModel, train_model
 from agents.classic.data import text_loader
-from agents.classic.loop import LabelledBatch, train_model
-from agents.classic.model import DeepQLearningModel, ExperienceReplay
-from agents.pruning.model import PrunedTransformerModel
+from agents.classic.loop import LabelledBatch
 from textgen_env.models import load_pretrained
 from textgen_env.models.device import pick_dtype
 
@@ -77,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
         gamma=0.0,
         epsilon=0.5,
         batch_size=256,
-        updates_per_batch=5,  # each decision is learnt from about 2.5 times; at 20 times the network learns it by heart
+        updates_per_batch=5,  # about 2.5 updates see each decision; at 20 the network memorises it
         seed=options.seed,
     )
     trained = history[0]
@@ -91,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def start_at_rank_1(dq_learning_model: DeepQLearningModel, batch: LabelledBatch) -> None:
-    """Let every state's Q-values start at how often each rank is right; rank 1 is most often."""
+    """Set the output bias to how often each rank is right, for all states; rank 1 is most often."""
     last = dq_learning_model.layers[-1]
     last.weight.zero_()
     last.bias.copy_(batch.rewards[batch.attention_mask.bool()].mean(dim=0))
@@ -104,7 +102,7 @@ def choose(
     dq_learning_model: DeepQLearningModel,
     device: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the greedy agent and rank 1 earn at every decision: two (n,) tensors."""
+    """Return the rewards of the greedy agent and of rank 1 at every decision: two (n,) tensors."""
     agent, rank_1 = [], []
     for batch in batches:
         real = batch.attention_mask.bool()

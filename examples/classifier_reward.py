@@ -4,9 +4,9 @@
     python examples/classifier_reward.py reviews.tsv     # lines of label<TAB>text
 
 Without a file it learns from the openings in the box which of them sound like a diary, and then finishes
-openings about the weather. Each token is chosen by its log-probability plus what the text would be
-worth with it, beside the model's own first choice. A classifier of words scores a prefix quickly, so
-looking one token ahead costs no forward of the model.
+openings about the weather: once with the model's first choice, once with the token that maximises its
+log-probability plus the score that it leads to. A classifier of words scores a prefix quickly, so this
+lookahead costs no forward of the model.
 """
 
 from __future__ import annotations

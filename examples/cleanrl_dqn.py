@@ -5,8 +5,8 @@
 The observation is one flat vector a text: hidden state, log-probabilities of the k candidates (-1e4
 where masked), budget, score. So the mask of a state is in the state, also of the next one.
 
-A plain DQN values the i-th candidate, and what the i-th candidate is changes from state to state:
-in half a minute the mean reward goes from about 0.12 to 0.20, no further. ``TextDQN`` values tokens.
+A plain DQN learns a value of the i-th candidate, which is another token in every state: in half a minute
+the mean reward rises from about 0.12 to 0.20, and no further. ``TextDQN`` learns values of tokens.
 """
 
 import argparse

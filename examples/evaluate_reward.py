@@ -1,9 +1,9 @@
-"""Modules of the ``evaluate`` library: one as the reward, several as the description of what was written.
+"""Modules of the ``evaluate`` library: one as the reward, several as a description of the texts.
 
     python examples/evaluate_reward.py      # half a minute on 2 cores
 
 Here the modules are those of ``textgen_env.metrics``, which need no hub. With a network,
-``evaluate.load("sacrebleu")`` and the like go to the same places.
+``evaluate.load("sacrebleu")`` and other modules take the same places.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import gymnasium as gym
 from stable_baselines3 import DQN
 
 import textgen_env  # noqa: F401  registers the environment
-from agents.extractor import PrunedTransformerExtractor
+from agents import PrunedTransformerExtractor
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import gymnasium as gym
 import torch
 
 import textgen_env  # registers the environment
-from agents.text_dqn.agent import TextDQN
+from agents import TextDQN
 
 PROMPTS = ["The movie was", "My neighbour is a person who", "The weather this morning:", "I think that this city"]
 TOKENS = 20

@@ -3,8 +3,8 @@
     python examples/summarise.py            # half a minute on 2 cores
 
 The prompts go through the model's chat template. ROUGE-L has a running score, so the second round
-looks one token ahead in the reward: each candidate's log-probability plus what it would add. It
-peeks at the reference, as training does; an agent has to do the same without it.
+looks one token ahead in the reward: each candidate's log-probability plus the score that it adds. It
+sees the reference, as training does; an agent must do without it.
 """
 
 from __future__ import annotations

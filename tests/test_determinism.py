@@ -98,6 +98,7 @@ def test_determinism_the_same_process_writes_and_learns_the_same_again(here):
     assert digests() == here
 
 
+@pytest.mark.slow
 def test_determinism_another_process_with_another_hash_seed_writes_and_learns_the_same(here):
     environment = {**os.environ, "PYTHONHASHSEED": "77", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, cwd=ROOT)

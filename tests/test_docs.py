@@ -48,7 +48,10 @@ def test_the_environment_documents_each_key_of_its_observation():
 
 # --- what a reader would type
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 COMMAND = re.compile(r"(?:^ {4}(?:\$ )?|`)((?:textgen|make|python -m) +[^`\n]*?)(?:  +#.*)?(?:`|$)", re.MULTILINE)
 SMALLER = {  # what takes minutes is run for a moment, on the small model
     r'"smollm2"': '"tiny"',
@@ -80,6 +83,42 @@ def test_a_command_in_the_documentation_exists_and_takes_its_arguments(command):
         assert words[1] in group.commands
         if words[2:]:  # otherwise it is a mention
             group.commands[words[1]].make_context(words[1], words[2:])  # parsed, not run
+
+
+def test_the_first_program_of_the_readme_prints_the_text_below_it(capsys):
+    page = (ROOT / "README.md").read_text()
+    program, printed = re.search(
+        r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL
+    ).groups()
+    exec(compile(program, "README.md", "exec"), {})
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_link_to_a_file_leads_to_one_and_every_anchor_to_a_heading(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda path: path.name)
+def test_every_file_that_a_page_names_exists(page):
+    named = re.findall(
+        r"`((?:textgen_env|agents|tests|examples|benchmarks|scripts|docs)/[\w/.]+\.\w+)`", page.read_text()
+    )
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_name_that_a_page_imports_is_there(page):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        imported = re.findall(r"^from ((?:textgen_env|agents)[\w.]*) import (.+)$", block, re.MULTILINE)
+        for module, names in imported:
+            for name in names.split(", "):
+                assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from textgen_env.tasks import make_task as make_task
     from textgen_env.vector_env import TextGenVectorEnv as TextGenVectorEnv
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Generation": "rewards",

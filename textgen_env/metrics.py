@@ -19,6 +19,7 @@ import evaluate
 import numpy as np
 
 from textgen_env.errors import ConfigError
+from textgen_env.extras import require
 from textgen_env.registry import Registry
 from textgen_env.rewards.lexical import split_words
 from textgen_env.rewards.references import ROUGE_KINDS
@@ -93,6 +94,7 @@ class Bleu(TextMetric):
     many_references = True
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, float]:
+        require("sacrebleu", extra="references", for_="metric 'bleu'")
         from sacrebleu import corpus_bleu
 
         return {"bleu": corpus_bleu(predictions, _streams(references)).score}
@@ -106,6 +108,7 @@ class Chrf(TextMetric):
     many_references = True
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, float]:
+        require("sacrebleu", extra="references", for_="metric 'chrf'")
         from sacrebleu import corpus_chrf
 
         return {"chrf": corpus_chrf(predictions, _streams(references)).score}
@@ -118,6 +121,7 @@ class Rouge(TextMetric):
     columns = ("predictions", "references")
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        require("rouge_score", extra="references", for_="metric 'rouge'")
         from rouge_score.rouge_scorer import RougeScorer
 
         score = RougeScorer(list(ROUGE_KINDS), use_stemmer=False).score
@@ -198,6 +202,7 @@ class SelfBleu(TextMetric):
         super().__init__(**options)
 
     def _compute(self, predictions: Sequence[str]) -> dict[str, float]:
+        require("sacrebleu", extra="references", for_="metric 'self_bleu'")
         from sacrebleu.metrics.bleu import BLEU
 
         count = min(len(predictions), self._sample)

@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Any
 
 from textgen_env.errors import ClusterError, ConfigError
+from textgen_env.extras import require
 
 SMALLEST_STORE = 100_000_000
 """Bytes of Ray's object store where this process starts it; Ray refuses fewer than 75 MiB."""
@@ -83,11 +84,7 @@ def import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors may use a GPU that they see
     os.environ.setdefault("RAY_worker_niceness", "0")  # not 15: actors are the run, not its background
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError("Ray comes in the extra 'distributed': pip install 'textgen-env[distributed]'") from error
-    return ray
+    return require("ray", extra="distributed", for_="a Ray cluster")
 
 
 def probe(address: str, timeout: float) -> None:

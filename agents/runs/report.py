@@ -21,6 +21,7 @@ import numpy as np
 from agents.baselines.one_step import GreedyAgent, LookaheadAgent, SampleAgent
 from agents.runs.optimum import Optimum, Point, best_of_n, estimated_optimum, share_of_optimal_gain
 from textgen_env.evaluation import Evaluation, evaluate
+from textgen_env.extras import is_installed
 from textgen_env.policies import Agent
 from textgen_env.prompts import PromptSource
 from textgen_env.vector_env import TextGenVectorEnv
@@ -253,6 +254,9 @@ def text_metrics(evaluation: Evaluation, references: Sequence[str | None]) -> di
     if references and None not in references:
         names += ["bleu", "chrf", "rouge"]
         columns["references"] = [references[i % len(references)] for i in range(len(evaluation.completions))]
+    if not (is_installed("sacrebleu") and is_installed("rouge_score")):  # the extra [references]
+        names = [name for name in names if name not in ("self_bleu", "bleu", "chrf", "rouge")]
+        columns.pop("references", None)
     figures: dict[str, float] = combine([METRICS[name]() for name in names]).compute(**columns)
     return figures
 

@@ -28,6 +28,7 @@ from gymnasium.envs.registration import EnvSpec
 from agents.text_dqn.replay import EpisodeReplay
 from textgen_env.errors import CapacityError, ConfigError, DatasetError, RunFolderError
 from textgen_env.evaluation import play
+from textgen_env.extras import require
 from textgen_env.observation import flatten
 from textgen_env.policies import Agent
 from textgen_env.prompts import Prompt
@@ -228,12 +229,8 @@ def _single_spec(env: TextGenVectorEnv) -> EnvSpec | None:
 
 
 def _minari() -> Any:
-    try:
-        import h5py  # noqa: F401  (what Minari stores with)
-        import minari
-    except ImportError as error:
-        raise ConfigError(f"recorded texts need Minari ({error}): pip install 'textgen-env[minari]'") from error
-    return minari
+    require("h5py", extra="minari", for_="a Minari dataset")  # Minari stores with it
+    return require("minari", extra="minari", for_="a Minari dataset")
 
 
 def _check_spaces(replay: EpisodeReplay, dataset: MinariDataset) -> None:

@@ -271,6 +271,7 @@ def run(program, path):
     return subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_leaves_nothing_that_looks_finished(gguf_file, cache):
     killed = run(KILLED, gguf_file[0])
     killed.communicate()
@@ -283,6 +284,7 @@ def test_a_kill_in_the_middle_leaves_nothing_that_looks_finished(gguf_file, cach
     assert not list(cache.glob("*half-made"))
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_make_one_folder(gguf_file, cache):
     both = [run(CONVERT, gguf_file[0]) for _ in range(2)]
     printed = [process.communicate()[0].strip() for process in both]

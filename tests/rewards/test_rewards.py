@@ -225,6 +225,7 @@ def test_these_rewards_have_running_scores(files):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=st.lists(PIECES, max_size=14), candidates=st.lists(PIECES, min_size=1, max_size=4))
 def test_running_scores_equal_the_rewards_of_every_prefix_and_continuation(files, pieces, candidates):
@@ -249,6 +250,7 @@ def test_running_scores_equal_the_rewards_of_every_prefix_and_continuation(files
         np.testing.assert_allclose(ahead, [score(reward, text) for text in texts], atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.lists(PIECES, max_size=20))
 def test_running_sentiment_is_exactly_vader(pieces):

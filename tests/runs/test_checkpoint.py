@@ -188,6 +188,7 @@ def breaking_after(calls):
     return reward
 
 
+@pytest.mark.slow
 def test_a_broken_run_resumes_to_the_same_end_without_gaps_or_doubles(tmp_path):
     whole = train(CONFIG, tmp_path / "whole", model=weather(), reward=breaking_after(-1))
     assert whole.finished

@@ -128,6 +128,7 @@ def positions(ids):
     return hidden.ravel()
 
 
+@pytest.mark.slow
 def test_q_converges_to_the_exact_soft_values_from_the_language_models_texts_alone(tmp_path, monkeypatch):
     model = TableModel(["a", "b", "c"], [0.5, 0.3, 0.2], end=None, features=positions)
     settings = {"model": model, "prompts": ["c"], "top_k": 3, "top_p": 1.0, "max_new_tokens": 3}

@@ -81,6 +81,7 @@ def test_before_the_first_update_the_policy_is_score_lookahead_where_scores_are_
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", sorted({*OBJECTIVES} - {"peng"}))  # peng is biased, as its description says
 def test_q_converges_to_the_exact_soft_values(target):
     """Three letters, three tokens, 13 prefixes that hidden states tell apart; the optimum is enumerated."""
@@ -104,6 +105,7 @@ def test_q_converges_to_the_exact_soft_values(target):
     assert reached.reward - 0.5 * reached.kl == pytest.approx(values[0], abs=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward_at", ["end", "step"])
 def test_running_scores_lead_to_the_same_optimum_however_they_are_paid(reward_at):
     settings = {"keys": NEEDED_KEYS + SCORES, "prompts": ["a"], "max_new_tokens": 3, "reward_at": reward_at}
@@ -120,6 +122,7 @@ def test_running_scores_lead_to_the_same_optimum_however_they_are_paid(reward_at
     assert gap < 0.02
 
 
+@pytest.mark.slow
 def test_a_reward_on_a_token_that_greedy_decoding_never_takes_is_found():
     model = TableModel(["a", "b", "c"], [0.7, 0.25, 0.05], end=None)
     env = make(model=model, prompts=["a"], top_k=3, max_new_tokens=3, reward=lambda text: float(text == "bcb"))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textgen_env.errors import ModelError
+from textgen_env.extras import require
 from textgen_env.models.base import LanguageModel
 from textgen_env.registry import unknown_name
 
@@ -84,6 +85,7 @@ def model_folder(name: str) -> str:
 
     Raises:
         ModelError: an unknown name, a path that does not exist, or a package that is missing.
+        ConfigError: a GGUF file without the extra that reads it.
     """
     path = Path(name).expanduser()
     if name == "tiny":
@@ -217,8 +219,8 @@ def _converted(name: str, find_gguf: Callable[[], Path]) -> Path:
     if (target / "config.json").is_file():
         return target
     gguf = find_gguf()
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"reading {gguf.name} needs the gguf package: pip install gguf")
+    for package in ("gguf", "accelerate"):
+        require(package, extra="gguf", for_=f"reading {gguf.name}")
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from textgen_env.errors import ConfigError, TextGenError
+from textgen_env.extras import require
 from textgen_env.rewards.lexical import split_words
 from textgen_env.rewards.linear import WordClassifier, word_features
 
@@ -102,6 +103,7 @@ def read_examples(file: str | Path) -> list[tuple[str, str]]:
 
 
 def _fit(texts: Sequence[str], answers: npt.NDArray[np.bool_], label: str, min_count: int) -> WordClassifier:
+    require("sklearn", extra="classifier", for_="training a classifier")
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from textgen_env.errors import ConfigError
+from textgen_env.extras import require
 from textgen_env.rewards.adapters import reference_of
 from textgen_env.rewards.base import REWARDS, Generation, Reward
 from textgen_env.rewards.incremental import IncrementalScore
@@ -42,6 +43,9 @@ class BleuReward(Reward):
 
     name = "bleu"
 
+    def __post_init__(self) -> None:
+        require("sacrebleu", extra="references", for_="reward 'bleu'")
+
     def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:
         return _sacrebleu_scores("bleu", generations)
 
@@ -59,6 +63,9 @@ class ChrfReward(Reward):
     """
 
     name = "chrf"
+
+    def __post_init__(self) -> None:
+        require("sacrebleu", extra="references", for_="reward 'chrf'")
 
     def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:
         return _sacrebleu_scores("chrf", generations)
@@ -100,6 +107,7 @@ class RougeReward(Reward):
     def __post_init__(self) -> None:
         if self.kind not in ROUGE_KINDS:
             raise ConfigError(f"kind must be one of {', '.join(ROUGE_KINDS)}, got {self.kind!r}")
+        require("rouge_score", extra="references", for_="reward 'rouge'")
 
     def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:
         score = _rouge_scorer(self.kind).score

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from textgen_env.errors import ConfigError, RewardError
+from textgen_env.extras import require
 from textgen_env.rewards.base import REWARDS, Generation, Reward, shorten
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Regex(Reward):
 
     @cached_property
     def _compiled(self) -> regex.Pattern[str]:
+        require("regex", extra="structure", for_="reward 'regex'")
         import regex
 
         try:
@@ -148,6 +150,7 @@ class Json(Reward):
     def _validator(self) -> Validator | None:
         if self.schema is None:
             return None
+        require("jsonschema", extra="structure", for_="a JSON schema")
         from jsonschema import Draft202012Validator, FormatChecker, SchemaError
         from jsonschema.validators import extend
         from referencing import Registry
@@ -203,6 +206,7 @@ class _Deadline:
 def _timed(keywords: Mapping[str, Keyword], deadline: _Deadline) -> dict[str, Keyword]:
     """Return keywords that heed the deadline, for those that may take long: patterns, which
     ``jsonschema`` gives to ``re``, and references, which may branch at every level."""
+    require("regex", extra="structure", for_="a JSON schema")
     import regex
     from jsonschema import ValidationError
 
