@@ -22,7 +22,7 @@ from toys import PROMPTS, CountingModel, PlainEpisode, Worth, assert_same, by_su
 
 from textgen_env import Prompt, TableModel
 from textgen_env.config import EnvConfig
-from textgen_env.env import TextGenEnv
+from textgen_env.env import FIRST_ROW, TextGenEnv
 from textgen_env.errors import (
     ConfigError,
     IllegalAction,
@@ -158,7 +158,7 @@ def test_a_named_prompt_leaves_the_order_of_the_drawn_ones_alone():
     def prompts_of(env, options):
         env.reset(seed=0)
         env.reset(options=options)
-        return [env.unwrapped.episodes.state.prompt[0].text for _ in range(8) if env.reset()]
+        return [env.unwrapped.episodes.prompts_at(FIRST_ROW)[0].text for _ in range(8) if env.reset()]
 
     drawn = prompts_of(make(), None)
     named = prompts_of(make(), {"prompt": "b"})

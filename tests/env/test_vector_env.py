@@ -123,7 +123,7 @@ def test_what_is_returned_is_the_caller_s_to_keep():
     assert data_equivalence(observation, kept, exact=True)
     for array in (*observation.values(), rewards, terminations, truncations):
         array[:] = 0
-    assert (env.unwrapped.episodes.state.length == kept["length"][:, 0] + 1).all()
+    assert (env.unwrapped.episodes.slots.lengths == kept["length"][:, 0] + 1).all()
 
 
 # --- forwards

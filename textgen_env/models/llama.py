@@ -33,7 +33,7 @@ class LlamaDecoder:
     def __init__(self, model: Any) -> None:
         config, body = model.config, model.model
         embed = body.embed_tokens.weight
-        pack = _can_pack(embed) and 2 * _nbytes(model) < available_bytes(embed.device)
+        pack = can_pack(embed) and 2 * _nbytes(model) < available_bytes(embed.device)
         self._embed = embed
         self._layers = [_LlamaLayer(layer, pack) for layer in body.layers]
         self._norm = body.norm
@@ -204,7 +204,7 @@ class Projection:
         return self(x).add_(residual)
 
 
-def _can_pack(weight: Tensor) -> bool:
+def can_pack(weight: Tensor) -> bool:
     """Say whether oneDNN's prepacked matrix product (not a public function of torch) is there."""
     return (
         weight.device.type == "cpu"
