@@ -164,7 +164,7 @@ class Distinct(TextMetric):
 
 
 @METRICS.register("repetition")
-class RepetitionReward(TextMetric):
+class Repetition(TextMetric):
     """Mean share of a prediction's n-grams of words that it has used before.
 
     Args:
