@@ -25,7 +25,7 @@ Observation = dict[str, npt.NDArray[Any]]
 LARGE = 1e6
 """Bound of scores and hidden units: far outside their usual range, and finite."""
 
-OBSERVATION_DTYPES: Mapping[str, type[np.generic]] = {
+OBSERVATION_DTYPES: Mapping[str, Any] = {
     "tokens": np.int32,
     "length": np.int32,
     "budget": np.float32,
@@ -57,7 +57,9 @@ def observation_space(config: EnvConfig, keys: Sequence[str], model: LanguageMod
         "action_mask": (0, 1, k),
         "hidden": (-LARGE, LARGE, model.hidden_size),
     }
-    boxes = {key: spaces.Box(*bounds[key][:2], bounds[key][2:], OBSERVATION_DTYPES[key]) for key in keys}
+    boxes: dict[str, spaces.Space[Any]] = {
+        key: spaces.Box(*bounds[key][:2], bounds[key][2:], OBSERVATION_DTYPES[key]) for key in keys
+    }
     return spaces.Dict(boxes)
 
 

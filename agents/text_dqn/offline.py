@@ -145,9 +145,9 @@ def _texts(
     has_mask = isinstance(space, spaces.Dict) and "action_mask" in space.spaces
     running: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
     for step in play(agent, env, prompts, seed, deterministic):
-        outcome, ended = step.outcome, np.flatnonzero(step.outcome.ended)
+        outcome, legal, ended = step.outcome, step.legal, np.flatnonzero(step.outcome.ended)
         own = step.kl < 1e-9  # rounding
-        taken = zip(rows(step.observation), outcome.actions, outcome.rewards, step.behaviour, own, step.legal, strict=True)
+        taken = zip(rows(step.observation), outcome.actions, outcome.rewards, step.behaviour, own, legal, strict=True)
         for text, entries in zip(step.texts.tolist(), taken, strict=True):
             running[text].append(entries)
         if not len(ended):

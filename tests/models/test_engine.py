@@ -24,6 +24,7 @@ from textgen_env.models.device import NARROW, pick_dtype
 from textgen_env.models.generic import GenericDecoder
 from textgen_env.models.hf import HFModel
 from textgen_env.models.llama import LlamaDecoder, Projection, can_pack
+from textgen_env.models.one_row import OneRow
 from textgen_env.models.slots import LRUCache
 
 VOCAB = 99
@@ -531,6 +532,18 @@ def test_a_forward_that_disagrees_with_the_model_is_not_used(monkeypatch):
     monkeypatch.setattr(LlamaDecoder, "fits", lambda model: False)
     with pytest.raises(ModelError, match="differs from its own uncached one"):
         HFModel(model, word_tokenizer())
+
+
+def test_a_forward_of_single_rows_that_disagrees_with_the_model_is_not_used(monkeypatch):
+    assert engine("llama", memo_bytes=0).decoder.alone
+    right = OneRow.__call__
+
+    def wrong(self, *args):
+        logits, hidden = right(self, *args)
+        return 2 * logits, hidden
+
+    monkeypatch.setattr(OneRow, "__call__", wrong)
+    assert isinstance(engine("llama", memo_bytes=0).decoder, GenericDecoder)
 
 
 def test_a_model_needs_a_tokenizer_and_an_end_of_text():

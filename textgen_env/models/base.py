@@ -75,9 +75,8 @@ class Slots(ABC):
         self._tokens = np.zeros((rows, length), np.int32)
         self._lengths = np.zeros(rows, np.int64)
         self._prompt_lengths = np.zeros(rows, np.int64)
-        self.tokens, self.lengths, self.prompt_lengths = map(
-            read_only, (self._tokens, self._lengths, self._prompt_lengths)
-        )
+        self.tokens, self.lengths = read_only(self._tokens), read_only(self._lengths)
+        self.prompt_lengths = read_only(self._prompt_lengths)
 
     @abstractmethod
     def propose(self, rows: Rows, block_end: npt.NDArray[np.bool_]) -> Proposals:
@@ -188,22 +187,27 @@ class Slots(ABC):
         if len(ids) and (ids.min() < 0 or ids.max() >= self.model.vocab_size):
             raise ModelError(f"token ids must be in 0..{self.model.vocab_size - 1}, got {ids.tolist()}")
 
-    # --- the cache of a subclass
+    # --- the cache of a subclass, none here
 
     def rebuild(self) -> None:
         """Forget every memo and cached state but the token ids, as a resumed process must."""
+        return
 
     def _after_start(self, rows: Rows) -> None:
         """Drop what is cached of rows that hold another text now."""
+        return
 
     def _copy_cache(self, src: Rows, dst: Rows) -> None:
         """Copy what is cached of rows to other rows."""
+        return
 
     def _read_cache(self, row: int) -> Any:
         """Return a copy of what is cached of a row."""
+        return None
 
     def _write_cache(self, row: int, saved: Any) -> None:
         """Put back what ``_read_cache`` returned."""
+        return
 
 
 def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -105,9 +105,7 @@ def _groups(
     return [padded(single | True)]
 
 
-def _group(
-    places: Places | None, rows: Rows, positions: Places, cache: KeyValues, splits: bool
-) -> AttentionGroup:
+def _group(places: Places | None, rows: Rows, positions: Places, cache: KeyValues, splits: bool) -> AttentionGroup:
     """Return the group of ``rows`` (b,) whose tokens are at ``positions`` (b, q)."""
     every, kept = np.array_equal(rows, np.arange(cache.rows)), None
     if not every and splits and positions.shape[1] == 1 and 2 * len(rows) > cache.rows:

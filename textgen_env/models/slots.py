@@ -1,7 +1,7 @@
 """Rows of text with a KV cache and a memo: one forward computes only what neither holds.
 
-    rows  ->  memo hits: proposals as they were
-          ->  the rest: one row for each equal start  ->  pack  ->  decoder  ->  top candidates (B, k)
+rows  ->  memo hits: proposals as they were
+      ->  the rest: one row for each equal start  ->  pack  ->  decoder  ->  top candidates (B, k)
 """
 
 from __future__ import annotations

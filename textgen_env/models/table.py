@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from textgen_env.errors import ConfigError, ModelError, PromptError
-from textgen_env.models.base import MASKED_LOGPROB, LanguageModel, Proposals, Slots
+from textgen_env.models.base import MASKED_LOGPROB, LanguageModel, Proposals, Rows, Slots
 
 TokenTable = npt.ArrayLike | Callable[[tuple[int, ...]], npt.ArrayLike]
 
