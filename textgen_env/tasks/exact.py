@@ -18,6 +18,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, lru_cache
 from inspect import cleandoc, signature
+from string import ascii_lowercase
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,6 +35,10 @@ State = Any
 """Whatever a process keeps of a text: hashable."""
 
 P = TypeVar("P", bound="type[Process]")
+
+Floats = npt.NDArray[np.float64]
+
+LETTERS = len(ascii_lowercase)
 
 REMEMBERED = 1 << 16
 """Prefixes whose states, probabilities and features are kept."""
@@ -290,3 +295,20 @@ def check_number(name: str, value: object, least: float = 0.0, most: float = 1.0
     """Raise ``ConfigError`` unless ``value`` is a number in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise ConfigError(f"{name} must be a number in [{least}, {most}], got {value!r}")
+
+
+@lru_cache(1 << 12)
+def ranked(ratio: float, count: int, *seed: int) -> Floats:
+    """Return ``count`` probabilities in an order drawn from ``seed``, each ``ratio`` times the one before."""
+    weights = ratio ** np.random.default_rng(seed).permutation(count)
+    weights /= weights.sum()
+    weights.flags.writeable = False  # remembered
+    return np.asarray(weights)
+
+
+def one_hot(place: int | None, size: int) -> Floats:
+    """Return (size,) with a 1 at ``place``, all zeros for None."""
+    hot = np.zeros(size)
+    if place is not None:
+        hot[place] = 1.0
+    return hot
