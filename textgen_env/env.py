@@ -16,7 +16,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from textgen_env.config import EnvConfig, check_at_least
-from textgen_env.episode import Episodes, Snapshot
+from textgen_env.episode import Episodes
 from textgen_env.errors import ConfigError
 from textgen_env.models import load_language_model
 from textgen_env.models.base import LanguageModel
@@ -24,6 +24,7 @@ from textgen_env.observation import flatten, observation_space
 from textgen_env.prompts import as_prompt, make_prompts
 from textgen_env.render import describe, draw
 from textgen_env.rewards import make_reward
+from textgen_env.rows import Snapshot
 from textgen_env.spec import unwrap, wrap_objects
 
 FIRST_ROW = np.zeros(1, np.int64)

@@ -12,7 +12,6 @@ or the reward leaves its rows EMPTY: half a step is no text to go on with. ``for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -26,26 +25,7 @@ from textgen_env.observation import Observation, as_observation, budget_left, le
 from textgen_env.policies import Floats, last_legal, renormalise
 from textgen_env.prompts import Prompt, PromptSource
 from textgen_env.rewards.base import Generation, Reward, ScoreState
-from textgen_env.rows import Phase, RowStates
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a step, for the B rows that acted."""
-
-    actions: npt.NDArray[np.int64]  # (B,) that were played: illegal ones are mapped
-    rewards: npt.NDArray[np.float64]  # (B,)
-    ended: npt.NDArray[np.bool_]  # (B,)
-    infos: list[dict[str, Any]]  # one a row, filled where the episode ended
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """One row at one moment. Later steps do not touch it."""
-
-    owner: Episodes
-    state: dict[str, Any]
-    slot: Any
+from textgen_env.rows import Outcome, Phase, RowStates, Snapshot
 
 
 class Episodes:
@@ -77,7 +57,7 @@ class Episodes:
         self._is_end = np.zeros(model.vocab_size, np.bool_)
         self._is_end[list(model.end_ids)] = True
         self.slots = model.slots(rows, config.max_length, config.top_k)
-        self._state = RowStates.empty(rows, config.max_new_tokens, self.k, model.hidden_size)
+        self._state = RowStates(rows, config.max_new_tokens, self.k, model.hidden_size)
         self.phases = read_only(self._state.phase)
         self._encode: Callable[[str], tuple[int, ...]] = lru_cache(maxsize=4096)(self._encode_prompt)
 
@@ -113,9 +93,8 @@ class Episodes:
             state.score_state[row] = score
             state.score[row] = 0.0 if score is None else score.value
         state.token_logprobs[rows] = 0.0
+        state.paid[rows], state.illegal[rows] = 0.0, 0
         state.phase[rows] = Phase.STALE
-        state.paid[rows] = 0.0
-        state.illegal[rows] = 0
 
     def observe(self, rows: Rows) -> Observation:
         """Return fresh arrays, one a key, each (len(rows), ...), in the order of ``keys``.
@@ -242,7 +221,7 @@ class Episodes:
             if given != array.shape:
                 raise ConfigError(f"the stored rows are of another environment: {name} is {given}, not {array.shape}")
         self.slots.refill(arrays["tokens"], arrays["length"], arrays["prompt_length"])
-        for name in set(held) & {field.name for field in fields(RowStates)}:
+        for name in held.keys() & vars(self._state).keys():
             held[name][...] = arrays[name]
         for row, prompt in enumerate(plain["prompt"]):
             self._state.prompt[row] = None if prompt is None else Prompt(**prompt)
@@ -254,8 +233,7 @@ class Episodes:
 
     def steps(self, rows: Rows) -> npt.NDArray[np.int64]:
         """Return how many tokens each row has generated."""
-        steps: npt.NDArray[np.int64] = self.slots.lengths[rows] - self.slots.prompt_lengths[rows]
-        return steps
+        return self.slots.lengths[rows] - self.slots.prompt_lengths[rows]
 
     def legal(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """Return the legal actions of each row, (B, k), all of them where there is no proposal."""
@@ -333,10 +311,8 @@ class Episodes:
 
     def _show_end(self, rows: Rows) -> None:
         state = self._state
-        state.hidden[rows] = 0.0
-        state.candidates[rows] = 0
-        state.logprobs[rows] = -np.log(self.k)
-        state.legal[rows] = True
+        state.candidates[rows], state.hidden[rows] = 0, 0.0
+        state.legal[rows], state.logprobs[rows] = True, -np.log(self.k)
         state.candidate_scores[rows] = state.score[rows, None]
         state.continuations[rows] = None
 
@@ -357,8 +333,7 @@ class Episodes:
     def _start_score(self, prompt: Prompt) -> ScoreState | None:
         if self._running is None:
             return None
-        state: ScoreState = self._running.start(prompt.text, prompt.reference, prompt.metadata)
-        return state
+        return self._running.start(prompt.text, prompt.reference, prompt.metadata)
 
     def _extend_texts(self, rows: Rows, chosen: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> None:
         state = self._state
@@ -421,10 +396,10 @@ class Episodes:
 
     def _pay(self, rows: Rows, reasons: Sequence[str | None]) -> tuple[npt.NDArray[np.float64], list[dict[str, Any]]]:
         """Return the rewards of a step, (B,), and an info a row."""
-        state = self._state
-        infos: list[dict[str, Any]] = [{} for _ in rows]
-        if self.config.on_illegal == "last_legal":
-            infos = [{"illegal_actions": float(count)} for count in state.illegal[rows]]
+        state, counts = self._state, self.config.on_illegal == "last_legal"
+        infos: list[dict[str, Any]] = [
+            {"illegal_actions": float(count)} if counts else {} for count in self._state.illegal[rows]
+        ]
         rewards = np.zeros(len(rows), np.float64)
         if self.config.reward_at == "step":
             rewards += state.score[rows] - state.paid[rows]

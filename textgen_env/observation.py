@@ -25,17 +25,8 @@ Observation = dict[str, npt.NDArray[Any]]
 LARGE = 1e6
 """Bound of scores and hidden units: far outside their usual range, and finite."""
 
-OBSERVATION_DTYPES: Mapping[str, Any] = {
-    "tokens": np.int32,
-    "length": np.int32,
-    "budget": np.float32,
-    "candidates": np.int32,
-    "logprobs": np.float32,
-    "score": np.float32,
-    "candidate_scores": np.float32,
-    "action_mask": np.int8,
-    "hidden": np.float32,
-}
+_DTYPES: Mapping[str, Any] = {"tokens": np.int32, "length": np.int32, "candidates": np.int32, "action_mask": np.int8}
+"""Dtypes of the keys; the others are float32."""
 
 
 def observation_space(config: EnvConfig, keys: Sequence[str], model: LanguageModel) -> spaces.Space[Any]:
@@ -58,7 +49,7 @@ def observation_space(config: EnvConfig, keys: Sequence[str], model: LanguageMod
         "hidden": (-LARGE, LARGE, model.hidden_size),
     }
     boxes: dict[str, spaces.Space[Any]] = {
-        key: spaces.Box(*bounds[key][:2], bounds[key][2:], OBSERVATION_DTYPES[key]) for key in keys
+        key: spaces.Box(*bounds[key][:2], bounds[key][2:], _DTYPES.get(key, np.float32)) for key in keys
     }
     return spaces.Dict(boxes)
 
@@ -78,7 +69,7 @@ def flatten(config: EnvConfig, observation: Observation) -> Any:
 def as_observation(columns: Mapping[str, npt.NDArray[Any]]) -> Observation:
     """Return the arrays of an observation: (B,) becomes (B, 1), each in its key's dtype."""
     return {
-        key: (values[:, None] if values.ndim == 1 else values).astype(OBSERVATION_DTYPES[key], copy=False)
+        key: (values[:, None] if values.ndim == 1 else values).astype(_DTYPES.get(key, np.float32), copy=False)
         for key, values in columns.items()
     }
 

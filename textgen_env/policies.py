@@ -45,5 +45,4 @@ def sample(policy: Floats, numbers: Floats) -> npt.NDArray[np.int64]:
 
 def last_legal(legal: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """Return the last legal action of each row of ``legal`` (B, k): (B,)."""
-    last: npt.NDArray[np.int64] = legal.shape[-1] - 1 - np.argmax(legal[:, ::-1], axis=-1)
-    return last
+    return legal.shape[-1] - 1 - np.argmax(legal[:, ::-1], axis=-1)

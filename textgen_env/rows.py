@@ -1,4 +1,7 @@
-"""The state of N rows of text: their phases, and everything else besides their token ids."""
+"""The state of N rows of text: phases and arrays, the result of a step, and a row that was saved.
+
+Token ids are not here: ``Slots`` keeps them.
+"""
 
 from __future__ import annotations
 
@@ -22,48 +25,28 @@ class Phase(IntEnum):
     ENDED = 3
 
 
-@dataclass
 class RowStates:
-    """The state of N rows besides their token ids, which ``Slots`` keeps: one array a field, row by row.
+    """The state of N rows: one array an attribute, row by row.
 
     Python objects (prompts, texts, the reward's running state) are immutable and sit in object
-    arrays, so one indexing rule copies a row of any field.
+    arrays, so one indexing rule copies a row of any attribute.
     """
 
-    token_logprobs: npt.NDArray[np.float32]  # (N, max_new_tokens) nats, of the chosen tokens
-    phase: npt.NDArray[np.int8]  # (N,) Phase
-    paid: npt.NDArray[np.float64]  # (N,) reward paid so far
-    illegal: npt.NDArray[np.int64]  # (N,) masked actions that were mapped
-    prompt: npt.NDArray[np.object_]  # (N,) Prompt
-    completion: npt.NDArray[np.object_]  # (N,) text so far, kept where stop strings or scores need it
-    score_state: npt.NDArray[np.object_]  # (N,) the running score's state
-    candidates: npt.NDArray[np.int32]  # (N, k) token ids
-    logprobs: npt.NDArray[np.float32]  # (N, k) nats
-    legal: npt.NDArray[np.bool_]  # (N, k)
-    hidden: npt.NDArray[np.float32]  # (N, d)
-    score: npt.NDArray[np.float32]  # (N,)
-    candidate_scores: npt.NDArray[np.float32]  # (N, k)
-    continuations: npt.NDArray[np.object_]  # (N,) list of the k texts, or None
-
-    @classmethod
-    def empty(cls, rows: int, new: int, k: int, hidden: int) -> RowStates:
-        prompt, completion, score_state, continuations = (np.full(rows, None, dtype=object) for _ in range(4))
-        return cls(
-            token_logprobs=np.zeros((rows, new), np.float32),
-            phase=np.full(rows, Phase.EMPTY, np.int8),
-            paid=np.zeros(rows, np.float64),
-            illegal=np.zeros(rows, np.int64),
-            prompt=prompt,
-            completion=completion,
-            score_state=score_state,
-            candidates=np.zeros((rows, k), np.int32),
-            logprobs=np.zeros((rows, k), np.float32),
-            legal=np.ones((rows, k), np.bool_),
-            hidden=np.zeros((rows, hidden), np.float32),
-            score=np.zeros(rows, np.float32),
-            candidate_scores=np.zeros((rows, k), np.float32),
-            continuations=continuations,
-        )
+    def __init__(self, rows: int, new: int, k: int, hidden: int) -> None:
+        self.token_logprobs = np.zeros((rows, new), np.float32)  # nats, of the chosen tokens
+        self.phase = np.full(rows, Phase.EMPTY, np.int8)
+        self.paid = np.zeros(rows, np.float64)  # reward paid so far
+        self.illegal = np.zeros(rows, np.int64)  # masked actions that were mapped
+        self.prompt = np.full(rows, None, object)  # Prompt
+        self.completion = np.full(rows, None, object)  # text so far, kept where stop strings or scores need it
+        self.score_state = np.full(rows, None, object)  # the running score's state
+        self.candidates = np.zeros((rows, k), np.int32)  # token ids
+        self.logprobs = np.zeros((rows, k), np.float32)  # nats
+        self.legal = np.ones((rows, k), np.bool_)
+        self.hidden = np.zeros((rows, hidden), np.float32)
+        self.score = np.zeros(rows, np.float32)
+        self.candidate_scores = np.zeros((rows, k), np.float32)
+        self.continuations = np.full(rows, None, object)  # list of the k texts, or None
 
     def copy_rows(self, src: Rows, dst: Rows) -> None:
         for array in vars(self).values():
@@ -75,3 +58,22 @@ class RowStates:
     def load(self, row: int, saved: dict[str, Any]) -> None:
         for name, array in vars(self).items():
             array[row] = saved[name]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a step, for the B rows that acted."""
+
+    actions: npt.NDArray[np.int64]  # (B,) that were played: illegal ones are mapped
+    rewards: npt.NDArray[np.float64]  # (B,)
+    ended: npt.NDArray[np.bool_]  # (B,)
+    infos: list[dict[str, Any]]  # one a row, filled where the episode ended
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One row at one moment. Later steps do not touch it."""
+
+    owner: object  # the ``Episodes`` it was taken in
+    state: dict[str, Any]
+    slot: Any

@@ -16,14 +16,13 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from textgen_env.config import check_one_of
-from textgen_env.env import EpisodesMixin, chosen_prompt, open_episodes
-from textgen_env.episode import Outcome
+from textgen_env.env import EpisodesMixin, TextGenEnv, chosen_prompt, open_episodes
 from textgen_env.errors import ConfigError, IllegalAction
 from textgen_env.models.base import Rows
 from textgen_env.observation import flatten, observation_space
 from textgen_env.prompts import as_prompt
 from textgen_env.render import describe, draw
-from textgen_env.rows import Phase
+from textgen_env.rows import Outcome, Phase
 from textgen_env.spec import unwrap
 
 
@@ -51,11 +50,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         autoreset_mode = unwrap(autoreset_mode)
         check_one_of("autoreset_mode", autoreset_mode, [*AutoresetMode, *(mode.value for mode in AutoresetMode)])
         self.autoreset_mode = AutoresetMode(autoreset_mode)
-        self.metadata = {
-            "render_modes": ["ansi", "human", "rgb_array"],
-            "render_fps": 4,
-            "autoreset_mode": self.autoreset_mode,
-        }
+        self.metadata = TextGenEnv.metadata | {"autoreset_mode": self.autoreset_mode}
         self.episodes = open_episodes(model, prompts, reward, settings, rows=num_envs)
         self.num_envs = num_envs
         self.render_mode = self.episodes.config.render_mode

@@ -18,7 +18,8 @@ import textgen_env.models
 from agents.runs.config import RunConfig
 from textgen_env import TextGenEnv, TextGenVectorEnv, make_prompts
 from textgen_env.errors import ModelError
-from textgen_env.models import TINY, load_language_model
+from textgen_env.models import load_language_model
+from textgen_env.models.hub import TINY
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path.name for path in TINY.iterdir())

@@ -169,8 +169,7 @@ class Slots(ABC):
 
     def ids_of(self, row: int) -> list[int]:
         """Return the ids that a row holds."""
-        ids: list[int] = self._tokens[row, : self._lengths[row]].tolist()
-        return ids
+        return self._tokens[row, : self._lengths[row]].tolist()
 
     def _hold(self, row: int, ids: npt.NDArray[Any], prompt_length: int) -> None:
         self._tokens[row] = 0
