@@ -1,7 +1,7 @@
-"""Everything ``gym.make("TextGen-v0", ...)`` accepts besides objects, checked once.
+"""The plain settings of ``gym.make("TextGen-v0", ...)``, checked once.
 
-The model, the prompts and the reward are looked up elsewhere; what remains is plain data, so a
-run can be rebuilt from JSON.
+The model, the prompts and the reward are objects, looked up elsewhere; the rest is plain data, so
+a run can be rebuilt from JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class EnvConfig:
     """How an episode runs. Lengths are in tokens.
 
     Raises:
-        ConfigError: a value outside its range (which, and what is allowed).
+        ConfigError: a value outside its range (names the setting and the range).
     """
 
     reward_at: str = "end"  # "end": once; "step": the increments of the running score
@@ -120,7 +120,10 @@ class EnvConfig:
         return vocab_size if self.top_k is None else self.top_k
 
     def keys(self, scores_prefixes: bool) -> tuple[str, ...]:
-        """Return the keys that are computed, given whether the reward can score a prefix.
+        """Return the keys that are computed.
+
+        Args:
+            scores_prefixes: True if the reward can score a prefix.
 
         Raises:
             ConfigError: ``candidate_scores`` was named but the reward cannot score a prefix.

@@ -103,8 +103,8 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
         settings: The fields of ``textgen_env.config.EnvConfig``, by name.
 
     Raises:
-        ModelError, PromptError, RewardError, ConfigError, CapacityError: what was given cannot be
-            used; the message says what can.
+        ModelError, PromptError, RewardError, ConfigError, CapacityError: an argument cannot be
+            used; the message names the valid ones.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4}  # noqa: RUF012

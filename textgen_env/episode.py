@@ -177,7 +177,7 @@ class Episodes:
         return Snapshot(self, self._state.save(row), self.slots.save(row))
 
     def load(self, row: int, saved: Snapshot) -> None:
-        """Put back what ``save`` returned.
+        """Restore a row from a snapshot.
 
         Raises:
             ConfigError: another environment saved it, or it is no snapshot.
@@ -210,7 +210,7 @@ class Episodes:
         return {name: array.copy() for name, array in self._numbers().items()}, {"prompt": prompts, **texts}
 
     def load_state_dict(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
-        """Put back what ``state_dict`` returned, under the same model, reward and configuration.
+        """Restore all rows from a ``state_dict`` of the same model, reward and configuration.
 
         Raises:
             ConfigError: it is of other shapes.

@@ -1,14 +1,14 @@
-"""What an agent's texts are worth: reward with an interval, KL, likelihood, variety.
+"""The measures of an agent's texts: reward with an interval, KL, likelihood, variety.
 
-Only whole episodes count, and how many is settled before the first: a loop that stops after so
-many steps would favour short texts. Prompts take turns, so each gets the same number. Text ``i``
-is drawn with the ``i``-th stream of random numbers whatever the agent and however many rows the
-environment has, so two agents are compared on the same luck.
+Only whole episodes count, and their number is fixed before the first: a loop that stops after a
+number of steps would favour short texts. Prompts take turns, so each gets the same number. Text ``i``
+is drawn with the ``i``-th stream of random numbers, for any agent and any number of rows, so two
+agents are compared on the same luck.
 
     P prompts, n texts each  ->  roll_out  ->  Evaluation: (P n,) arrays, text i is of prompt i % P
 
-The reference of the KL is mu_k: the language model's distribution renormalised over the legal
-candidates, which is what the agent chooses from. At each step the KL is exact over the
+The KL is to mu_k: the language model's distribution renormalised over the legal candidates, from
+which the agent chooses. At each step the KL is exact over the
 candidates; along the text it is summed.
 """
 
@@ -40,7 +40,7 @@ DISTINCT_TEXTS = 256
 
 @dataclass(frozen=True)
 class Evaluation:
-    """N = P n finished texts and what they are worth; arrays are (N,), text ``i`` is of prompt ``i % P``."""
+    """N = P n finished texts and their measures; arrays are (N,), text ``i`` is of prompt ``i % P``."""
 
     prompts: tuple[str, ...]
     completions: tuple[str, ...]
@@ -111,7 +111,7 @@ def evaluate(
     prompts: PromptSource | Sequence[Prompt] | None = None,
     deterministic: bool = False,
 ) -> Evaluation:
-    """Return what ``agent`` writes, the same number of texts for each prompt.
+    """Let ``agent`` write the same number of texts for each prompt, and measure them.
 
     Args:
         agent: With ``probabilities`` the texts are drawn from them here, and the KL is known;
@@ -235,7 +235,7 @@ def _step(
         behaviour = np.full(rows.shape, 0.0 if deterministic else np.nan)
         kl = behaviour - np.take_along_axis(log_mu, outcome.actions[:, None], -1)[:, 0]
     else:
-        policy = _checked(probabilities(observation), legal)
+        policy = _checked_policy(probabilities(observation), legal)
         actions = sample(policy, numbers[texts, episodes.steps(rows)])
         outcome = episodes.act(rows, actions)
         behaviour = np.log(policy[np.arange(rows.size), actions])
@@ -261,7 +261,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def _checked(policy: Any, legal: npt.NDArray[np.bool_]) -> Floats:
+def _checked_policy(policy: Any, legal: npt.NDArray[np.bool_]) -> Floats:
     policy = np.asarray(policy, np.float64)
     if policy.shape != legal.shape:
         raise ConfigError(f"the agent's probabilities must have shape {legal.shape}, got {policy.shape}")

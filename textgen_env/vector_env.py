@@ -124,7 +124,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         return arrays, plain | {"generators": generators}
 
     def load_state_dict(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
-        """Put back what ``state_dict`` returned; ``observe`` shows it.
+        """Restore the rows and generators of a ``state_dict``; ``observe`` shows them.
 
         Raises:
             ConfigError: it is of an environment of other shapes.

@@ -302,7 +302,7 @@ def test_begin_makes_rows_stale_and_observe_makes_them_ready():
 
 
 @pytest.mark.parametrize("read", ["observe", "legal", "proposals", "log_prior"])
-def test_whoever_reads_a_stale_row_gets_the_proposals_of_its_tokens(read):
+def test_reading_a_stale_row_proposes_for_its_tokens(read):
     model = CountingModel()
     episodes = begun(model=model)
     for forwards in ([2], [2], [2]):
@@ -419,7 +419,7 @@ def test_stored_rows_come_back_in_their_phases():
         other.load_state_dict(arrays | {"length": arrays["length"] + 99}, plain)
 
 
-# --- kept episodes
+# --- golden episodes
 
 
 def assert_close(got, kept, where=""):
@@ -437,5 +437,5 @@ def assert_close(got, kept, where=""):
         assert got == kept, where
 
 
-def test_episodes_are_what_they_were():
+def test_episodes_equal_the_golden_ones():
     assert_close(golden.episodes(), json.loads(golden.PATH.read_text()))

@@ -195,7 +195,7 @@ def test_a_broken_language_model_is_caught(name):
         check_language_model(model, ["ab", "bba"], k=2, tolerance=1e-6)
 
 
-def test_what_is_broken_above_is_whole_without_the_change():
+def test_the_broken_model_without_a_change_keeps_the_contract():
     check_language_model(Broken(), ["ab", "bba"], k=2, tolerance=0.0)
 
 

@@ -308,7 +308,7 @@ def test_environments_with_and_without_a_cache_match():
 # --- what is not computed twice
 
 
-def test_a_proposal_is_one_forward_of_what_the_cache_lacks():
+def test_a_proposal_is_one_forward_of_the_tokens_without_cache():
     for name in ("llama", "gpt2"):
         model = engine(name, memo_bytes=0)
         forwards = counted(model)
@@ -400,7 +400,7 @@ def test_rebuild_computes_everything_again_to_the_same_result():
     assert all(np.array_equal(a, b) for a, b in zip(vars(before).values(), vars(after).values(), strict=True))
 
 
-def test_what_is_remembered_stays_within_its_bytes():
+def test_the_memo_stays_within_its_bytes():
     store: LRUCache[str] = LRUCache(100)
     for i in range(4):
         store.put(bytes([i]), f"value {i}", 30)
@@ -471,7 +471,7 @@ def test_rows_of_other_models_and_impossible_rows_are_refused():
 # --- memory
 
 
-def test_the_memory_of_slots_is_what_the_formula_says():
+def test_the_memory_of_slots_equals_the_formula():
     model = engine(memo_bytes=1000)
     layers, heads, head_size, float32 = 3, 2, 8, 4
     cache = 6 * 48 * layers * heads * (head_size + head_size) * float32  # 43 tokens are rounded up to 48

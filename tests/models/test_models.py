@@ -185,7 +185,7 @@ def test_rows_on_a_transformer_equal_singles_along_the_same_tokens(tiny_lm):
     ],
     ids=str,
 )
-def test_what_is_no_model_is_named(model, error, words):
+def test_an_invalid_model_is_named(model, error, words):
     with pytest.raises(error, match=words):
         load_language_model(model)
 

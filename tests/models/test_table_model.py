@@ -112,7 +112,7 @@ def test_the_caller_s_table_and_the_model_s_stay_apart():
         (["a", "b"], [[0.5, 0.5]], None, r"got \(1, 2\)"),
     ],
 )
-def test_what_is_no_table_is_refused(tokens, table, end, words):
+def test_an_invalid_table_is_refused(tokens, table, end, words):
     with pytest.raises(ModelError, match=words):
         TableModel(tokens, table, end=end)
 

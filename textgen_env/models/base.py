@@ -44,7 +44,7 @@ class Proposals:
 
 @dataclass(frozen=True)
 class SavedRow:
-    """A copy of one row: its token ids, and what its slots cache for them."""
+    """A copy of one row: its token ids and their cache."""
 
     owner: LanguageModel
     ids: npt.NDArray[np.int32]
@@ -55,8 +55,8 @@ class SavedRow:
 class Slots(ABC):
     """R rows of text on a language model. Rows are independent of their neighbours.
 
-    This class keeps the token ids and checks what it is given; a subclass adds ``propose`` and, through
-    the four methods at its end, its cache. ``rows`` is always a (B,) integer array of distinct row numbers.
+    This class keeps the token ids and checks its arguments; a subclass adds ``propose`` and, through
+    the methods at the end, its cache. ``rows`` is always a (B,) integer array of distinct row numbers.
 
     Args:
         model: The model that proposes.
@@ -122,7 +122,7 @@ class Slots(ABC):
         self._lengths[rows] = lengths + 1
 
     def fork(self, src: Rows, dst: Rows) -> None:
-        """Let row ``dst[i]`` hold what row ``src[i]`` holds, cache included: O(row), no forward."""
+        """Copy row ``src[i]`` to row ``dst[i]``, cache included: O(row), no forward."""
         self._check_rows(src, started=True)
         self._check_rows(dst)
         for array in (self._tokens, self._lengths, self._prompt_lengths):
@@ -136,7 +136,7 @@ class Slots(ABC):
         return SavedRow(self.model, ids, int(self._prompt_lengths[row]), self._read_cache(row))
 
     def load(self, row: int, saved: SavedRow) -> None:
-        """Put back what ``save`` returned, into any row of slots of the same model.
+        """Put a saved row into any row of slots of the same model.
 
         Raises:
             ModelError, CapacityError: it was saved from another model, or is longer than a row.
@@ -193,19 +193,19 @@ class Slots(ABC):
         return
 
     def _after_start(self, rows: Rows) -> None:
-        """Drop what is cached of rows that hold another text now."""
+        """Drop the cache of rows that hold another text now."""
         return
 
     def _copy_cache(self, src: Rows, dst: Rows) -> None:
-        """Copy what is cached of rows to other rows."""
+        """Copy the cache of rows to other rows."""
         return
 
     def _read_cache(self, row: int) -> Any:
-        """Return a copy of what is cached of a row."""
+        """Return a copy of the cache of a row."""
         return None
 
     def _write_cache(self, row: int, saved: Any) -> None:
-        """Put back what ``_read_cache`` returned."""
+        """Restore the cache of a row from ``_read_cache``."""
         return
 
 
@@ -228,7 +228,7 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of ``text``, with what the tokenizer puts in front of every text."""
+        """Return the token ids of ``text``, special tokens at its beginning included."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

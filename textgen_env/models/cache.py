@@ -81,7 +81,7 @@ class KeyValues:
 
     @torch.inference_mode()
     def write(self, rows: Any, saved: tuple[Tensor, Tensor]) -> None:
-        """Put back what ``read`` returned."""
+        """Write the tokens that ``read`` returned."""
         length = saved[0].shape[-2]
         self.grow(length)
         self.keys[:, rows, :, :length] = saved[0]

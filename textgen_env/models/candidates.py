@@ -4,7 +4,7 @@ Action ``i`` means "append ``ids[row, i]``", so the order must be exact and the 
 machine: by log-probability, ties to the smaller id. bfloat16 logits tie all the time.
 
 A full sort of (64, 49152) costs more than the model's attention. So the vocabulary is cut into
-blocks: what is below the k-th largest of their maxima is not among the k largest. A few
+blocks: a token below the k-th largest of their maxima is not among the k largest. A few
 dozen tokens of each row reach it, and only they are sorted. Logits are ranked as they are, and no
 array of log-probabilities is written: the normaliser alone is computed, in float32.
 

@@ -38,7 +38,7 @@ def pick_device() -> torch.device:
 def pick_dtype(
     requested: str | None = "auto", device: torch.device | None = None, width: int | None = None
 ) -> torch.dtype:
-    """Return the dtype named ``requested``; for "auto" or None, the one that is fast on ``device``.
+    """Return the dtype named ``requested``; for "auto" or None, a fast one for ``device``.
 
     Automatic is bfloat16 where the hardware multiplies it (a CPU with AVX512-BF16 or AMX, or a CUDA
     device that reports it), else float32: a CPU without such instructions emulates bfloat16, several

@@ -36,7 +36,7 @@ class HFModel(LanguageModel):
         model: The causal LM, on any device, in any floating dtype.
         tokenizer: Its tokenizer.
         name: Shown in error messages and logs.
-        memo_bytes: Bound of what each ``slots`` remembers: half for proposals of prefixes seen
+        memo_bytes: Bound of the memory of each ``slots``: half for proposals of prefixes seen
             before, half for the keys and values of prompts. 0 remembers nothing.
 
     Memory of ``slots(rows, length, k)``, see ``slots_bytes``:

@@ -1,7 +1,7 @@
 """The tokens of one ragged forward, and who attends together.
 
 Rows lack different numbers of tokens: most lack one, a row that starts lacks its prompt. Padding
-computes what nobody reads, and many small products cost more than one large one; ``pack`` chooses.
+wastes work, and many small products cost more than one large one; ``pack`` chooses.
 
     tokens (R, T), cached and held lengths of B rows  ->  pack  ->  N tokens, in groups of b rows by q tokens
 """

@@ -1,4 +1,4 @@
-"""Rows of text with a KV cache and a memo: one forward computes only what neither holds.
+"""Rows of text with a KV cache and a memo: one forward computes the rest.
 
 rows  ->  memo hits: proposals as they were
       ->  the rest: one row for each equal start  ->  pack  ->  decoder  ->  top candidates (B, k)
@@ -28,7 +28,7 @@ class HFSlots(Slots):
 
     Args:
         decoder: The forward.
-        memo_bytes: Bound of what is remembered: half for proposals of prefixes seen before, half for
+        memo_bytes: Bound of the memory: half for proposals of prefixes seen before, half for
             the keys and values of prompts.
     """
 

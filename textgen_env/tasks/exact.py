@@ -1,14 +1,14 @@
-"""Tasks whose every number is known: a small decision process, and exact dynamic programming on it.
+"""Tasks with known optima: a small decision process, and exact dynamic programming on it.
 
-A ``Process`` says what a text means on abstract states; everything else follows from it: the
-``TableModel`` that proposes, the reward, the best possible mean reward, and that of the language
-model, both by dynamic programming over states, never by enumerating texts.
+A ``Process`` maps a text to an abstract state; everything else follows from it: the ``TableModel``
+that proposes, the reward, the best possible mean reward, and that of the language model, both by
+dynamic programming over states, never by enumerating texts.
 
     ids  ->  state  ->  probabilities (V,), features (d,)      the language model
                     ->  worth                                  the reward, and expected_reward()
 
-Two rules for features: all that the value of a prefix depends on can be read from them (an agent
-without memory can be optimal), and none of it tells which token is right.
+Two rules for features: they determine the value of a prefix (an agent without memory can be
+optimal), and they do not reveal the right token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from textgen_env.rewards.base import Generation, Reward
 from textgen_env.tasks.base import TASKS, Bounds, Task
 
 State = Any
-"""Whatever a process keeps of a text: hashable."""
+"""The state of a process after a text: any hashable object."""
 
 P = TypeVar("P", bound="type[Process]")
 
@@ -80,7 +80,7 @@ class Process(ABC):
 
     @abstractmethod
     def probabilities(self, state: State) -> npt.ArrayLike:
-        """Return what the language model thinks comes next, (V,)."""
+        """Return the language model's next-token probabilities, (V,)."""
 
     @abstractmethod
     def features(self, state: State) -> npt.ArrayLike:
@@ -91,7 +91,7 @@ class Process(ABC):
         """Return the expected reward of a text that ends in ``state``, in [0, 1]."""
 
     def ended(self, state: State) -> bool:
-        """Return whether the text ends in ``state`` before its last step, as ``stop`` says of it."""
+        """Return True if the text ends in ``state`` before its last step; ``stop`` must agree."""
         return False
 
     def paid(self, state: State, metadata: Mapping[str, Any]) -> float:
@@ -100,11 +100,11 @@ class Process(ABC):
 
     @property
     def ceiling(self) -> float:
-        """What no text can exceed."""
+        """The reward that no text can exceed."""
         return 1.0
 
     def summary(self, state: State) -> Hashable:
-        """Return what the values of ``state`` depend on, where that is less than the state."""
+        """Return the part of ``state`` that determines its values; all of it by default."""
         summary: Hashable = state
         return summary
 
@@ -188,7 +188,7 @@ class OptimalAgent:
 
 
 class ProcessReward(Reward):
-    """What a process pays for a text. Range: 0 to 1. Running score: no."""
+    """The reward that a process pays for a text. Range: 0 to 1. Running score: no."""
 
     def __init__(self, process: Process) -> None:
         self.name = type(process).__name__
@@ -281,7 +281,7 @@ def _states(process: Process) -> Callable[[tuple[int, ...]], State]:
     return state
 
 
-# --- what the processes share
+# --- tools for processes
 
 
 def check_between(name: str, value: object, least: int, most: int) -> None:

@@ -68,8 +68,8 @@ def _check_observation(observation: Any, space: gym.Space[Any], where: str) -> N
     promise(isinstance(observation, Mapping), "check_env needs a Dict observation; make one with observation='full'")
     promise("action_mask" in observation, "the observation must have the key 'action_mask'")
     if not space.contains(observation):
-        what = _outside(observation, space)
-        raise ContractError(f"the observation of {where} must be in the observation space: {what}")
+        reason = _outside(observation, space)
+        raise ContractError(f"the observation of {where} must be in the observation space: {reason}")
     mask = np.asarray(observation["action_mask"], bool)
     promise(mask.any(-1).all(), "the action mask must never be empty")
     if "logprobs" in observation and "candidates" in observation:
@@ -79,7 +79,7 @@ def _check_observation(observation: Any, space: gym.Space[Any], where: str) -> N
 
 
 def _check_step(before: Mapping[str, Any], action: int, after: Mapping[str, Any]) -> None:
-    """Check that one token was appended, the one that the action stands for, and paid from the budget."""
+    """Check that the action's token was appended, and paid from the budget."""
     if "budget" in before:
         promise(after["budget"][0] < before["budget"][0], "every step must use up some of the budget")
     if {"tokens", "length"} <= set(before):
@@ -179,21 +179,21 @@ def _played_rows(env: Any, seed: int, steps: int) -> Iterator[Any]:
 
 
 def _check_row(played: Sequence[Any], env: gym.Env[Any, Any], seed: int, row: int, tolerance: float) -> None:
-    """Check that a row of a vector environment is what the single environment with its seed is."""
-    what = f"row {row} must be what a single environment with seed {seed + row} is"
-    promise(_alike(env.reset(seed=seed + row)[0], _row(played[0][1][0], row), tolerance), what)
+    """Check that a row of a vector environment equals the single environment with its seed."""
+    words = f"row {row} must be what a single environment with seed {seed + row} is"
+    promise(_alike(env.reset(seed=seed + row)[0], _row(played[0][1][0], row), tolerance), words)
     for actions, (observation, rewards, terminated, _, infos) in played[1:]:
         seen, reward, ended, _, info = env.step(actions[row])
-        promise(np.isclose(float(reward), rewards[row], atol=max(tolerance, 1e-9)), f"{what}: rewards differ")
-        promise(ended == terminated[row], f"{what}: ends differ")
+        promise(np.isclose(float(reward), rewards[row], atol=max(tolerance, 1e-9)), f"{words}: rewards differ")
+        promise(ended == terminated[row], f"{words}: ends differ")
         if ended:
-            promise(_alike(seen, infos["final_obs"][row], tolerance), f"{what}: final_obs differs")
+            promise(_alike(seen, infos["final_obs"][row], tolerance), f"{words}: final_obs differs")
             promise(
                 info["completion"] == infos["final_info"]["completion"][row],
-                f"{what}: the completions in final_info differ",
+                f"{words}: the completions in final_info differ",
             )
             seen, _ = env.reset()
-        promise(_alike(seen, _row(observation, row), tolerance), f"{what}: observations differ")
+        promise(_alike(seen, _row(observation, row), tolerance), f"{words}: observations differ")
 
 
 def _check_forks(env: Any, seed: int, tolerance: float) -> None:
@@ -278,9 +278,9 @@ def _outside(observation: Mapping[str, Any], space: gym.Space[Any]) -> str:
     return f"{wrong[0]!r} is {observation[wrong[0]]!r}, the space is {space[wrong[0]]}"
 
 
-def _must_raise(call: Callable[[], Any], error: type[Exception], what: str) -> None:
+def _must_raise(call: Callable[[], Any], error: type[Exception], words: str) -> None:
     try:
         call()
     except error:
         return
-    raise ContractError(what)
+    raise ContractError(words)

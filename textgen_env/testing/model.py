@@ -29,13 +29,13 @@ def check_language_model(
     """
     promise(len(prompts) >= 2, "check_language_model needs at least two prompts")
     encoded = [model.encode(prompt) for prompt in prompts]
-    _check_vocabulary(model, encoded)
+    _check_token_ids(model, encoded)
     checks = (_check_proposals, _check_whole_vocabulary, _check_blocked_ends, _check_rows, _check_copies)
     for check in checks:
         check(model, encoded, k, tolerance)
 
 
-def _check_vocabulary(model: LanguageModel, encoded: Sequence[Sequence[int]]) -> None:
+def _check_token_ids(model: LanguageModel, encoded: Sequence[Sequence[int]]) -> None:
     vocab = model.vocab_size
     promise(all(encoded), "a prompt must have at least one token")
     promise(

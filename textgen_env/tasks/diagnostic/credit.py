@@ -23,7 +23,7 @@ from textgen_env.tasks.exact import (
 )
 
 TILES = ".,_"
-"""What a corridor is made of."""
+"""The tiles of a corridor."""
 
 
 @diagnostic_task("TextGen/Needle-v0")
@@ -33,7 +33,7 @@ class Needle(Process):
 
     ## Description
     A text is `depth` letters, and one text, drawn from `seed`, is the needle. Nothing on the way
-    says whether the letters so far begin it. The deceptive variant pays a little for every letter
+    shows if the letters so far begin it. The deceptive variant pays a little for every letter
     that is not the needle's, so each small improvement leads away from it.
 
     ## Action space

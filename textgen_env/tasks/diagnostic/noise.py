@@ -62,7 +62,7 @@ class NoisyBandit(Process):
     `scale`, in [0.001, 1]; `seed` of what the arms pay.
 
     ## Bounds
-    Best: scale arms / (arms + 1), whatever the noise. Ceiling: `scale`.
+    Best: scale arms / (arms + 1), at any noise. Ceiling: `scale`.
 
     ## Reference
     Bandit noise and bandit scale in Osband et al. 2020, arXiv:1908.03568.
@@ -103,7 +103,7 @@ class NoisyBandit(Process):
 
     @cached_property
     def means(self) -> Floats:
-        """What each arm pays on average, unscaled: (contexts, arms)."""
+        """The mean reward of each arm, unscaled: (contexts, arms)."""
         rng = np.random.default_rng(self.seed)
         return np.stack([(1 + rng.permutation(self.arms)) / (self.arms + 1) for _ in range(self.contexts)])
 
