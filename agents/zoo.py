@@ -29,7 +29,7 @@ from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import ConfigError
 from textgen_env.extras import require
 from textgen_env.models.table import TableModel
-from textgen_env.policies import Agent
+from textgen_env.policies import Agent, last_legal
 from textgen_env.registry import Registry, unknown_name
 from textgen_env.vector_env import TextGenVectorEnv
 
@@ -131,8 +131,7 @@ class WithProbabilities(OnPolicyAlgorithm):
         with torch.inference_mode():
             policy = self.policy.get_distribution(tensors).distribution.probs.double().cpu().numpy()  # type: ignore[union-attr]
         legal = np.asarray(observation["action_mask"], bool)
-        last = legal.shape[-1] - 1 - np.argmax(legal[:, ::-1], axis=-1)
-        policy[np.arange(len(policy)), last] += np.where(legal, 0.0, policy).sum(-1)
+        policy[np.arange(len(policy)), last_legal(legal)] += np.where(legal, 0.0, policy).sum(-1)
         return np.where(legal, policy, 0.0)
 
 

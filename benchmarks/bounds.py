@@ -23,7 +23,7 @@ from tqdm import trange
 import textgen_env
 from agents.baselines.one_step import SampleAgent
 from textgen_env.evaluation import evaluate
-from textgen_env.policies import log_prior, sample
+from textgen_env.policies import sample
 from textgen_env.tasks import TASKS, Task, make_task
 from textgen_env.tasks import language as language_tasks
 
@@ -81,10 +81,9 @@ class Search:
         totals = np.zeros(len(which))
         episodes.begin(rows, [self.prompts[i] for i in which])
         while rows.size:
-            episodes.refresh(rows)
-            logits = log_prior(episodes, rows)[0] * power[rows]
+            logits = episodes.log_prior(rows)[0] * power[rows]
             if self.scores:
-                logits = logits + lean[rows] * episodes.state.candidate_scores[rows]
+                logits = logits + lean[rows] * episodes.observe(rows)["candidate_scores"]
             policy = np.exp(logits - logits.max(-1, keepdims=True))
             actions = sample(policy, self.rng.random(rows.size))
             for j, row in enumerate(rows):

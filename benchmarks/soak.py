@@ -129,13 +129,13 @@ def slope(notes: list[tuple[int, int]]) -> float:
 @torch.inference_mode()
 def drift(env: EpisodesMixin, model: HFModel) -> float:
     """Return the largest difference of a candidate's log-probability from the model's own uncached forward."""
-    state, worst = env.episodes.state, 0.0
-    for row in range(len(state.length)):
-        ids = torch.from_numpy(state.tokens[row, : state.length[row]].astype(np.int64))
-        expected = model.model(ids[None]).logits[0, -1].float().log_softmax(-1).numpy()
-        legal = state.legal[row]
-        found = state.logprobs[row, legal]
-        worst = max(worst, float(np.abs(found - expected[state.candidates[row, legal]]).max()))
+    rows, worst = np.arange(env.episodes.rows), 0.0
+    proposals, legal = env.episodes.proposals(rows), env.episodes.legal(rows)
+    for row in rows:
+        ids = torch.tensor([env.episodes.slots.ids_of(row)])
+        expected = model.model(ids).logits[0, -1].float().log_softmax(-1).numpy()
+        found = proposals.logprobs[row, legal[row]]
+        worst = max(worst, float(np.abs(found - expected[proposals.candidates[row, legal[row]]]).max()))
     return worst
 
 

@@ -189,7 +189,7 @@ def test_every_line_of_the_table_of_determinism_names_a_test_that_exists():
     page = (ROOT / "docs" / "determinism.md").read_text()
     named = re.findall(r"`(test_\w+)`", page)
     assert len(named) >= 11
-    here = {path: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    here = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
     assert not [name for name in named if not any(f"def {name}(" in text for text in here.values())]
 
 

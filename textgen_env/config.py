@@ -1,7 +1,7 @@
-"""Everything ``gym.make("TextGen-v0", ...)`` accepts besides objects, checked once.
+"""The plain settings of ``gym.make("TextGen-v0", ...)``, checked once.
 
-The model, the prompts and the reward are looked up elsewhere; what remains is plain data, so a
-run can be rebuilt from JSON.
+The model, the prompts and the reward are objects, looked up elsewhere; the rest is plain data, so
+a run can be rebuilt from JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class EnvConfig:
     """How an episode runs. Lengths are in tokens.
 
     Raises:
-        ConfigError: a value outside its range (which, and what is allowed).
+        ConfigError: a value outside its range (names the setting and the range).
     """
 
     reward_at: str = "end"  # "end": once; "step": the increments of the running score
@@ -110,33 +110,41 @@ class EnvConfig:
                 raise UnknownArgument(f"got an unexpected keyword argument {name!r}: {unknown}")
         return cls(**settings)
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest text, prompt included."""
+        return self.max_prompt_tokens + self.max_new_tokens
+
+    def num_actions(self, vocab_size: int) -> int:
+        """Return k, the number of actions with this vocabulary."""
+        return vocab_size if self.top_k is None else self.top_k
+
     def keys(self, scores_prefixes: bool) -> tuple[str, ...]:
-        """Return the keys that are computed, given whether the reward can score a prefix.
+        """Return the keys that are computed.
+
+        Args:
+            scores_prefixes: True if the reward can score a prefix.
 
         Raises:
             ConfigError: ``candidate_scores`` was named but the reward cannot score a prefix.
         """
-        left_out = set()
-        if self.top_k is None:
-            left_out |= {"candidates", "candidate_scores"}
-        if not scores_prefixes:
-            left_out.add("candidate_scores")
+        if not scores_prefixes and not isinstance(self.observation, str) and "candidate_scores" in self.observation:
+            raise ConfigError(
+                "observation key 'candidate_scores' needs a reward that can score a prefix; this one "
+                "cannot: leave the key out, or give the reward a running() score"
+            )
         match self.observation:
-            case "full":
+            case "full" | "default":
                 keys: Sequence[str] = OBSERVATION_KEYS
-            case "default":
-                keys, left_out = OBSERVATION_KEYS, left_out | {"hidden", "candidate_scores"}
             case "hidden":
                 keys = ("hidden", "logprobs", "budget", "score")
             case "tokens":
                 keys = ("length", "budget", "tokens")
             case _:
                 keys = self.observation
-                if "candidate_scores" in keys and not scores_prefixes:
-                    raise ConfigError(
-                        "observation key 'candidate_scores' needs a reward that can score a prefix; this one "
-                        "cannot: leave the key out, or give the reward a running() score"
-                    )
+        left_out = {"hidden", "candidate_scores"} if self.observation == "default" else set()
+        left_out |= {"candidates", "candidate_scores"} if self.top_k is None else set()
+        left_out |= set() if scores_prefixes else {"candidate_scores"}
         return tuple(key for key in keys if key not in left_out)
 
 

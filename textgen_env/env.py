@@ -1,7 +1,7 @@
 """``TextGen-v0``: one text at a time, as a Gymnasium environment.
 
 The observation is the prefix, an action picks the next token among the candidates that a language
-model proposes, the reward is whatever was plugged in.
+model proposes, the reward is any function of the text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from textgen_env.config import EnvConfig, check_at_least
-from textgen_env.episode import Episodes, Snapshot
+from textgen_env.episode import Episodes
 from textgen_env.errors import ConfigError
 from textgen_env.models import load_language_model
 from textgen_env.models.base import LanguageModel
@@ -24,13 +24,14 @@ from textgen_env.observation import flatten, observation_space
 from textgen_env.prompts import as_prompt, make_prompts
 from textgen_env.render import describe, draw
 from textgen_env.rewards import make_reward
+from textgen_env.rows import Snapshot
 from textgen_env.spec import unwrap, wrap_objects
 
 FIRST_ROW = np.zeros(1, np.int64)
 
 
 class EpisodesMixin:
-    """What the single and the vector environment say of their episodes in the same words."""
+    """The properties that the single and the vector environment share."""
 
     episodes: Episodes
     _spec: EnvSpec | None = None
@@ -42,7 +43,7 @@ class EpisodesMixin:
 
     @property
     def max_new_tokens(self) -> int:
-        """The budget of an episode: what ``budget`` is a share of."""
+        """The budget of an episode, tokens; the observation's ``budget`` is a share of it."""
         return self.episodes.config.max_new_tokens
 
     @property
@@ -102,8 +103,8 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
         settings: The fields of ``textgen_env.config.EnvConfig``, by name.
 
     Raises:
-        ModelError, PromptError, RewardError, ConfigError, CapacityError: what was given cannot be
-            used; the message says what can.
+        ModelError, PromptError, RewardError, ConfigError, CapacityError: an argument cannot be
+            used; the message names the valid ones.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4}  # noqa: RUF012
@@ -111,7 +112,7 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
     def __init__(self, model: Any = "tiny", prompts: Any = None, reward: Any = "sentiment", **settings: Any) -> None:
         self.episodes = open_episodes(model, prompts, reward, settings, rows=1)
         self.render_mode = self.episodes.config.render_mode
-        self.observation_space = observation_space(self.episodes)
+        self.observation_space = observation_space(self.episodes.config, self.episodes.keys, self.language_model)
         self.action_space = spaces.Discrete(self.episodes.k)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -120,24 +121,20 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
         given = chosen_prompt(options)
         prompt = self.episodes.draw(self.np_random) if given is None else as_prompt(given, "options['prompt']")
         self.episodes.begin(FIRST_ROW, [prompt])
-        self.episodes.refresh(FIRST_ROW)
+        observation = self._observation()
         self._show_human()
-        return self._observation(), {}
+        return observation, {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Append the token that ``action`` stands for."""
         outcome = self.episodes.act(FIRST_ROW, np.atleast_1d(np.asarray(action)))
-        ended = bool(outcome.ended[0])
-        if ended:
-            self.episodes.show_end(FIRST_ROW)
-        else:
-            self.episodes.refresh(FIRST_ROW)
+        observation = self._observation()
         self._show_human()
-        return self._observation(), float(outcome.rewards[0]), ended, False, outcome.infos[0]
+        return observation, float(outcome.rewards[0]), bool(outcome.ended[0]), False, outcome.infos[0]
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions are legal now, (k,) bool: MaskablePPO's protocol."""
-        return self.episodes.state.legal[0].copy()
+        return self.episodes.legal(FIRST_ROW)[0]
 
     def snapshot(self) -> Snapshot:
         """Return the episode as it stands, model cache included: O(length of the text).
@@ -167,7 +164,8 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
         return None  # human: shown at every reset and step
 
     def _observation(self) -> Any:
-        return flatten(self.episodes, {key: value[0] for key, value in self.episodes.observe(FIRST_ROW).items()})
+        observation = self.episodes.observe(FIRST_ROW)
+        return flatten(self.episodes.config, {key: value[0] for key, value in observation.items()})
 
     def _show_human(self) -> None:
         if self.render_mode == "human":

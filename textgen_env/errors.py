@@ -2,7 +2,7 @@
 
 Each class also derives from the built-in (or Gymnasium) error that describes it best, so
 ``except ValueError`` keeps working for callers who have never heard of this module. A message
-says what was given, what is allowed, and what to do.
+gives the value, the allowed values, and the remedy.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RewardError(TextGenError, ValueError):
 
 
 class DatasetError(TextGenError, ValueError):
-    """A recorded dataset that cannot be read, or does not fit what should learn from it."""
+    """A recorded dataset that cannot be read, or does not fit the agent that should learn from it."""
 
 
 class IllegalAction(TextGenError, ValueError):

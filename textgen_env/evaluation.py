@@ -1,14 +1,14 @@
-"""What an agent's texts are worth: reward with an interval, KL, likelihood, variety.
+"""The measures of an agent's texts: reward with an interval, KL, likelihood, variety.
 
-Only whole episodes count, and how many is settled before the first: a loop that stops after so
-many steps would favour short texts. Prompts take turns, so each gets the same number. Text ``i``
-is drawn with the ``i``-th stream of random numbers whatever the agent and however many rows the
-environment has, so two agents are compared on the same luck.
+Only whole episodes count, and their number is fixed before the first: a loop that stops after a
+number of steps would favour short texts. Prompts take turns, so each gets the same number. Text ``i``
+is drawn with the ``i``-th stream of random numbers, for any agent and any number of rows, so two
+agents are compared on the same luck.
 
     P prompts, n texts each  ->  roll_out  ->  Evaluation: (P n,) arrays, text i is of prompt i % P
 
-The reference of the KL is mu_k: the language model's distribution renormalised over the legal
-candidates, which is what the agent chooses from. At each step the KL is exact over the
+The KL is to mu_k: the language model's distribution renormalised over the legal candidates, from
+which the agent chooses. At each step the KL is exact over the
 candidates; along the text it is summed.
 """
 
@@ -23,13 +23,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from textgen_env.episode import Outcome, Rows
+from textgen_env.episode import Episodes
 from textgen_env.errors import ConfigError
+from textgen_env.models.base import Rows
 from textgen_env.observation import flatten
-from textgen_env.policies import Agent, Floats, kl_to, log_prior, sample
+from textgen_env.policies import Agent, Floats, kl_to, sample
 from textgen_env.prompts import ListPrompts, Prompt, PromptSource
 from textgen_env.rewards.base import Generation
 from textgen_env.rewards.lexical import RepetitionReward, split_words
+from textgen_env.rows import Outcome
 from textgen_env.vector_env import TextGenVectorEnv
 
 DISTINCT_TEXTS = 256
@@ -38,7 +40,7 @@ DISTINCT_TEXTS = 256
 
 @dataclass(frozen=True)
 class Evaluation:
-    """N = P n finished texts and what they are worth; arrays are (N,), text ``i`` is of prompt ``i % P``."""
+    """N = P n finished texts and their measures; arrays are (N,), text ``i`` is of prompt ``i % P``."""
 
     prompts: tuple[str, ...]
     completions: tuple[str, ...]
@@ -109,7 +111,7 @@ def evaluate(
     prompts: PromptSource | Sequence[Prompt] | None = None,
     deterministic: bool = False,
 ) -> Evaluation:
-    """Return what ``agent`` writes, the same number of texts for each prompt.
+    """Let ``agent`` write the same number of texts for each prompt, and measure them.
 
     Args:
         agent: With ``probabilities`` the texts are drawn from them here, and the KL is known;
@@ -154,7 +156,7 @@ def roll_out(
         num_prompts: The period of ``prompts``; all different if not given.
     """
     count = len(prompts)
-    rewards, logprobs, kl, outside = np.zeros((4, count))
+    rewards, kl, outside = np.zeros((3, count))
     lengths = np.zeros(count, np.int64)
     infos: list[dict[str, Any]] = [{} for _ in range(count)]
     for step in play(agent, env, prompts, seed, deterministic):
@@ -164,8 +166,6 @@ def roll_out(
         lengths[step.texts] += 1
         for j in np.flatnonzero(step.outcome.ended):
             infos[step.texts[j]] = step.outcome.infos[j]
-            logprobs[step.texts[j]] = step.outcome.infos[j]["logprob"]
-
     names = list(infos[0]["reward_parts"]) if infos else []
     return Evaluation(
         prompts=tuple(prompt.text for prompt in prompts),
@@ -174,7 +174,7 @@ def roll_out(
         rewards=rewards,
         parts={name: np.array([info["reward_parts"][name] for info in infos]) for name in names},
         lengths=lengths,
-        logprobs=logprobs,
+        logprobs=np.array([info["logprob"] for info in infos], np.float64),
         kl=None if np.isnan(kl).any() else kl,
         outside=outside,
     )
@@ -186,7 +186,8 @@ class Step:
 
     rows: Rows  # (B,) the environment's rows that write them
     texts: npt.NDArray[np.int64]  # (B,) indices into the prompts
-    observation: Any  # what the agent saw, (B, ...)
+    observation: Any  # the agent's, (B, ...)
+    legal: npt.NDArray[np.bool_]  # (B, k)
     behaviour: Floats  # (B,) log-probability of each action under the agent, nats; NaN where unknown
     kl: Floats  # (B,) of the agent's distribution to mu_k, nats; NaN where unknown
     log_mass: Floats  # (B,) log of the candidates' mass
@@ -198,34 +199,19 @@ def play(
 ) -> Iterator[Step]:
     """Write one text for each entry of ``prompts``, as many at a time as ``env`` has rows.
 
-    At a step, the rows whose text has ended are still there to be looked at; the next step reuses them.
+    At a step, the rows whose text has ended can still be observed; the next step reuses them.
     """
     episodes, count = env.episodes, len(prompts)
-    probabilities = None if deterministic else getattr(agent, "probabilities", None)
     numbers = np.random.default_rng(seed).random((count, episodes.config.max_new_tokens))
     started = min(env.num_envs, count)
     rows = np.arange(started)
     texts = np.arange(started)  # which text each row is writing
     episodes.begin(rows, prompts[:started])
     while rows.size:
-        episodes.refresh(rows)
-        observation = flatten(episodes, episodes.observe(rows))
-        log_mu, log_mass = log_prior(episodes, rows)
-        if probabilities is None:
-            actions = np.asarray(agent.predict(observation, deterministic=deterministic)[0]).reshape(rows.shape)
-            outcome = episodes.act(rows, actions)
-            # Of a point mass on what was played, a mapped illegal action included.
-            behaviour = np.full(rows.shape, 0.0 if deterministic else np.nan)
-            kl = behaviour - np.take_along_axis(log_mu, outcome.actions[:, None], -1)[:, 0]
-        else:
-            policy = _checked(probabilities(observation), episodes.state.legal[rows])
-            actions = sample(policy, numbers[texts, episodes.steps(rows)])
-            outcome = episodes.act(rows, actions)
-            behaviour = np.log(policy[np.arange(rows.size), actions])
-            kl = kl_to(policy, log_mu)
-        yield Step(rows, texts, observation, behaviour, kl, log_mass, outcome)
-        goes_on = ~outcome.ended
-        restart = np.flatnonzero(outcome.ended)[: count - started]
+        step = _step(agent, episodes, rows, texts, numbers, deterministic)
+        yield step
+        goes_on = ~step.outcome.ended
+        restart = np.flatnonzero(step.outcome.ended)[: count - started]
         if restart.size:
             texts = texts.copy()
             texts[restart] = np.arange(started, started + restart.size)
@@ -233,6 +219,28 @@ def play(
             goes_on[restart] = True
             episodes.begin(rows[restart], [prompts[i] for i in texts[restart]])
         rows, texts = rows[goes_on], texts[goes_on]
+
+
+def _step(
+    agent: Agent, episodes: Episodes, rows: Rows, texts: npt.NDArray[np.int64], numbers: Floats, deterministic: bool
+) -> Step:
+    """Let ``agent`` act once in ``rows``, which write ``texts``; ``numbers`` (texts, steps) are its luck."""
+    observation = flatten(episodes.config, episodes.observe(rows))
+    legal, (log_mu, log_mass) = episodes.legal(rows), episodes.log_prior(rows)
+    probabilities = None if deterministic else getattr(agent, "probabilities", None)
+    if probabilities is None:
+        actions = np.asarray(agent.predict(observation, deterministic=deterministic)[0]).reshape(rows.shape)
+        outcome = episodes.act(rows, actions)
+        # Of a point mass on the played action, which may be a mapped one.
+        behaviour = np.full(rows.shape, 0.0 if deterministic else np.nan)
+        kl = behaviour - np.take_along_axis(log_mu, outcome.actions[:, None], -1)[:, 0]
+    else:
+        policy = _checked_policy(probabilities(observation), legal)
+        actions = sample(policy, numbers[texts, episodes.steps(rows)])
+        outcome = episodes.act(rows, actions)
+        behaviour = np.log(policy[np.arange(rows.size), actions])
+        kl = kl_to(policy, log_mu)
+    return Step(rows, texts, observation, legal, behaviour, kl, log_mass, outcome)
 
 
 def bootstrap_interval(
@@ -253,7 +261,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def _checked(policy: Any, legal: npt.NDArray[np.bool_]) -> Floats:
+def _checked_policy(policy: Any, legal: npt.NDArray[np.bool_]) -> Floats:
     policy = np.asarray(policy, np.float64)
     if policy.shape != legal.shape:
         raise ConfigError(f"the agent's probabilities must have shape {legal.shape}, got {policy.shape}")

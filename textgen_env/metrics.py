@@ -46,7 +46,7 @@ class TextMetric(evaluate.Metric):
         super().__init__(**{"keep_in_memory": True, **options})
 
     def compute(self, **columns: Any) -> dict[str, float]:
-        """Return the metric's figures for these columns, or for what ``add_batch`` has collected.
+        """Return the metric's figures for these columns, or for those that ``add_batch`` has collected.
 
         Raises:
             ConfigError: a column is unknown, missing, empty, or of another length.
@@ -168,7 +168,7 @@ class Distinct(TextMetric):
 
 
 @METRICS.register("repetition")
-class RepetitionReward(TextMetric):
+class Repetition(TextMetric):
     """Mean share of a prediction's n-grams of words that it has used before.
 
     Args:

@@ -1,6 +1,6 @@
 """Short openings of sentences, written for this package, that may turn out well or badly.
 
-Each topic holds templates with one slot and what may fill it. Openings of one template resemble
+Each topic holds templates with one slot and its fillers. Openings of one template resemble
 each other, so splits into train, validation and test keep a template whole.
 """
 

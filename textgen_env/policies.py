@@ -7,8 +7,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from textgen_env.episode import Episodes, Rows
-
 Floats = npt.NDArray[np.float64]
 
 
@@ -25,12 +23,6 @@ class Agent(Protocol):
         """Return (B,) actions and a state (None for agents without memory)."""
 
 
-def log_prior(episodes: Episodes, rows: Rows) -> tuple[Floats, Floats]:
-    """Return log mu_k over the candidates, (B, k) with -inf where masked, and their log mass, (B,)."""
-    state = episodes.state
-    return renormalise(state.logprobs[rows], state.legal[rows])
-
-
 def renormalise(logprobs: npt.ArrayLike, legal: npt.ArrayLike) -> tuple[Floats, Floats]:
     """Return log-probabilities (..., k) renormalised over the legal candidates, and their log mass (...)."""
     masked = np.where(np.asarray(legal, bool), np.asarray(logprobs, np.float64), -np.inf)
@@ -39,7 +31,7 @@ def renormalise(logprobs: npt.ArrayLike, legal: npt.ArrayLike) -> tuple[Floats, 
 
 
 def kl_to(policy: Floats, log_prior: Floats) -> Floats:
-    """Return KL(policy || reference) over the last axis, nats; a policy of 0 contributes nothing."""
+    """Return KL(policy || prior) over the last axis, nats; a policy of 0 contributes nothing."""
     positive = policy > 0
     log_ratio = np.log(policy, where=positive, out=np.zeros_like(policy)) - np.where(positive, log_prior, 0.0)
     return np.maximum(np.sum(policy * log_ratio, axis=-1), 0.0)  # rounding may leave -1e-17
@@ -49,3 +41,8 @@ def sample(policy: Floats, numbers: Floats) -> npt.NDArray[np.int64]:
     """Return one action a row of ``policy`` (B, k), given uniform ``numbers`` (B,) in [0, 1)."""
     cumulated = np.cumsum(policy, axis=-1)
     return np.sum(cumulated <= numbers[:, None] * cumulated[:, -1:], axis=-1)
+
+
+def last_legal(legal: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Return the last legal action of each row of ``legal`` (B, k): (B,)."""
+    return legal.shape[-1] - 1 - np.argmax(legal[:, ::-1], axis=-1)

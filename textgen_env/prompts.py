@@ -39,7 +39,7 @@ PROMPT_NAMES = ("openings", *OPENINGS)
 
 @dataclass(frozen=True)
 class Prompt:
-    """How a text begins, and what a reward may compare it with.
+    """The beginning of a text, and data for the reward to compare its completion with.
 
     ``metadata["template"]``, where it is given, names the prompts that a split keeps together.
 
@@ -273,7 +273,7 @@ class DatasetPrompts(PromptSource):
 class FunctionPrompts(PromptSource):
     """Prompts without end, made by a function of a ``numpy`` generator.
 
-    Prompt ``index`` is what the function answers to a generator seeded with ``index``.
+    Prompt ``index`` is the function's answer to a generator seeded with ``index``.
     """
 
     def __init__(self, function: Callable[[np.random.Generator], str | Prompt]) -> None:
@@ -292,7 +292,7 @@ class FunctionPrompts(PromptSource):
 def load_dataset_prompts(
     dataset: str, split: str = "train", prompt: str = "prompt", reference: str = "reference"
 ) -> PromptSource:
-    """Return the prompts of a ``datasets`` dataset, by what ``datasets.load_dataset`` takes.
+    """Return the prompts of a dataset that ``datasets.load_dataset`` loads.
 
     Args:
         dataset: A hub name, or a folder of data files (JSONL, CSV, Parquet ...).

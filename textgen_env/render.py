@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from textgen_env.episode import Episodes
+from textgen_env.rows import Phase
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
@@ -22,22 +23,23 @@ LINE_WIDTH = 86  # characters a line of the image
 
 def describe(episodes: Episodes, row: int) -> str:
     """Return the row as text: prompt | completion, then one line a candidate, best first."""
-    state = episodes.state
-    if state.prompt[row] is None:
+    rows, phase = np.array([row]), episodes.phases[row]
+    (prompt,) = episodes.prompts_at(rows)
+    if prompt is None or phase == Phase.EMPTY:
         return "(no episode: call reset)"
     prompt_ids, ids = episodes.ids_of(row)
     completion = episodes.text_of(row)
-    status = "" if state.live[row] else "   [end]"
-    lines = [f"{state.prompt[row].text}│{completion}{status}"]
-    lines.append(f"{len(ids)} of {episodes.config.max_new_tokens} tokens, score {state.score[row]:.3f}")
-    if not state.live[row]:
+    lines = [f"{prompt.text}│{completion}{'   [end]' if phase == Phase.ENDED else ''}"]
+    lines.append(f"{len(ids)} of {episodes.config.max_new_tokens} tokens, score {episodes.score_of(row):.3f}")
+    if phase == Phase.ENDED:
         return "\n".join(lines)
-    best = np.argsort(-state.logprobs[row], kind="stable")[:SHOWN]
-    tokens = state.candidates[row, best].tolist()
+    proposals, legal = episodes.proposals(rows), episodes.legal(rows)[0]
+    best = np.argsort(-proposals.logprobs[0], kind="stable")[:SHOWN]
+    tokens = proposals.candidates[0, best].tolist()
     texts = [text[len(completion) :] for text in episodes.model.continuations(prompt_ids, ids, tokens)]
     for action, token, text in zip(best, tokens, texts, strict=True):
-        if state.legal[row, action]:
-            probability = float(np.exp(state.logprobs[row, action]))
+        if legal[action]:
+            probability = float(np.exp(proposals.logprobs[0, action]))
             shown = "<end>" if token in episodes.model.end_ids else repr(text)
             lines.append(f"{action:>4} {probability:6.1%} {'█' * round(BAR * probability):<{BAR}} {shown}")
     return "\n".join(lines)

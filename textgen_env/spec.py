@@ -22,7 +22,7 @@ class Uncopied:
 
 
 def unwrap(value: Any) -> Any:
-    """Return what ``value`` holds by reference, or ``value`` itself."""
+    """Return the object in an ``Uncopied``, or ``value`` itself."""
     return value.value if isinstance(value, Uncopied) else value
 
 
@@ -30,7 +30,7 @@ _PLAIN: tuple[type, ...] = (str, int, float, bool, type(None))
 
 
 def wrap_objects(spec: EnvSpec | None) -> EnvSpec | None:
-    """Wrap what ``spec`` cannot copy or write as JSON."""
+    """Wrap the objects in ``spec`` that cannot be copied or written as JSON."""
 
     def is_plain(value: Any) -> bool:
         if isinstance(value, Mapping):

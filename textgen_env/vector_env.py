@@ -16,11 +16,13 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from textgen_env.config import check_one_of
-from textgen_env.env import EpisodesMixin, chosen_prompt, open_episodes
+from textgen_env.env import EpisodesMixin, TextGenEnv, chosen_prompt, open_episodes
 from textgen_env.errors import ConfigError, IllegalAction
+from textgen_env.models.base import Rows
 from textgen_env.observation import flatten, observation_space
 from textgen_env.prompts import as_prompt
 from textgen_env.render import describe, draw
+from textgen_env.rows import Outcome, Phase
 from textgen_env.spec import unwrap
 
 
@@ -48,15 +50,11 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         autoreset_mode = unwrap(autoreset_mode)
         check_one_of("autoreset_mode", autoreset_mode, [*AutoresetMode, *(mode.value for mode in AutoresetMode)])
         self.autoreset_mode = AutoresetMode(autoreset_mode)
-        self.metadata = {
-            "render_modes": ["ansi", "human", "rgb_array"],
-            "render_fps": 4,
-            "autoreset_mode": self.autoreset_mode,
-        }
+        self.metadata = TextGenEnv.metadata | {"autoreset_mode": self.autoreset_mode}
         self.episodes = open_episodes(model, prompts, reward, settings, rows=num_envs)
         self.num_envs = num_envs
         self.render_mode = self.episodes.config.render_mode
-        self.single_observation_space = observation_space(self.episodes)
+        self.single_observation_space = observation_space(self.episodes.config, self.episodes.keys, self.language_model)
         self.single_action_space = spaces.Discrete(self.episodes.k)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -71,9 +69,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         rows = self._masked_rows(options.pop("reset_mask", None))
         self._seed(rows, seed)
         self._begin(rows, chosen_prompt(options))
-        self.episodes.refresh(rows)
-        self._show_human()
-        return self._observation(self._all), {}
+        return self._shown(), {}
 
     def step(self, actions: npt.ArrayLike) -> tuple[Any, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], Any]:
         """Append one token to each row; one forward serves rows that go on and rows that restart."""
@@ -82,33 +78,32 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
             raise IllegalAction(f"actions must have shape ({self.num_envs},), got {actions.shape}")
         restart = self._none()
         if self.autoreset_mode == AutoresetMode.NEXT_STEP:
-            restart = self.episodes.begun(self._all) & ~self.episodes.state.live
+            restart = self.episodes.phases == Phase.ENDED
         acting = self._all[~restart]
         outcome = self.episodes.act(acting, actions[acting])
-        rewards = np.zeros(self.num_envs)
-        terminations = self._none()
-        rewards[acting] = outcome.rewards
-        terminations[acting] = outcome.ended
-        ended = acting[outcome.ended]
-        self.episodes.show_end(ended)
+        rewards, terminations = np.zeros(self.num_envs), self._none()
+        rewards[acting], terminations[acting] = outcome.rewards, outcome.ended
+        infos = self._infos(acting, outcome)
+        if self.autoreset_mode == AutoresetMode.SAME_STEP:
+            restart = terminations
+        if restart.any():
+            self._begin(self._all[restart], None)
+        return self._shown(), rewards, terminations, self._none(), infos
 
+    def _infos(self, acting: Rows, outcome: Outcome) -> dict[str, Any]:
+        """Return the infos of a step. Rows that end and restart within it give their last observation, too."""
         infos: dict[str, Any] = {}
         same_step = self.autoreset_mode == AutoresetMode.SAME_STEP
+        ended = acting[outcome.ended]
         if same_step and len(ended):
             final = self.episodes.observe(ended)
             for j, row in enumerate(ended):
-                last = flatten(self.episodes, {key: value[j] for key, value in final.items()})
+                last = flatten(self.episodes.config, {key: value[j] for key, value in final.items()})
                 infos = self._add_info(infos, {"final_obs": last}, int(row))
-        for row, info in zip(acting, outcome.infos, strict=True):
+        for row, info, is_last in zip(acting, outcome.infos, outcome.ended, strict=True):
             if info:
-                is_final = same_step and terminations[row]
-                infos = self._add_info(infos, {"final_info": info} if is_final else info, int(row))
-        fresh = ended if same_step else self._all[restart]
-        if len(fresh):
-            self._begin(fresh, None)
-        self.episodes.refresh(self._all[self.episodes.state.live])
-        self._show_human()
-        return self._observation(self._all), rewards, terminations, self._none(), infos
+                infos = self._add_info(infos, {"final_info": info} if same_step and is_last else info, int(row))
+        return infos
 
     def fork(self, src: npt.ArrayLike, dst: npt.ArrayLike) -> Any:
         """Let row ``dst[i]`` become row ``src[i]``, model cache and running score included.
@@ -129,7 +124,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         return arrays, plain | {"generators": generators}
 
     def load_state_dict(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
-        """Put back what ``state_dict`` returned; ``observe`` shows it.
+        """Restore the rows and generators of a ``state_dict``; ``observe`` shows them.
 
         Raises:
             ConfigError: it is of an environment of other shapes.
@@ -148,7 +143,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions are legal now, (N, k) bool."""
-        return self.episodes.state.legal.copy()
+        return self.episodes.legal(self._all)
 
     def render(self) -> tuple[Any, ...] | None:
         """Return one string (``ansi``) or image (``rgb_array``) a row."""
@@ -158,13 +153,20 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
             return tuple(draw(self.episodes, row) for row in range(self.num_envs))
         return None
 
-    def _observation(self, rows: npt.NDArray[np.int64]) -> Any:
-        return flatten(self.episodes, self.episodes.observe(rows))
+    def _shown(self) -> Any:
+        """Return the observation of all rows, after one forward for those that went on or restarted."""
+        observation = self._observation(self._all)
+        if self.render_mode == "human":
+            print("\n\n".join(describe(self.episodes, row) for row in range(self.num_envs)), flush=True)
+        return observation
+
+    def _observation(self, rows: Rows) -> Any:
+        return flatten(self.episodes.config, self.episodes.observe(rows))
 
     def _none(self) -> npt.NDArray[np.bool_]:
         return np.zeros(self.num_envs, np.bool_)
 
-    def _begin(self, rows: npt.NDArray[np.int64], given: Any) -> None:
+    def _begin(self, rows: Rows, given: Any) -> None:
         if given is None:
             prompts = [self.episodes.draw(self._generator(row)) for row in rows]
         elif not isinstance(given, list | tuple):
@@ -182,7 +184,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
             self._generators[row] = generator
         return generator
 
-    def _seed(self, rows: npt.NDArray[np.int64], seed: int | Sequence[int | None] | None) -> None:
+    def _seed(self, rows: Rows, seed: int | Sequence[int | None] | None) -> None:
         if seed is None:
             return
         seeds = [int(seed) + i for i in range(self.num_envs)] if isinstance(seed, int | np.integer) else list(seed)
@@ -192,7 +194,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
             if seeds[row] is not None:
                 self._generators[row], _ = seeding.np_random(seeds[row])
 
-    def _masked_rows(self, mask: Any) -> npt.NDArray[np.int64]:
+    def _masked_rows(self, mask: Any) -> Rows:
         if mask is None:
             return self._all
         mask = np.asarray(mask)
@@ -201,7 +203,3 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
                 f"reset_mask must be ({self.num_envs},) bool with at least one True, got {mask.dtype} {mask.tolist()}"
             )
         return self._all[mask]
-
-    def _show_human(self) -> None:
-        if self.render_mode == "human":
-            print("\n\n".join(describe(self.episodes, row) for row in range(self.num_envs)), flush=True)

@@ -23,11 +23,13 @@ import numpy.typing as npt
 
 from agents.baselines.one_step import Observation
 from textgen_env.config import check_at_least
-from textgen_env.episode import Episodes, Outcome, Rows, Snapshot
+from textgen_env.episode import Episodes
 from textgen_env.errors import ConfigError
-from textgen_env.policies import Floats, log_prior, sample
+from textgen_env.models.base import Rows
+from textgen_env.policies import Floats, sample
 from textgen_env.prompts import Prompt
 from textgen_env.registry import Registry
+from textgen_env.rows import Outcome, Snapshot
 from textgen_env.vector_env import TextGenVectorEnv
 
 Ids = tuple[int, ...]
@@ -105,13 +107,12 @@ class PlanningAgent(ABC):
     def _stand(self, episodes: Episodes, rows: Rows, texts: Sequence[tuple[Prompt, Ids]]) -> None:
         """Let each row hold a prompt and generated tokens, ready to act."""
         episodes.begin(rows, [prompt for prompt, _ in texts])
-        episodes.refresh(rows)
+        candidates = episodes.proposals(rows).candidates
         for step in range(max(len(ids) for _, ids in texts)):
             going = np.array([j for j, (_, ids) in enumerate(texts) if len(ids) > step])
             tokens = np.array([texts[j][1][step] for j in going])
-            actions = (episodes.state.candidates[rows[going]] == tokens[:, None]).argmax(-1)
-            episodes.act(rows[going], actions)
-            episodes.refresh(rows[going])
+            episodes.act(rows[going], (candidates[going] == tokens[:, None]).argmax(-1))
+            candidates[going] = episodes.proposals(rows[going]).candidates
 
     def _act(self, episodes: Episodes, rows: Rows, actions: npt.NDArray[np.int64]) -> Outcome:
         self.tokens_used += len(rows)
@@ -121,11 +122,10 @@ class PlanningAgent(ABC):
         """Let the language model write each row to its end; return the rewards, (B,)."""
         rewards, live = np.zeros(episodes.rows), rows
         while live.size:
-            policy = np.exp(log_prior(episodes, live)[0])
+            policy = np.exp(episodes.log_prior(live)[0])
             outcome = self._act(episodes, live, sample(policy, self._rng.random(len(live))))
             rewards[live] += outcome.rewards
             live = live[~outcome.ended]
-            episodes.refresh(live)
         return rewards[rows]
 
     # --- what the observation says
@@ -153,7 +153,8 @@ class PlanningAgent(ABC):
         """Return the prompt that ``ids`` spell: with its reference, if the environment is at it."""
         if ids not in self._prompts:
             model = self._env.language_model
-            running = [prompt for prompt in self._env.episodes.state.prompt if prompt is not None]
+            prompts = self._env.episodes.prompts_at(np.arange(self._env.num_envs))
+            running = [prompt for prompt in prompts if prompt is not None]
             for prompt in (Prompt(model.decode(ids)), *running):
                 self._prompts[tuple(model.encode(prompt.text))] = prompt
         if ids not in self._prompts:
@@ -261,10 +262,10 @@ class BeamAgent(TextPlanner):
         self._stand(episodes, live, [text])
         best, plan = -np.inf, list[int]()
         while live.size:
-            extended = likelihood[:, None] + log_prior(episodes, live)[0]  # (w, k) nats
+            extended = likelihood[:, None] + episodes.log_prior(live)[0]  # (w, k) nats
             rank = self.beta * extended
             if self._scored:
-                rank = rank + episodes.state.candidate_scores[live]
+                rank = rank + episodes.observe(live)["candidate_scores"]
             kept = np.argsort(-rank, axis=None, kind="stable")[: self.width]
             kept = kept[np.isfinite(rank.ravel()[kept])]
             sources, actions = np.divmod(kept, episodes.k)
@@ -277,7 +278,6 @@ class BeamAgent(TextPlanner):
                 if values[row] > best:
                     best, plan = values[row], episodes.ids_of(row)[1]
             live, likelihood = rows[~outcome.ended], likelihood[~outcome.ended]
-            episodes.refresh(live)
         return tuple(plan[len(text[1]) :])
 
 
@@ -286,6 +286,7 @@ class Node:
     """A prefix in the search tree, and what was seen below each of its k candidates."""
 
     at: Snapshot
+    candidates: npt.NDArray[np.int32]  # (k,) token ids
     prior: Floats  # (k,) mu_k
     visits: Floats  # (k,)
     total: Floats  # (k,) sum of the rewards seen
@@ -332,7 +333,7 @@ class MCTSAgent(PlanningAgent):
                 self._simulate(roots)
             for b, root in enumerate(roots, start):
                 policy[b] = root.visits / root.visits.sum()
-                ids = root.at.state["candidates"]
+                ids = root.candidates
                 if listed is not None and not np.array_equal(listed[b], ids):  # near-ties in half precision
                     policy[b] = _reordered(policy[b], ids, listed[b])
                 for action, child in root.children.items():
@@ -361,8 +362,9 @@ class MCTSAgent(PlanningAgent):
         return [self._node(b) if root is None else root for b, root in enumerate(found)]
 
     def _node(self, row: int) -> Node:
-        prior = np.exp(log_prior(self._episodes, np.array([row]))[0][0])
-        return Node(self._episodes.save(row), prior, np.zeros_like(prior), np.zeros_like(prior))
+        rows = np.array([row])
+        candidates, prior = self._episodes.proposals(rows).candidates[0], np.exp(self._episodes.log_prior(rows)[0][0])
+        return Node(self._episodes.save(row), candidates, prior, np.zeros_like(prior), np.zeros_like(prior))
 
     def _simulate(self, roots: Sequence[Node]) -> None:
         """Try one text more in each tree."""
@@ -382,7 +384,7 @@ class MCTSAgent(PlanningAgent):
             outcome = self._act(self._episodes, rows, np.array([paths[b][-1][1] for b in new]))
             values[rows] = outcome.rewards
             going = rows[~outcome.ended]
-            self._episodes.refresh(going)
+            self._episodes.proposals(going)  # one forward for all new nodes
             for b, ended in zip(new, outcome.ended, strict=True):
                 node, action = paths[b][-1]
                 node.children[action] = float(values[b]) if ended else self._node(b)

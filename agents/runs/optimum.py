@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from textgen_env.errors import CapacityError, ConfigError
-from textgen_env.policies import Floats, kl_to, log_prior
+from textgen_env.policies import Floats, kl_to
 from textgen_env.prompts import Prompt
 from textgen_env.vector_env import TextGenVectorEnv
 
@@ -183,11 +183,10 @@ class TextTree:
         if len(self.prefixes) == self._limit:
             raise CapacityError(f"more than {self._limit} prefixes; use a shorter text or fewer candidates")
         episodes, row = self._episodes, self._row
-        episodes.refresh(row)
         node = len(self.prefixes)
         self.prefixes.append(tuple(episodes.ids_of(0)[1]))
         self._observations.append(episodes.observe(row))
-        self._log_mu.append(log_prior(episodes, row)[0][0])
+        self._log_mu.append(episodes.log_prior(row)[0][0])
         self._rewards.append(np.zeros(episodes.k))
         self._child.append(np.full(episodes.k, -1))
         here = episodes.save(0)

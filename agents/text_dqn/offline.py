@@ -146,15 +146,14 @@ def _texts(
     has_mask = isinstance(space, spaces.Dict) and "action_mask" in space.spaces
     running: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
     for step in play(agent, env, prompts, seed, deterministic):
-        outcome, legal, ended = step.outcome, episodes.state.legal[step.rows], np.flatnonzero(step.outcome.ended)
+        outcome, legal, ended = step.outcome, step.legal, np.flatnonzero(step.outcome.ended)
         own = step.kl < 1e-9  # rounding
         taken = zip(rows(step.observation), outcome.actions, outcome.rewards, step.behaviour, own, legal, strict=True)
         for text, entries in zip(step.texts.tolist(), taken, strict=True):
             running[text].append(entries)
         if not len(ended):
             continue
-        episodes.show_end(step.rows[ended])
-        last = rows(flatten(episodes, episodes.observe(step.rows[ended])))
+        last = rows(flatten(episodes.config, episodes.observe(step.rows[ended])))
         for j, observation in zip(ended.tolist(), last, strict=True):
             seen, actions, rewards, behaviour, by_model, masks = zip(*running.pop(int(step.texts[j])), strict=True)
             infos: dict[str, Any] = {BEHAVIOUR: np.array([np.nan, *behaviour], np.float32)}

@@ -23,8 +23,9 @@ from agents.text_dqn.networks import prior
 from agents.text_dqn.targets import log_policy
 from textgen_env.config import check_at_least
 from textgen_env.errors import ConfigError, ModelError
-from textgen_env.models.base import MASKED_LOGPROB, LanguageModel
-from textgen_env.models.candidates import nucleus, top_candidates
+from textgen_env.models.base import LanguageModel
+from textgen_env.models.candidates import top_candidates
+from textgen_env.observation import as_observation, budget_left, legal_candidates
 from textgen_env.rewards import RunningScore, ScoreState, make_reward
 
 
@@ -168,24 +169,26 @@ class Steering(LogitsProcessor):
         scores: torch.Tensor,
         ended: npt.NDArray[np.bool_],
     ) -> dict[str, npt.NDArray[Any]]:
-        """Return the environment's observation of these rows, but for ``hidden``."""
+        """Return the environment's observation of these rows, without ``hidden``."""
         rows, width = ids.shape
         model, task = self._language_model, self._task
         block_end = np.full(rows, steps < task["min_new_tokens"])
         candidates, logprobs = top_candidates(scores, task["top_k"], model.end_ids, block_end)
-        legal = (logprobs > MASKED_LOGPROB) & nucleus(logprobs, task["top_p"])
+        legal, logprobs = legal_candidates(logprobs, task["top_k"], task["top_p"])
         length = width - pad
         columns = np.arange(width)[None] + pad[:, None]
         tokens = np.take_along_axis(ids, np.minimum(columns, width - 1), 1) * (columns < width)
-        observation: dict[str, npt.NDArray[Any]] = {
-            "tokens": tokens.astype(np.int32),
-            "length": length[:, None].astype(np.int32),
-            "budget": np.full((rows, 1), 1.0 - steps / self.max_new_tokens, np.float32),
-            "candidates": candidates,
-            "logprobs": np.where(legal, logprobs, np.float32(MASKED_LOGPROB)),
-            "action_mask": legal.astype(np.int8),
-            "score": np.zeros((rows, 1), np.float32),
-        }
+        observation = as_observation(
+            {
+                "tokens": tokens,
+                "length": length,
+                "budget": budget_left(np.full(rows, steps), self.max_new_tokens),
+                "candidates": candidates,
+                "logprobs": logprobs,
+                "action_mask": legal,
+                "score": np.zeros(rows),
+            }
+        )
         if self._running is None:
             return observation
         return observation | self._look_ahead(ids, pad, candidates, ended)

@@ -45,7 +45,7 @@ from textgen_env.registry import Registry
     ],
     ids=str,
 )
-def test_a_bad_setting_is_refused_with_what_is_allowed(settings, words):
+def test_a_bad_setting_is_refused_with_the_allowed_values(settings, words):
     with pytest.raises(ConfigError, match=words):
         EnvConfig(**settings)
 

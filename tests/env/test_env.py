@@ -22,7 +22,7 @@ from toys import PROMPTS, CountingModel, PlainEpisode, Worth, assert_same, by_su
 
 from textgen_env import Prompt, TableModel
 from textgen_env.config import EnvConfig
-from textgen_env.env import TextGenEnv
+from textgen_env.env import FIRST_ROW, TextGenEnv
 from textgen_env.errors import (
     ConfigError,
     IllegalAction,
@@ -158,7 +158,7 @@ def test_a_named_prompt_leaves_the_order_of_the_drawn_ones_alone():
     def prompts_of(env, options):
         env.reset(seed=0)
         env.reset(options=options)
-        return [env.unwrapped.episodes.state.prompt[0].text for _ in range(8) if env.reset()]
+        return [env.unwrapped.episodes.prompts_at(FIRST_ROW)[0].text for _ in range(8) if env.reset()]
 
     drawn = prompts_of(make(), None)
     named = prompts_of(make(), {"prompt": "b"})
@@ -216,7 +216,7 @@ def test_episodes_follow_the_rules(rules):
     assert "stop" in reasons or not rules.get("stop")
 
 
-def test_flat_observations_hold_what_the_dict_holds():
+def test_flat_observations_hold_the_arrays_of_the_dict():
     full, hidden, tokens = (make(observation=name) for name in ("full", "hidden", "tokens"))
     for d, h, t in zip(play(full, 2), play(hidden, 2), play(tokens, 2), strict=True):
         d, h, t = d[0], h[0], t[0]
@@ -355,7 +355,7 @@ TestAnyOrder = SingleMachine.TestCase
 
 
 @pytest.mark.parametrize("action", [-1, 4, 1.0, True, "0", None, [0, 1], np.zeros((1, 1), int), np.nan])
-def test_what_is_no_action_raises_and_changes_nothing(action):
+def test_an_invalid_action_raises_and_changes_nothing(action):
     env = make().unwrapped
     before, _ = env.reset(seed=0)
     with pytest.raises(IllegalAction, match=r"0\.\.3"):
@@ -388,7 +388,7 @@ def test_a_masked_action_can_be_mapped_to_the_last_legal_one_and_is_counted():
         env.step(4)  # outside Discrete(k), whatever on_illegal says
 
 
-def test_step_before_reset_and_after_the_end_says_what_to_do():
+def test_step_before_reset_and_after_the_end_asks_for_a_reset():
     env = make(max_new_tokens=1).unwrapped
     with pytest.raises(ResetNeeded, match="reset"):
         env.step(0)

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import TABLE, TOKENS, PlainEpisode, Worth, assert_same, letters
+from numpy.testing import assert_equal
+from toys import TABLE, TOKENS, CountingModel, PlainEpisode, Worth, assert_same, letters
 
-from textgen_env import Prompt, Reward, TableModel, TextGenEnv, TextGenVectorEnv, make_reward
-from textgen_env.errors import ModelError, PromptError, ResetNeeded, RewardError
+from textgen_env import Prompt, Reward, TableModel, TextGenEnv, TextGenVectorEnv, make_prompts, make_reward
+from textgen_env.config import EnvConfig
+from textgen_env.episode import Episodes
+from textgen_env.errors import ConfigError, ModelError, PromptError, ResetNeeded, RewardError
+from textgen_env.rows import Phase
 
 WORDS = (" good", " bad", " not", "!", " awful", " the", "ly", " sun", " rain", ".", "\n", "<end>")
 
@@ -257,7 +261,165 @@ def test_a_running_score_that_cannot_start_leaves_the_running_episode_as_it_is()
     assert after["tokens"][:2].tolist() == [before["tokens"][0], before["candidates"][0]]
 
 
-# --- kept episodes
+# --- phases
+
+ALL = np.arange(2)
+
+
+def two_rows(model=None, reward=None, **changes):
+    """Two rows on ``letters``, without an environment around them."""
+    config = EnvConfig(**({"top_k": 4, "max_new_tokens": 2, "min_new_tokens": 2, "observation": "full"} | changes))
+    return Episodes(model or letters(), make_prompts(["a"]), reward or Worth(), config, rows=2)
+
+
+def begun(**arguments):
+    episodes = two_rows(**arguments)
+    episodes.begin(ALL, [Prompt("a"), Prompt("b")])
+    return episodes
+
+
+def ended(**arguments):
+    """Row 0 has ended, row 1 is in the middle of its text."""
+    episodes = begun(**arguments)
+    episodes.observe(ALL)
+    episodes.act(ALL, [0, 0])
+    episodes.observe(ALL)
+    episodes.act(ALL[:1], [0])
+    return episodes
+
+
+def phases(episodes):
+    return [Phase(phase) for phase in episodes.phases]
+
+
+def test_begin_makes_rows_stale_and_observe_makes_them_ready():
+    episodes = two_rows()
+    assert phases(episodes) == [Phase.EMPTY, Phase.EMPTY]
+    episodes.begin(ALL[1:], [Prompt("a")])
+    assert phases(episodes) == [Phase.EMPTY, Phase.STALE]
+    episodes.observe(ALL)
+    assert phases(episodes) == [Phase.EMPTY, Phase.READY]
+
+
+@pytest.mark.parametrize("read", ["observe", "legal", "proposals", "log_prior"])
+def test_reading_a_stale_row_proposes_for_its_tokens(read):
+    model = CountingModel()
+    episodes = begun(model=model)
+    for forwards in ([2], [2], [2]):
+        getattr(episodes, read)(ALL)
+        assert phases(episodes) == [Phase.READY, Phase.READY]
+        assert model.forwards == forwards
+
+
+def test_act_makes_rows_stale_or_ended():
+    episodes = ended()
+    assert phases(episodes) == [Phase.ENDED, Phase.READY]
+    episodes.act(ALL[1:], [0])
+    assert phases(episodes) == [Phase.ENDED, Phase.ENDED]
+    episodes = begun(max_new_tokens=3)
+    episodes.observe(ALL)
+    episodes.act(ALL, [0, 0])
+    assert phases(episodes) == [Phase.STALE, Phase.STALE]
+
+
+def test_only_ready_rows_may_act():
+    with pytest.raises(ResetNeeded, match=r"rows \[0, 1\] have no live episode: call reset before the first step"):
+        two_rows().act(ALL, [0, 0])
+    with pytest.raises(ResetNeeded, match=r"rows \[0\] have no live episode"):
+        ended().act(ALL, [0, 0])
+    with pytest.raises(ResetNeeded, match=r"rows \[0, 1\] have changed since they were observed"):
+        begun().act(ALL, [0, 0])
+
+
+def test_an_ended_row_stays_ended_however_often_it_is_observed():
+    model = CountingModel()
+    episodes = ended(model=model)
+    forwards = len(model.forwards)
+    for _ in range(2):
+        seen = episodes.observe(ALL)
+        assert episodes.legal(ALL)[0].all()
+        assert seen["hidden"][0].tolist() == [0.0] * 6
+        np.testing.assert_allclose(seen["logprobs"][0], -np.log(4))
+        assert phases(episodes) == [Phase.ENDED, Phase.READY]
+    assert len(model.forwards) == forwards
+    with pytest.raises(ResetNeeded, match=r"rows \[0\]"):
+        episodes.act(ALL[:1], [0])
+
+
+def test_begin_load_and_fork_end_the_end():
+    for revive in (
+        lambda episodes, _: episodes.begin(ALL[:1], [Prompt("a")]),
+        lambda episodes, saved: episodes.load(0, saved),
+        lambda episodes, _: episodes.fork(ALL[1:], ALL[:1]),
+    ):
+        episodes = ended()
+        revive(episodes, episodes.save(1))
+        episodes.observe(ALL)
+        assert phases(episodes) == [Phase.READY, Phase.READY]
+        episodes.act(ALL, [0, 0])
+
+
+def test_load_and_fork_copy_the_end():
+    episodes = ended()
+    saved = episodes.save(0)
+    episodes.load(1, saved)
+    assert phases(episodes) == [Phase.ENDED, Phase.ENDED]
+    episodes = ended()
+    episodes.fork(ALL[:1], ALL[1:])
+    assert phases(episodes) == [Phase.ENDED, Phase.ENDED]
+
+
+def assert_needs_a_reset(episodes):
+    for call in (
+        lambda: episodes.observe(ALL),
+        lambda: episodes.act(ALL, [0, 0]),
+        lambda: episodes.save(0),
+        lambda: episodes.fork(ALL[:1], ALL[1:]),
+    ):
+        with pytest.raises(ResetNeeded, match="need a reset: the model or the reward raised"):
+            call()
+    episodes.begin(ALL, [Prompt("b"), Prompt("b")])
+    episodes.observe(ALL)
+    episodes.act(ALL, [0, 0])
+
+
+def test_rows_on_which_the_model_raised_need_a_reset():
+    table = TABLE.copy()
+    table[0] = [0, 0, 0, 0, 0, 1]  # after "a" only the end is possible
+    episodes = begun(model=letters(table))
+    with pytest.raises(ModelError, match="only the end is possible"):
+        episodes.observe(ALL)
+    assert_needs_a_reset(episodes)
+
+
+def test_rows_on_which_the_reward_raised_need_a_reset():
+    def fragile(text):
+        return 1 / text.count("!")
+
+    episodes = begun(reward=make_reward(fragile))
+    episodes.observe(ALL)
+    episodes.act(ALL, [0, 0])
+    episodes.observe(ALL)
+    with pytest.raises(RewardError, match="ZeroDivisionError"):
+        episodes.act(ALL, [0, 0])
+    assert_needs_a_reset(episodes)
+
+
+def test_stored_rows_come_back_in_their_phases():
+    episodes, other = ended(), two_rows()
+    arrays, plain = episodes.state_dict()
+    assert arrays["phase"].tolist() == [Phase.ENDED, Phase.READY]
+    other.load_state_dict(arrays, plain)
+    assert phases(other) == [Phase.ENDED, Phase.READY]
+    assert_equal(other.observe(ALL), episodes.observe(ALL))
+    assert other.prompts_at(ALL) == [Prompt("a"), Prompt("b")]
+    with pytest.raises(ConfigError, match="phase is None"):
+        other.load_state_dict({name: array for name, array in arrays.items() if name != "phase"}, plain)
+    with pytest.raises(ConfigError, match=r"lengths <= 66"):
+        other.load_state_dict(arrays | {"length": arrays["length"] + 99}, plain)
+
+
+# --- golden episodes
 
 
 def assert_close(got, kept, where=""):
@@ -275,5 +437,5 @@ def assert_close(got, kept, where=""):
         assert got == kept, where
 
 
-def test_episodes_are_what_they_were():
+def test_episodes_equal_the_golden_ones():
     assert_close(golden.episodes(), json.loads(golden.PATH.read_text()))

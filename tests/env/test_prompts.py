@@ -230,7 +230,7 @@ def test_a_file_that_cannot_be_used_says_where(tmp_path, name, content, message)
         (["a", "b", "a"], "cannot split 2 template"),
     ],
 )
-def test_what_gives_no_prompts_is_refused(spec, message):
+def test_an_invalid_source_of_prompts_is_refused(spec, message):
     with pytest.raises(PromptError, match=message):
         make_prompts(spec).split("train")
 

@@ -115,7 +115,7 @@ def test_a_spec_makes_an_equal_vector_and_holds_objects_by_reference():
         env.spec.to_json()
 
 
-def test_what_is_returned_is_the_caller_s_to_keep():
+def test_returned_arrays_belong_to_the_caller():
     env = make(observation="full")
     observation, _ = env.reset(seed=0)
     kept = copy.deepcopy(observation)
@@ -123,7 +123,7 @@ def test_what_is_returned_is_the_caller_s_to_keep():
     assert data_equivalence(observation, kept, exact=True)
     for array in (*observation.values(), rewards, terminations, truncations):
         array[:] = 0
-    assert (env.unwrapped.episodes.state.length == kept["length"][:, 0] + 1).all()
+    assert (env.unwrapped.episodes.slots.lengths == kept["length"][:, 0] + 1).all()
 
 
 # --- forwards
@@ -315,7 +315,7 @@ def test_without_autoreset_an_ended_row_must_be_reset_first():
 @pytest.mark.parametrize(
     "actions", [[0, 0, 0, 5], [0, -1, 0, 0], [0, 0, 0], [[0], [0], [0], [0]], 0, np.zeros(N), ["0"] * N, None], ids=str
 )
-def test_what_are_no_actions_raise_and_change_no_row(actions):
+def test_invalid_actions_raise_and_change_no_row(actions):
     env = make(observation="full").unwrapped
     before, _ = env.reset(seed=0)
     with pytest.raises(IllegalAction):

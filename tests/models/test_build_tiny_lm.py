@@ -34,7 +34,7 @@ def build():
     return build_tiny_lm
 
 
-def test_the_prompts_in_the_box_are_not_what_the_teacher_began_with(build):
+def test_the_prompts_in_the_box_are_not_those_of_the_teacher(build):
     rng = np.random.default_rng(0)
     openings = {build.draw(rng)[1] for _ in range(20_000)}
     offered = {

@@ -23,8 +23,9 @@ from textgen_env.models.candidates import top_candidates
 from textgen_env.models.device import NARROW, pick_dtype
 from textgen_env.models.generic import GenericDecoder
 from textgen_env.models.hf import HFModel
-from textgen_env.models.llama import LlamaDecoder, Projection, _can_pack
-from textgen_env.models.slots import _Bounded
+from textgen_env.models.llama import LlamaDecoder, Projection, can_pack
+from textgen_env.models.one_row import OneRow
+from textgen_env.models.slots import LRUCache
 
 VOCAB = 99
 SIZE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -90,18 +91,21 @@ class UncachedSlots(Slots):
     """The oracle: token ids, and a whole forward for each proposal."""
 
     def __init__(self, model: HFModel, rows: int, length: int, k: int | None) -> None:
-        self.model, self.rows, self.length, self.k = model, rows, length, k
-        self.ids: list[list[int]] = [[] for _ in range(rows)]
+        super().__init__(model, rows, length, k)
+        self.ids: list[list[int]] = [[] for _ in range(rows)]  # kept apart from those of ``Slots``
 
     def start(self, rows, prompts):
+        super().start(rows, prompts)
         for row, prompt in zip(rows, prompts, strict=True):
             self.ids[row] = list(prompt)
 
     def advance(self, rows, tokens):
+        super().advance(rows, tokens)
         for row, token in zip(rows, tokens, strict=True):
             self.ids[row].append(int(token))
 
     def fork(self, src, dst):
+        super().fork(src, dst)
         for row, ids in zip(dst, [list(self.ids[row]) for row in src], strict=True):
             self.ids[row] = ids
 
@@ -115,13 +119,11 @@ class UncachedSlots(Slots):
         return Proposals(*(np.stack(part) for part in zip(*found, strict=True)))
 
     def save(self, row):
-        return list(self.ids[row])
+        return super().save(row), list(self.ids[row])
 
     def load(self, row, saved):
-        self.ids[row] = list(saved)
-
-    def rebuild(self):
-        pass
+        super().load(row, saved[0])
+        self.ids[row] = list(saved[1])
 
 
 def same(found: Proposals, expected: Proposals, atol: float = 1e-4) -> None:
@@ -262,8 +264,8 @@ def test_a_single_token_of_a_single_row_equals_the_forward_of_many(name):
     model, ids = engine(name, memo_bytes=0), np.random.default_rng(2).integers(2, VOCAB, 30)
     assert model.decoder.alone
     pair = model.slots(1, 40, None), model.slots(1, 40, None)
-    pair[1]._decoder = LlamaDecoder(model.model)
-    pair[1]._decoder.alone = False
+    pair[1].decoder = LlamaDecoder(model.model)
+    pair[1].decoder.alone = False
     for slots in pair:
         slots.start(every(slots), [ids[:3]])
     for token in ids[3:]:
@@ -306,7 +308,7 @@ def test_environments_with_and_without_a_cache_match():
 # --- what is not computed twice
 
 
-def test_a_proposal_is_one_forward_of_what_the_cache_lacks():
+def test_a_proposal_is_one_forward_of_the_tokens_without_cache():
     for name in ("llama", "gpt2"):
         model = engine(name, memo_bytes=0)
         forwards = counted(model)
@@ -398,8 +400,8 @@ def test_rebuild_computes_everything_again_to_the_same_result():
     assert all(np.array_equal(a, b) for a, b in zip(vars(before).values(), vars(after).values(), strict=True))
 
 
-def test_what_is_remembered_stays_within_its_bytes():
-    store: _Bounded[str] = _Bounded(100)
+def test_the_memo_stays_within_its_bytes():
+    store: LRUCache[str] = LRUCache(100)
     for i in range(4):
         store.put(bytes([i]), f"value {i}", 30)
     assert store.size == 90
@@ -469,7 +471,7 @@ def test_rows_of_other_models_and_impossible_rows_are_refused():
 # --- memory
 
 
-def test_the_memory_of_slots_is_what_the_formula_says():
+def test_the_memory_of_slots_equals_the_formula():
     model = engine(memo_bytes=1000)
     layers, heads, head_size, float32 = 3, 2, 8, 4
     cache = 6 * 48 * layers * heads * (head_size + head_size) * float32  # 43 tokens are rounded up to 48
@@ -532,6 +534,18 @@ def test_a_forward_that_disagrees_with_the_model_is_not_used(monkeypatch):
         HFModel(model, word_tokenizer())
 
 
+def test_a_forward_of_single_rows_that_disagrees_with_the_model_is_not_used(monkeypatch):
+    assert engine("llama", memo_bytes=0).decoder.alone
+    right = OneRow.__call__
+
+    def wrong(self, *args):
+        logits, hidden = right(self, *args)
+        return 2 * logits, hidden
+
+    monkeypatch.setattr(OneRow, "__call__", wrong)
+    assert isinstance(engine("llama", memo_bytes=0).decoder, GenericDecoder)
+
+
 def test_a_model_needs_a_tokenizer_and_an_end_of_text():
     with pytest.raises(ModelError, match="no tokenizer"):
         HFModel(family("llama"), None)
@@ -550,7 +564,7 @@ def test_all_ends_of_text_are_found():
     assert HFModel(model, tokenizer).end_ids == (1, 2, 3, 4)
 
 
-@pytest.mark.skipif(not _can_pack(torch.zeros(1)), reason="no oneDNN here")
+@pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="no oneDNN here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 300])

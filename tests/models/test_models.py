@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import data_equivalence
 
-import textgen_env.models
+import textgen_env.models.hub
 from textgen_env import TableModel, load_language_model
 from textgen_env.errors import ModelError, UnknownName
 from textgen_env.models import cache_folder, model_folder
@@ -185,7 +185,7 @@ def test_rows_on_a_transformer_equal_singles_along_the_same_tokens(tiny_lm):
     ],
     ids=str,
 )
-def test_what_is_no_model_is_named(model, error, words):
+def test_an_invalid_model_is_named(model, error, words):
     with pytest.raises(error, match=words):
         load_language_model(model)
 
@@ -241,7 +241,7 @@ def test_a_gguf_file_becomes_a_folder_with_its_weights_and_tokenizer(gguf_file, 
 
 
 def test_a_changed_gguf_file_is_converted_again(gguf_file, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(textgen_env.models, "_convert_gguf", lambda gguf, to: (to / "config.json").write_text("{}"))
+    monkeypatch.setattr(textgen_env.models.hub, "_convert_gguf", lambda gguf, to: (to / "config.json").write_text("{}"))
     path = tmp_path / "m.gguf"
     path.write_bytes(b"one")
     first = model_folder(str(path))

@@ -112,7 +112,7 @@ def test_the_caller_s_table_and_the_model_s_stay_apart():
         (["a", "b"], [[0.5, 0.5]], None, r"got \(1, 2\)"),
     ],
 )
-def test_what_is_no_table_is_refused(tokens, table, end, words):
+def test_an_invalid_table_is_refused(tokens, table, end, words):
     with pytest.raises(ModelError, match=words):
         TableModel(tokens, table, end=end)
 
@@ -131,10 +131,10 @@ def test_more_candidates_than_tokens_besides_the_end_are_refused(k):
 
 def test_rows_hold_no_more_than_their_length_and_are_of_one_model():
     slots, others = letters().slots(1, 2, 1), letters().slots(1, 2, 1)
-    with pytest.raises(CapacityError, match="at most 2 tokens, got 3"):
+    with pytest.raises(CapacityError, match="at most 2 tokens, got a prompt of 3"):
         slots.start(ROW, [[0, 0, 0]])
     slots.start(ROW, [[0, 0]])
-    with pytest.raises(CapacityError, match="at most 2 tokens, got 3"):
+    with pytest.raises(CapacityError, match="row 0 is full: it holds all of its 2 tokens"):
         slots.advance(ROW, np.array([0]))
     with pytest.raises(ModelError, match="'letters'"):
         others.load(0, slots.save(0))

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import textgen_env.models
+import textgen_env.models.hub
 from agents.runs.config import RunConfig
 from textgen_env import TextGenEnv, TextGenVectorEnv, make_prompts
 from textgen_env.errors import ModelError
-from textgen_env.models import TINY, load_language_model
+from textgen_env.models import load_language_model
+from textgen_env.models.hub import TINY
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path.name for path in TINY.iterdir())
@@ -42,8 +43,8 @@ def copied(tmp_path, monkeypatch):
     """A copy of the model's folder, which ``"tiny"`` means during the test."""
     folder = tmp_path / "tiny"
     shutil.copytree(TINY, folder)
-    monkeypatch.setattr(textgen_env.models, "TINY", folder)
-    monkeypatch.setattr(textgen_env.models, "_loaded", {})
+    monkeypatch.setattr(textgen_env.models.hub, "TINY", folder)
+    monkeypatch.setattr(textgen_env.models.hub, "_loaded", {})
     return folder
 
 

@@ -76,10 +76,10 @@ def test_without_the_barrier_the_cached_forward_would_differ_in_its_last_bits(tm
     """What makes the test above sharp: the running process really does forget."""
     env = make(model=tiny_lm, prompts=["the film"])
     agent = agent_in(env).learn(60)
-    slots = env.episodes._slots
-    assert slots._cached.any()
+    slots = env.episodes.slots
+    assert slots.cached.any()
     save_checkpoint(tmp_path, agent, {})
-    assert not slots._cached.any()
+    assert not slots.cached.any()
     assert slots.cache.reach == 0
 
 

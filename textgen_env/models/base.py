@@ -1,11 +1,11 @@
-"""What the environment asks of a language model: slots that propose next tokens.
+"""The interface of a language model: slots that propose next tokens.
 
 A ``LanguageModel`` is weights and a tokenizer, shared by all environments of a process.
-``slots`` opens a batch of rows on it: each row holds one text and whatever the model caches for
-it. ``start``, ``advance`` and ``fork`` only say which tokens a row holds; ``propose`` catches up
-with all of them in one ragged forward, so rows that go on and rows that restart share a call.
+``slots`` opens a batch of rows on it: each row holds one text and the model's cache for it.
+``start``, ``advance`` and ``fork`` change the token ids of a row, and run nothing; ``propose``
+catches up with all changes in one ragged forward, so rows that go on and rows that restart share it.
 
-    start / advance / fork  ->  token ids of each row  ->  propose  ->  Proposals (B, k)
+    start / advance / fork  ->  tokens (R, T), lengths (R,)  ->  propose  ->  Proposals (B, k)
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from textgen_env.errors import CapacityError, ConfigError, ModelError, PromptError, ResetNeeded
+
+Rows = npt.NDArray[np.int64]
+
 MASKED_LOGPROB = -1e4
 """Stands for minus infinity: finite, so that bounds hold and 0 times it is 0."""
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """What may come next, for B rows, best first.
+    """Next tokens of B rows, best first.
 
     candidates: (B, k) int32 token ids, sorted by log-probability, ties by smaller id.
         With ``k=None`` at ``slots``, k is the vocabulary size and column i is token id i.
@@ -38,47 +42,178 @@ class Proposals:
     hidden: npt.NDArray[np.float32]
 
 
-class Slots(ABC):
-    """Rows of text on a language model. Rows are independent of their neighbours.
+@dataclass(frozen=True)
+class SavedRow:
+    """A copy of one row: its token ids and their cache."""
 
-    ``rows`` is always an (B,) integer array of distinct row numbers.
+    owner: LanguageModel
+    ids: npt.NDArray[np.int32]
+    prompt_length: int
+    cache: Any
+
+
+class Slots(ABC):
+    """R rows of text on a language model. Rows are independent of their neighbours.
+
+    This class keeps the token ids and checks its arguments; a subclass adds ``propose`` and, through
+    the methods at the end, its cache. ``rows`` is always a (B,) integer array of distinct row numbers.
+
+    Args:
+        model: The model that proposes.
+        rows: R.
+        length: T, the tokens that a row can hold.
+        k: Candidates to propose; None for the whole vocabulary in id order.
+
+    Attributes:
+        tokens: (R, T) int32, prompt and generated ids, right-padded with 0; read-only.
+        lengths: (R,) int64, tokens of each row, 0 before its first start; read-only.
+        prompt_lengths: (R,) int64, how many of them are the prompt; read-only.
     """
 
-    rows: int
-    length: int  # tokens a row can hold
+    def __init__(self, model: LanguageModel, rows: int, length: int, k: int | None) -> None:
+        self.model, self.rows, self.length, self.k = model, rows, length, k
+        self._tokens = np.zeros((rows, length), np.int32)
+        self._lengths = np.zeros(rows, np.int64)
+        self._prompt_lengths = np.zeros(rows, np.int64)
+        self.tokens, self.lengths = read_only(self._tokens), read_only(self._lengths)
+        self.prompt_lengths = read_only(self._prompt_lengths)
 
     @abstractmethod
-    def start(self, rows: npt.NDArray[np.int64], prompts: Sequence[Sequence[int]]) -> None:
-        """Let each row hold its prompt and nothing else. No forward."""
-
-    @abstractmethod
-    def advance(self, rows: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> None:
-        """Append one token id to each row. No forward."""
-
-    @abstractmethod
-    def fork(self, src: npt.NDArray[np.int64], dst: npt.NDArray[np.int64]) -> None:
-        """Let row ``dst[i]`` hold what row ``src[i]`` holds, cache included: O(row), no forward."""
-
-    @abstractmethod
-    def propose(self, rows: npt.NDArray[np.int64], block_end: npt.NDArray[np.bool_]) -> Proposals:
-        """Return what may come next in each row. At most one forward.
+    def propose(self, rows: Rows, block_end: npt.NDArray[np.bool_]) -> Proposals:
+        """Return the next tokens of each row. At most one forward.
 
         Args:
             rows: (B,) which rows.
             block_end: (B,) True where end tokens must not be proposed.
         """
 
-    @abstractmethod
-    def save(self, row: int) -> Any:
+    def start(self, rows: Rows, prompts: Sequence[Sequence[int]]) -> None:
+        """Let each row hold its prompt and nothing else. No forward.
+
+        Raises:
+            PromptError, CapacityError, ModelError: a prompt that is empty, longer than a row, or not of
+                this vocabulary. No row has changed.
+        """
+        self._check_rows(rows)
+        arrays = [np.asarray(prompt, np.int64) for prompt in prompts]
+        for ids in arrays:
+            if not len(ids):
+                raise PromptError("a prompt needs at least one token")
+            if len(ids) > self.length:
+                raise CapacityError(f"a row holds at most {self.length} tokens, got a prompt of {len(ids)}")
+            self._check_ids(ids)
+        for row, ids in zip(rows, arrays, strict=True):
+            self._hold(row, ids, len(ids))
+        self._after_start(rows)
+
+    def advance(self, rows: Rows, tokens: npt.NDArray[np.int64]) -> None:
+        """Append one token id to each row. No forward.
+
+        Raises:
+            ResetNeeded, CapacityError, ModelError: a row that holds no text or is full, or an id that is
+                not of this vocabulary. No row has changed.
+        """
+        self._check_rows(rows, started=True)
+        self._check_ids(tokens)
+        lengths = self._lengths[rows]
+        if (lengths >= self.length).any():
+            raise CapacityError(f"row {rows[lengths.argmax()]} is full: it holds all of its {self.length} tokens")
+        self._tokens[rows, lengths] = tokens
+        self._lengths[rows] = lengths + 1
+
+    def fork(self, src: Rows, dst: Rows) -> None:
+        """Copy row ``src[i]`` to row ``dst[i]``, cache included: O(row), no forward."""
+        self._check_rows(src, started=True)
+        self._check_rows(dst)
+        for array in (self._tokens, self._lengths, self._prompt_lengths):
+            array[dst] = array[src]
+        self._copy_cache(src, dst)
+
+    def save(self, row: int) -> SavedRow:
         """Return a copy of one row (ids and cache) that later changes do not touch."""
+        self._check_rows(np.array([row]), started=True)
+        ids = self._tokens[row, : self._lengths[row]].copy()
+        return SavedRow(self.model, ids, int(self._prompt_lengths[row]), self._read_cache(row))
 
-    @abstractmethod
-    def load(self, row: int, saved: Any) -> None:
-        """Put back what ``save`` returned, into any row of slots of the same model."""
+    def load(self, row: int, saved: SavedRow) -> None:
+        """Put a saved row into any row of slots of the same model.
 
-    @abstractmethod
+        Raises:
+            ModelError, CapacityError: it was saved from another model, or is longer than a row.
+        """
+        self._check_rows(np.array([row]))
+        if not isinstance(saved, SavedRow) or saved.owner is not self.model:
+            of = repr(saved.owner.name) if isinstance(saved, SavedRow) else f"a {type(saved).__name__}"
+            raise ModelError(f"this was not saved from slots of this very model {self.model.name!r}, but of {of}")
+        if len(saved.ids) > self.length:
+            raise CapacityError(f"a row holds at most {self.length} tokens, the saved one holds {len(saved.ids)}")
+        self._hold(row, saved.ids, saved.prompt_length)
+        self._write_cache(row, saved.cache)
+
+    def refill(
+        self, tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], prompt_lengths: npt.NDArray[np.int64]
+    ) -> None:
+        """Let all rows hold these ids, shaped as the attributes of the same names, and ``rebuild``.
+
+        Raises:
+            ModelError, ConfigError: an id that is not of this vocabulary, or lengths that are impossible.
+        """
+        self._check_ids(tokens.ravel())
+        if not ((prompt_lengths >= 0) & (prompt_lengths <= lengths) & (lengths <= self.length)).all():
+            raise ConfigError(
+                f"rows need 0 <= prompt_lengths <= lengths <= {self.length}, "
+                f"got {prompt_lengths.tolist()} and {lengths.tolist()}"
+            )
+        self._tokens[:], self._lengths[:], self._prompt_lengths[:] = tokens, lengths, prompt_lengths
+        self.rebuild()
+
+    def ids_of(self, row: int) -> list[int]:
+        """Return the ids that a row holds."""
+        return self._tokens[row, : self._lengths[row]].tolist()
+
+    def _hold(self, row: int, ids: npt.NDArray[Any], prompt_length: int) -> None:
+        self._tokens[row] = 0
+        self._tokens[row, : len(ids)] = ids
+        self._lengths[row], self._prompt_lengths[row] = len(ids), prompt_length
+
+    def _check_rows(self, rows: Rows, started: bool = False) -> None:
+        if len(rows) and (rows.min() < 0 or rows.max() >= self.rows):
+            raise ConfigError(f"rows must be in 0..{self.rows - 1}, got {rows.tolist()}")
+        if started and not self._lengths[rows].all():
+            raise ResetNeeded(f"rows {rows[self._lengths[rows] == 0].tolist()} hold no text: start them first")
+
+    def _check_ids(self, ids: npt.NDArray[Any]) -> None:
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.model.vocab_size):
+            raise ModelError(f"token ids must be in 0..{self.model.vocab_size - 1}, got {ids.tolist()}")
+
+    # --- the cache of a subclass, none here
+
     def rebuild(self) -> None:
         """Forget every memo and cached state but the token ids, as a resumed process must."""
+        return
+
+    def _after_start(self, rows: Rows) -> None:
+        """Drop the cache of rows that hold another text now."""
+        return
+
+    def _copy_cache(self, src: Rows, dst: Rows) -> None:
+        """Copy the cache of rows to other rows."""
+        return
+
+    def _read_cache(self, row: int) -> Any:
+        """Return a copy of the cache of a row."""
+        return None
+
+    def _write_cache(self, row: int, saved: Any) -> None:
+        """Restore the cache of a row from ``_read_cache``."""
+        return
+
+
+def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a view of ``array`` that cannot be written to."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 class LanguageModel(ABC):
@@ -93,7 +228,7 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of ``text``, with what the tokenizer puts in front of every text."""
+        """Return the token ids of ``text``, special tokens at its beginning included."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""What a row keeps in a model: keys and values, written in place."""
+"""The keys and values of the tokens of each row, written in place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What one token leaves in the cache."""
+    """The keys and values of one token: numbers, sizes, dtype and device."""
 
     layers: int
     heads: int
@@ -38,6 +38,7 @@ class KeyValues:
 
     @torch.inference_mode()
     def __init__(self, shape: CacheShape, rows: int, length: int) -> None:
+        self.rows, self.dtype, self.device = rows, shape.dtype, shape.device
         self._front = (shape.layers, rows, shape.heads)
         self._sizes = (shape.key_size, shape.value_size)
         tokens = rows * shape.heads * self.rounded(length)
@@ -80,7 +81,7 @@ class KeyValues:
 
     @torch.inference_mode()
     def write(self, rows: Any, saved: tuple[Tensor, Tensor]) -> None:
-        """Put back what ``read`` returned."""
+        """Write the tokens that ``read`` returned."""
         length = saved[0].shape[-2]
         self.grow(length)
         self.keys[:, rows, :, :length] = saved[0]

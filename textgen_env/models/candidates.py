@@ -4,7 +4,7 @@ Action ``i`` means "append ``ids[row, i]``", so the order must be exact and the 
 machine: by log-probability, ties to the smaller id. bfloat16 logits tie all the time.
 
 A full sort of (64, 49152) costs more than the model's attention. So the vocabulary is cut into
-blocks: what is below the k-th largest of their maxima is not among the k largest. A few
+blocks: a token below the k-th largest of their maxima is not among the k largest. A few
 dozen tokens of each row reach it, and only they are sorted. Logits are ranked as they are, and no
 array of log-probabilities is written: the normaliser alone is computed, in float32.
 
@@ -55,7 +55,7 @@ def top_candidates(
     """
     import torch
 
-    rows, vocab = logits.shape
+    vocab = logits.shape[-1]
     if k is not None and not 1 <= k <= vocab:
         raise ConfigError(f"k must be in 1..{vocab} (the vocabulary) or None, got {k}")
     blocked = np.flatnonzero(block_end) if block_end is not None and len(end_ids) else ()
@@ -64,18 +64,14 @@ def top_candidates(
             ends = torch.from_numpy(blocked)[:, None].to(logits.device), torch.tensor(end_ids, device=logits.device)
             kept = logits[ends]
             logits[ends] = -torch.inf
-        if k is None:
-            ids = np.tile(np.arange(vocab, dtype=np.int32), (rows, 1))
-            logprobs = _without_nan(logits.float().log_softmax(-1))
-        else:
-            ids, logprobs = _top_k(logits, k)
+        ids, logprobs = _whole_vocabulary(logits) if k is None else _top_k(logits, k)
         if len(blocked):
             logits[ends] = kept
     return ids, np.maximum(logprobs, np.float32(MASKED_LOGPROB))
 
 
 def nucleus(logprobs: npt.NDArray[np.float32], top_p: float) -> npt.NDArray[np.bool_]:
-    """Return which candidates belong to the nucleus, (B, k).
+    """Return the mask of the nucleus, (B, k): True for the candidates in it.
 
     A candidate stays when the likelier ones before it hold less than ``top_p`` of the probability
     (of the full vocabulary). The first one always stays.
@@ -97,8 +93,14 @@ def nucleus(logprobs: npt.NDArray[np.float32], top_p: float) -> npt.NDArray[np.b
     return legal
 
 
+def _whole_vocabulary(logits: torch.Tensor) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Return all ids of (B, V) logits in their order, and their log-probabilities: (B, V) each."""
+    rows, vocab = logits.shape
+    return np.tile(np.arange(vocab, dtype=np.int32), (rows, 1)), _without_nan(logits.float().log_softmax(-1))
+
+
 def _top_k(logits: torch.Tensor, k: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Exact top k of (B, V) logits, ties to the smaller id, and their log-probabilities: (B, k) each."""
+    """Return the exact top k of (B, V) logits, ties to the smaller id, and their log-probabilities: (B, k) each."""
     import torch
 
     vocab = logits.shape[-1]

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from textgen_env.errors import ConfigError
+from textgen_env.config import DTYPES, check_one_of
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 NARROW = 256  # hidden units
 
 
@@ -39,33 +38,34 @@ def pick_device() -> torch.device:
 def pick_dtype(
     requested: str | None = "auto", device: torch.device | None = None, width: int | None = None
 ) -> torch.dtype:
-    """Return the dtype named ``requested``; for "auto" or None, the one that is fast on ``device``.
+    """Return the dtype named ``requested``; for "auto" or None, a fast one for ``device``.
 
-    Automatic is bfloat16 where the hardware multiplies it (a CPU with AVX512-BF16 or AMX, a CUDA
-    device that says so), else float32. On a CPU without such instructions bfloat16 is emulated,
-    several times slower than float32. On any CPU a model whose hidden states have a known ``width``
-    of at most ``NARROW`` runs in float32: its matrix products are too small for bfloat16 to gain
-    much, and a single row takes the way of ``textgen_env.models.one_row``.
+    Automatic is bfloat16 where the hardware multiplies it (a CPU with AVX512-BF16 or AMX, or a CUDA
+    device that reports it), else float32: a CPU without such instructions emulates bfloat16, several
+    times slower. On any CPU a model of a known ``width`` (hidden units) of at most ``NARROW`` runs in
+    float32: its matrix products are too small for bfloat16 to gain much, and a single row can use
+    ``textgen_env.models.one_row``.
 
     Raises:
-        ConfigError: ``requested`` is none of ``DTYPES``.
+        ConfigError: ``requested`` is not in ``DTYPES``.
     """
     import torch
 
-    if requested not in (None, *DTYPES):
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {requested!r}")
-    if requested not in (None, "auto"):
+    requested = requested or "auto"
+    check_one_of("dtype", requested, DTYPES)
+    if requested != "auto":
         chosen: torch.dtype = getattr(torch, requested)
         return chosen
-    device = device or pick_device()
+    return torch.bfloat16 if _multiplies_bf16(device or pick_device(), width) else torch.float32
+
+
+def _multiplies_bf16(device: torch.device, width: int | None) -> bool:
+    import torch
+
     if device.type == "cuda":
-        multiplies_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        multiplies_bf16 = supported and (width is None or width > NARROW)
-    else:
-        multiplies_bf16 = False
-    return torch.bfloat16 if multiplies_bf16 else torch.float32
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and supported and (width is None or width > NARROW)
 
 
 def available_bytes(device: torch.device) -> int:

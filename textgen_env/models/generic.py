@@ -13,8 +13,6 @@ from textgen_env.errors import ModelError
 from textgen_env.models.cache import CacheShape, KeyValues
 from textgen_env.models.packing import RaggedBatch
 
-# --- everything else
-
 
 class GenericDecoder:
     """Any causal LM whose layers cache plain keys and values, through its own forward.

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from textgen_env.config import check_at_least
 from textgen_env.errors import CapacityError, ConfigError, ModelError
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.cache import KeyValues
@@ -35,7 +36,7 @@ class HFModel(LanguageModel):
         model: The causal LM, on any device, in any floating dtype.
         tokenizer: Its tokenizer.
         name: Shown in error messages and logs.
-        memo_bytes: Bound of what each ``slots`` remembers: half for proposals of prefixes seen
+        memo_bytes: Bound of the memory of each ``slots``: half for proposals of prefixes seen
             before, half for the keys and values of prompts. 0 remembers nothing.
 
     Memory of ``slots(rows, length, k)``, see ``slots_bytes``:
@@ -58,25 +59,14 @@ class HFModel(LanguageModel):
         self.name = name or model.config.name_or_path or type(model).__name__
         if tokenizer is None:
             raise ModelError(f"model {self.name!r} has no tokenizer; pass the one it was trained with")
-        if memo_bytes < 0:
-            raise ConfigError(f"memo_bytes must not be negative, got {memo_bytes}")
-        head: Any = model.get_output_embeddings()
-        if head is None:
-            raise ModelError(f"{type(model).__name__} has no output embedding: a causal language model is needed")
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.memo_bytes = memo_bytes
-        self.vocab_size, self.hidden_size = head.weight.shape
+        check_at_least("memo_bytes", memo_bytes, 0)
+        self.model, self.tokenizer, self.memo_bytes = model.eval(), tokenizer, memo_bytes
+        self.vocab_size, self.hidden_size = _head_weight(model).shape
         embedding: Any = model.get_input_embeddings()
         self._embeddings: torch.Tensor = embedding.weight
         self.embedding_size = self._embeddings.shape[-1]
         self.max_context = _max_context(model.config.get_text_config())
-        self.end_ids = _end_ids(model, tokenizer)
-        if not self.end_ids:
-            raise ModelError(
-                f"model {self.name!r} has no end-of-text token: set tokenizer.eos_token or "
-                "model.generation_config.eos_token_id"
-            )
+        self.end_ids = _end_ids(model, tokenizer, self.name)
         self._token_bytes = _byte_level_tokens(tokenizer, self.vocab_size)
         self._token_text = [_decoded(token) for token in self._token_bytes or []]
         self.decoder = _agreeing_decoder(self)
@@ -136,7 +126,7 @@ class HFModel(LanguageModel):
         return rows * KeyValues.rounded(length) * shape.token_bytes + logits + (8 << 20) + self.memo_bytes
 
 
-# --- what a model and a tokenizer say about themselves
+# --- properties of a model and a tokenizer
 
 
 def _max_context(config: Any) -> int:
@@ -145,7 +135,15 @@ def _max_context(config: Any) -> int:
     return min((limit for limit in limits if limit), default=UNLIMITED)
 
 
-def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+def _head_weight(model: Any) -> torch.Tensor:
+    head: Any = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no output embedding: a causal language model is needed")
+    weight: torch.Tensor = head.weight
+    return weight
+
+
+def _end_ids(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
     sources = (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer)
     found: set[int] = set()
     for source in sources:
@@ -153,7 +151,12 @@ def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
         found.update([ends] if isinstance(ends, int) else ends or [])
     if "<|endoftext|>" in tokenizer.all_special_tokens:
         found.add(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
-    return tuple(sorted(i for i in found if 0 <= i < model.get_output_embeddings().weight.shape[0]))
+    known = tuple(sorted(i for i in found if 0 <= i < len(_head_weight(model))))
+    if not known:
+        raise ModelError(
+            f"model {name!r} has no end-of-text token: set tokenizer.eos_token or model.generation_config.eos_token_id"
+        )
+    return known
 
 
 def _byte_level_tokens(tokenizer: Any, vocab_size: int) -> list[bytes] | None:
@@ -203,29 +206,37 @@ def _agreeing_decoder(model: HFModel) -> Decoder:
 
 @torch.inference_mode()
 def _disagreement(model: HFModel, decoder: Decoder) -> float:
-    """Return how far two short ragged rows are from the uncached forward, relative to its spread.
+    """Return how far short texts, written in ragged rows, are from the uncached forward, relative to its spread.
 
-    The texts are plain language: on special tokens, half precision differs from itself.
+    A decoder with a forward of its own for single rows also writes a row alone. The texts are plain
+    language: on special tokens, half precision differs from itself.
     """
     ids = [*model.encode("The old man went down to the"), *range(8)][:6]
-    lengths = [3, 1]
-    slots = HFSlots(model, decoder, rows=2, length=len(ids), k=None, memo_bytes=model.memo_bytes)
-    rows, free = np.arange(2), np.zeros(2, bool)
-    gaps = []
     try:
-        # Both texts are beginnings of one, so its forward gives what each is compared with.
+        # All texts are beginnings of one, so its forward gives the expected values of each.
         uncached = model.model(input_ids=torch.tensor([ids], device=decoder.shape.device)).logits[0]
         expected = uncached.float().log_softmax(-1).cpu().numpy()
-        slots.start(rows, [ids[:length] for length in lengths])
-        for step in range(3):
-            found = slots.propose(rows, free).logprobs
-            for row, length in enumerate(lengths):
-                target = expected[length + step - 1]
-                spread = float(np.linalg.norm(target - target.mean()))
-                gaps.append(float(np.linalg.norm(found[row] - target)) / max(spread, 1e-6))
-            slots.advance(rows, np.array([ids[length + step] for length in lengths]))
+        courses = [(3, 1), (3,)] if decoder.alone else [(3, 1)]
+        return max(_largest_gap(model, decoder, ids, expected, lengths) for lengths in courses)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"{type(model.model).__name__} cannot run on a cache with a row for each text: {error}"
         ) from error
+
+
+def _largest_gap(
+    model: HFModel, decoder: Decoder, ids: Sequence[int], expected: npt.NDArray[np.float32], lengths: Sequence[int]
+) -> float:
+    """Return the largest gap to ``expected`` (T, V) of rows that begin with ``lengths`` of the ``ids`` (T,)."""
+    # Without a memo, which would answer where a prefix comes back.
+    slots = HFSlots(model, decoder, rows=len(lengths), length=len(ids), k=None, memo_bytes=0)
+    rows, gaps = np.arange(len(lengths)), []
+    slots.start(rows, [ids[:length] for length in lengths])
+    for step in range(3):
+        found = slots.propose(rows, np.zeros(len(rows), bool)).logprobs
+        for row, length in enumerate(lengths):
+            target = expected[length + step - 1]
+            spread = float(np.linalg.norm(target - target.mean()))
+            gaps.append(float(np.linalg.norm(found[row] - target)) / max(spread, 1e-6))
+        slots.advance(rows, np.array([ids[length + step] for length in lengths]))
     return max(gaps)

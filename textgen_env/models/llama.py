@@ -15,8 +15,6 @@ from textgen_env.models.device import available_bytes
 from textgen_env.models.one_row import OneRow
 from textgen_env.models.packing import AttentionGroup, RaggedBatch
 
-# --- Llama and its near relatives
-
 
 class LlamaDecoder:
     """Llama, Mistral and Qwen2 with fused projections and weights laid out for oneDNN.
@@ -33,7 +31,7 @@ class LlamaDecoder:
     def __init__(self, model: Any) -> None:
         config, body = model.config, model.model
         embed = body.embed_tokens.weight
-        pack = _can_pack(embed) and 2 * _nbytes(model) < available_bytes(embed.device)
+        pack = can_pack(embed) and 2 * _nbytes(model) < available_bytes(embed.device)
         self._embed = embed
         self._layers = [_LlamaLayer(layer, pack) for layer in body.layers]
         self._norm = body.norm
@@ -51,7 +49,7 @@ class LlamaDecoder:
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Say whether ``model`` is made of nothing but what this class implements."""
+        """Return True if this class implements every part of ``model``."""
         if type(model).__name__ not in {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}:
             return False
         rope = getattr(model.config, "rope_parameters", None) or {}
@@ -142,7 +140,7 @@ class _LlamaLayer:
         self._down = Projection([mlp.down_proj], pack)
 
     def mlp(self, x: Tensor) -> Tensor:
-        """Return ``x`` plus what the feed-forward block makes of it."""
+        """Return ``x`` plus the feed-forward block's output."""
         normed = self._gate.normed(x)  # as ``_up`` wants it too
         return self._down.added_to(x, self._up.multiplied(normed, self._gate.silu(normed)))
 
@@ -150,8 +148,8 @@ class _LlamaLayer:
 class Projection:
     """Linear layers that read the same input, as one: (N, d) -> (N, sum of outputs).
 
-    What follows the product (SiLU, the gate, the residual sum) is done by oneDNN where the weights
-    are packed, before the result is rounded: a pass over memory less. The weight of the norm before
+    Where the weights are packed, oneDNN also does the operation that follows the product (SiLU, the
+    gate, the residual sum), before the result is rounded: a pass over memory less. The weight of the norm before
     the layers is folded into packed weights.
     """
 
@@ -175,7 +173,7 @@ class Projection:
             return F.rms_norm(x, (width,), self._norm.weight, eps)
         if x.dtype == torch.float32:
             return F.rms_norm(x, (width,), None, eps)
-        # RaggedBatch norm with rows as channels: one pass in bfloat16, where rms_norm makes float32 copies.
+        # Batch norm with rows as channels: one pass in bfloat16, where rms_norm makes float32 copies.
         square = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_().div_(width)
         return F.batch_norm(x[None], torch.zeros_like(square), square, eps=eps)[0]
 
@@ -204,8 +202,8 @@ class Projection:
         return self(x).add_(residual)
 
 
-def _can_pack(weight: Tensor) -> bool:
-    """Say whether oneDNN's prepacked matrix product (not a public function of torch) is there."""
+def can_pack(weight: Tensor) -> bool:
+    """Return True if oneDNN's prepacked matrix product (not a public function of torch) is there."""
     return (
         weight.device.type == "cpu"
         and platform.machine() in {"x86_64", "AMD64"}

@@ -1,8 +1,8 @@
 """The next token of a single row of a small Llama, in NumPy.
 
 One token through a model of a few million parameters takes some hundred operations on a few hundred
-numbers each. There, calling an operation costs more than its work, and NumPy's cost a third of
-torch's. The matrix products stay torch's; everything between them is NumPy on the same memory.
+numbers each. There, calling an operation costs more than its work, and a call of NumPy costs a third of
+one of torch. The matrix products stay torch's; everything between them is NumPy on the same memory.
 
     token, position p  ->  keys and values written at p  ->  attention up to p  ->  logits (V,), hidden (d,)
 """
@@ -26,7 +26,7 @@ class OneRow:
     The weights of the norms are folded into the projections behind them.
     """
 
-    LIMIT = 32 << 20  # bytes of weights, which are copied; in larger models the products are what takes time
+    LIMIT = 32 << 20  # bytes of weights, which are copied; in larger models the products take most of the time
 
     def __init__(self, model: Any) -> None:
         body = model.model
@@ -51,7 +51,7 @@ class OneRow:
 
     @classmethod
     def fits(cls, model: Any) -> bool:
-        """Say whether ``model``, a Llama, is in float32, on the CPU, and small."""
+        """Return True if ``model``, a Llama, is in float32, on the CPU, and small."""
         weights = list(model.parameters())
         plain = all(w.dtype == torch.float32 and w.device.type == "cpu" for w in weights)
         return plain and sum(w.nbytes for w in weights) <= cls.LIMIT

@@ -1,7 +1,7 @@
 """An exact, tiny language model given by a table or a function.
 
-Its probabilities are known, so optima can be enumerated and tests have expected values that no
-network blurs. It speaks the same protocol as a transformer.
+Its probabilities are known, so optima can be enumerated and tests have exact expected values.
+It has the same interface as a transformer.
 
     ids of a row  ->  table  ->  probabilities (V,)  ->  k best, ties by smaller id
 """
@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from textgen_env.errors import CapacityError, ConfigError, ModelError, PromptError
-from textgen_env.models.base import MASKED_LOGPROB, LanguageModel, Proposals, Slots
+from textgen_env.errors import ConfigError, ModelError, PromptError
+from textgen_env.models.base import MASKED_LOGPROB, LanguageModel, Proposals, Rows, Slots
 
 TokenTable = npt.ArrayLike | Callable[[tuple[int, ...]], npt.ArrayLike]
 
 
 class TableModel(LanguageModel):
-    """A language model whose next-token probabilities are written down.
+    """A language model with given next-token probabilities.
 
     Args:
         tokens: The text of each token id; V of them, distinct and non-empty.
@@ -117,65 +117,32 @@ class TableModel(LanguageModel):
 
 
 class TableSlots(Slots):
-    """Rows of ids; nothing to cache."""
+    """Rows on a table; nothing is cached."""
 
-    def __init__(self, model: TableModel, rows: int, length: int, k: int | None) -> None:
-        self.model = model
-        self.rows = rows
-        self.length = length
-        self._k = k
-        self._ids: list[tuple[int, ...]] = [()] * rows
+    model: TableModel
 
-    def start(self, rows: npt.NDArray[np.int64], prompts: Sequence[Sequence[int]]) -> None:
-        for row, prompt in zip(rows, prompts, strict=True):
-            self._ids[row] = self._checked(tuple(map(int, prompt)))
-
-    def advance(self, rows: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> None:
-        for row, token in zip(rows, tokens, strict=True):
-            self._ids[row] = self._checked((*self._ids[row], int(token)))
-
-    def fork(self, src: npt.NDArray[np.int64], dst: npt.NDArray[np.int64]) -> None:
-        held = [self._ids[row] for row in src]
-        for row, ids in zip(dst, held, strict=True):
-            self._ids[row] = ids
-
-    def propose(self, rows: npt.NDArray[np.int64], block_end: npt.NDArray[np.bool_]) -> Proposals:
-        probabilities = np.stack([self.model.probabilities(self._ids[row]) for row in rows])
+    def propose(self, rows: Rows, block_end: npt.NDArray[np.bool_]) -> Proposals:
+        self._check_rows(rows, started=True)
+        texts = [self.ids_of(row) for row in rows]
+        probabilities = np.stack([self.model.probabilities(text) for text in texts])
         for end in self.model.end_ids:
             probabilities[block_end, end] = 0.0
         total = probabilities.sum(-1, keepdims=True)
         if not total.all():
-            text = self.model.decode(self._ids[rows[int(np.argmin(total))]])
+            text = self.model.decode(texts[int(np.argmin(total))])
             raise ModelError(f"after {text!r} only the end is possible, and min_new_tokens forbids it")
         probabilities /= total
         with np.errstate(divide="ignore"):
             logprobs = np.maximum(np.log(probabilities), MASKED_LOGPROB)
-        if self._k is None:
+        if self.k is None:
             ids = np.broadcast_to(np.arange(self.model.vocab_size), logprobs.shape)
         else:
-            ids = np.argsort(-logprobs, axis=-1, kind="stable")[:, : self._k]
+            ids = np.argsort(-logprobs, axis=-1, kind="stable")[:, : self.k]
         return Proposals(
             ids.astype(np.int32),
             np.take_along_axis(logprobs, ids, axis=-1).astype(np.float32),
-            np.stack([self.model.features(self._ids[row]) for row in rows]),
+            np.stack([self.model.features(text) for text in texts]),
         )
-
-    def save(self, row: int) -> tuple[TableModel, tuple[int, ...]]:
-        return self.model, self._ids[row]
-
-    def load(self, row: int, saved: tuple[TableModel, tuple[int, ...]]) -> None:
-        model, ids = saved
-        if model is not self.model:
-            raise ModelError(f"the saved row is of model {model.name!r}, these slots are of {self.model.name!r}")
-        self._ids[row] = self._checked(ids)
-
-    def rebuild(self) -> None:
-        """Nothing is cached."""
-
-    def _checked(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        if len(ids) > self.length:
-            raise CapacityError(f"a row holds at most {self.length} tokens, got {len(ids)}")
-        return ids
 
 
 def _lookup(table: TokenTable, vocab: int) -> Callable[[tuple[int, ...]], npt.NDArray[np.float64]]:

@@ -1,4 +1,4 @@
-"""What a text is worth: rewards by name, from functions, from other libraries, and mixed."""
+"""Rewards by name, from functions, from other libraries, and mixed."""
 
 from __future__ import annotations
 

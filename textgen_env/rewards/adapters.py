@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def comes_from(thing: Any, package: str) -> bool:
-    """Return whether a class of ``thing`` is defined in ``package``."""
+    """Return True if a class of ``thing`` is defined in ``package``."""
     return any(f"{cls.__module__}.".startswith(f"{package}.") for cls in type(thing).__mro__)
 
 

@@ -1,4 +1,4 @@
-"""What a reward is: a batch of finished texts in, one number a text out.
+"""The interface of rewards: a batch of finished texts in, one number a text out.
 
 Some rewards can also score an unfinished text, cheaply and incrementally. They offer a
 ``RunningScore``; the environment then shows ``score`` and ``candidate_scores`` to the agent and
@@ -48,7 +48,7 @@ class Generation:
 
 @runtime_checkable
 class ScoreState(Protocol):
-    """What a running score knows of one row. Immutable: rows that fork may share it."""
+    """The state of a running score for one row. Immutable: rows that fork may share it."""
 
     @property
     def value(self) -> float:
@@ -60,7 +60,7 @@ S = TypeVar("S", bound=ScoreState)
 
 @runtime_checkable
 class RunningScore(Protocol[S]):
-    """Scores prefixes of one completion, reusing what the prefix already paid for."""
+    """Scores prefixes of one completion, reusing the work on shorter prefixes."""
 
     def start(self, prompt: str, reference: str | None, metadata: Mapping[str, Any]) -> S:
         """Return the state of the empty completion."""
@@ -70,7 +70,7 @@ class RunningScore(Protocol[S]):
         (the last characters of a partial code point may change)."""
 
     def lookahead(self, state: S, completions: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Return what each of k alternative completions would score: (k,) values of ``extend``."""
+        """Return the scores of k alternative completions: (k,) values of ``extend``."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Reward(ABC):
     """A batch of finished texts to (B,) finite floats. Subclasses set ``name``.
 
     The score of a text must not depend on its neighbours in the batch. A registered reward is a
-    frozen dataclass whose fields are plain data, which is what lets a run folder store it.
+    frozen dataclass whose fields are plain data, so a run folder can store it.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Reward(ABC):
         return None
 
     def scored(self, generations: Sequence[Generation]) -> Scored:
-        """Call the reward and check what it answers.
+        """Call the reward and check its answer.
 
         Raises:
             RewardError: the reward raised, or answered the wrong shape, dtype, NaN or infinity.
@@ -116,7 +116,7 @@ REWARDS: Registry[Callable[..., Reward]] = Registry("reward")
 def check_rewards(
     name: str, function: Callable[[Sequence[Generation]], Any], generations: Sequence[Generation]
 ) -> npt.NDArray[np.float64]:
-    """Return ``function(generations)`` as (B,) finite float64, or say what is wrong with it.
+    """Return ``function(generations)`` as (B,) finite float64.
 
     Integers and booleans count as numbers; strings, objects and complex numbers do not.
 

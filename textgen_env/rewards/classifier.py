@@ -26,7 +26,7 @@ from textgen_env.rewards.linear import WordClassifier, word_features
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What was trained, and how well it does on lines that it had not seen."""
+    """The trained classifier, and its accuracy on held-out lines."""
 
     label: str
     lines: int

@@ -65,7 +65,7 @@ def make_reward(spec: Any) -> Reward:
 def reward_spec(reward: Reward) -> Any:
     """Return plain data that ``make_reward`` turns into an equal reward, or None if there is none.
 
-    There is none for functions and other objects, nor for what contains one.
+    There is none for functions and other objects, nor for rewards that contain one.
     """
     if isinstance(reward, Mix):
         parts = [[reward_spec(part), weight] for part, weight in reward.parts]
@@ -104,7 +104,7 @@ class Mix(Reward):
 
     Range: the weighted sum of the parts' ranges. Parts are reported by name and unweighted; a
     second part of the same name is called ``name_2``. The running score is the weighted sum of the
-    parts that have one; what the others are worth is paid at the end.
+    parts that have one; the values of the others are paid at the end.
     """
 
     parts: tuple[tuple[Reward, float], ...]
@@ -150,7 +150,7 @@ class Mix(Reward):
 class Shaped(Reward):
     """A reward paid at the end, with steps paid by the running score of another one.
 
-    The text is worth what ``reward`` says. Along the way the agent sees and is paid ``weight``
+    The return is that of ``reward``. Along the way the agent sees and is paid ``weight``
     times the running score of ``potential``, and the last step takes it back: potential-based
     shaping with potential 0 at the end, which keeps the optimal policy.
 

@@ -27,7 +27,7 @@ A = TypeVar("A")
 
 @dataclass(frozen=True, slots=True)
 class IncrementalState(Generic[A]):
-    """One row: its completion, what is settled of it, and its open tail."""
+    """One row: its completion, the accumulator of its settled part, and its open tail."""
 
     completion: str
     origin: A  # the accumulator of the empty completion
@@ -40,7 +40,7 @@ class IncrementalScore(ABC, Generic[A]):
     """A running score given by an immutable accumulator and two functions of it.
 
     ``value(settle(acc, text), tail)`` must equal ``value(acc, text + tail)`` wherever ``text`` ends
-    in whitespace: that is what makes the running score equal the score of the whole completion.
+    in whitespace, so that the running score equals the score of the whole completion.
     """
 
     @abstractmethod

@@ -27,7 +27,7 @@ def split_words(text: str) -> list[str]:
 @REWARDS.register("keywords")
 @dataclass(frozen=True)
 class Keywords(IncrementalReward):
-    """The share of given words that the completion contains, as whole words, whatever their case.
+    """The share of given words that the completion contains, as whole words, in any case.
 
     Range: 0 to 1, in steps of one over the number of different keywords.
     Running score: yes.

@@ -41,7 +41,7 @@ class WordClassifier:
 
     @classmethod
     def load(cls, file: str | Path) -> WordClassifier:
-        """Read what ``save`` wrote.
+        """Read the file of ``save``.
 
         Raises:
             ConfigError: no such file, or one of another kind.
@@ -91,7 +91,7 @@ class Classifier(IncrementalReward):
     repeating one does not help.
 
     Args:
-        file: What ``train_classifier`` wrote.
+        file: Written by ``train_classifier``.
     """
 
     file: str

@@ -1,9 +1,9 @@
-"""Rhyme by spelling: whether the lines of a text rhyme in a given scheme.
+"""Rhyme by spelling: how well the lines of a text follow a rhyme scheme.
 
 There is no pronouncing dictionary in the box (the common one has a wrapper under the GPL), so a
 word's sound from its last full vowel on is guessed from its letters: a silent e lengthens a vowel,
 "ai", "ay" and "eigh" are one sound, "ck" is "k", and a hundred and fifty frequent words are listed
-because no rule gets them right. English spelling being what it is, this stays a guess;
+because no rule gets them right. It stays a guess;
 ``docs/rewards.md`` says how often it agrees with a pronouncing dictionary.
 """
 
@@ -73,7 +73,7 @@ def _line_ends(text: str) -> list[str]:
 
 
 def rhymes(word: str, other: str) -> bool:
-    """Return whether two English words seem to rhyme. No word rhymes with itself."""
+    """Return True if two English words seem to rhyme. No word rhymes with itself."""
     word, other = word.lower(), other.lower()
     return word != other and rime(word) == rime(other) != ""
 
@@ -95,7 +95,7 @@ def rime(word: str) -> str:
         return sound + ("t" if sound[-1] in "kpsfh" else "d")
     if (weak := _WEAK_END.search(word)) and _VOWEL.search(word[: weak.start()]):
         # "making", "running": the ending needs the sound before it. A vowel that follows a single
-        # consonant lengthens what stands before it, as a silent e does.
+        # consonant lengthens the vowel before it, as a silent e does.
         lengthens = "e" if weak[0][0] in "aeiouy" else ""
         return _sound(word[: weak.start()] + lengthens) + re.sub("ie|ey", "y", weak[0])
     return _sound(word)
@@ -143,7 +143,7 @@ _DIGRAPHS = {
     "oa": "OU", "oe": "OU", "oo": "UU", "ue": "UU", "ew": "UU", "ui": "UU", "ieu": "UU", "iew": "UU",
     "au": "AO", "aw": "AO", "ou": "AU", "ow": "AU", "oi": "OI", "oy": "OI", "y": "i",
 }  # fmt: skip
-_COLOURED = [  # vowels, what follows, and the sound that this gives
+_COLOURED = [  # vowels, the letters after them, and the sound of both
     ("i", "nd|ld|gn", "AI"),  # kind, wild, sign
     ("o", "l[dt]|st$|ll", "OU"),  # cold, most, roll
     ("a", "l[ldkt]", "AO"),  # all, bald, walk, salt

@@ -2,9 +2,9 @@
 
 VADER rates a word from itself, three words before it and two after it, so a settled text is its
 words' valences; only the last two settled words and the open tail are rated again. Three things
-are global and cheap: whether some but not all words are in capitals (both versions of the valences
-are kept), the first "but" (halves what precedes it, raises what follows), and how many ! and ?
-there are. The rating itself is VADER's own code, called on a word and its neighbours and
+are global and cheap: emphasis by capitals (if some but not all words are in them; both versions of
+the valences are kept), the first "but" (halves the words before it, raises those after), and the
+numbers of ! and ?. The rating itself is VADER's own code, called on a word and its neighbours and
 remembered, so the running score equals ``polarity_scores(completion)["compound"]`` exactly.
 Neighbours that no rule of VADER's mentions are all the same to it: that makes few contexts of many.
 """
@@ -62,7 +62,7 @@ class Word(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """What a settled text leaves behind.
+    """The accumulator of a settled text.
 
     ``calm`` and ``loud`` are the valences other than zero of all words but the last two, without
     and with the emphasis on capitals; a zero among them stands for the first "but".
@@ -183,7 +183,7 @@ def _neighbours_that_matter() -> frozenset[str]:
 def _valence(word: str, neighbours: tuple[str, ...], i: int, is_loud: bool) -> float:
     """Return VADER's valence of ``word`` at position ``i`` of its neighbourhood."""
     if word.lower() == "kind" and i + 1 < len(neighbours) and neighbours[i + 1].lower() == "of":
-        return 0.0  # "kind of" weakens what follows, and is not kind
+        return 0.0  # "kind of" weakens the next word, and is not kind
     words = [*neighbours[:i], word, *neighbours[i + 1 :]]
     text = SimpleNamespace(words_and_emoticons=words, is_cap_diff=is_loud)
     return float(_analyzer().sentiment_valence(0, text, word, i, [])[0])
@@ -191,7 +191,7 @@ def _valence(word: str, neighbours: tuple[str, ...], i: int, is_loud: bool) -> f
 
 @cache
 def _emphasis(exclamations: int, questions: int) -> float:
-    """Return what the marks add; VADER counts no more than 4 of the one and 4 of the other."""
+    """Return the emphasis of the marks; VADER counts at most 4 of each."""
     return float(_analyzer()._punctuation_emphasis("!" * exclamations + "?" * questions))
 
 

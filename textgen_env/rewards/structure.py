@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
 PARTS = ("completion", "text")
-"""What a reward may look at: the completion alone, or the prompt and the completion."""
+"""The parts of a text that a reward may read: the completion alone, or the prompt and the completion."""
 
 
 def part_of(generation: Generation, part: str) -> str:
@@ -94,13 +94,13 @@ class Regex(Reward):
 @REWARDS.register("json")
 @dataclass(frozen=True)
 class Json(Reward):
-    """Whether the text is JSON, and whether it follows a schema.
+    """Validity of the text as JSON, and under a schema.
 
     Strict: one value with nothing around it but whitespace, no NaN, no Infinity.
 
     Range: 0 or 1 (it parses); with a schema 0, 0.5 (it parses) or 1 (it also follows the schema).
     Running score: no.
-    How it is gamed: "0" is JSON; ask for what you want with the schema.
+    How it is gamed: "0" is JSON; demand content with the schema.
 
     Args:
         schema: A JSON schema, draft 2020-12. References to the network are not followed.
@@ -134,7 +134,7 @@ class Json(Reward):
         self._deadline.start(self.timeout)
         try:
             return 1.0 if self._validator.is_valid(value) else 0.5
-        except (OverflowError, RecursionError):  # numbers and nestings beyond what can be checked
+        except (OverflowError, RecursionError):  # numbers and nestings too large to check
             return 0.5
         except TimeoutError as error:
             raise RewardError(
@@ -186,7 +186,7 @@ def _check_timeout(name: str, timeout: object) -> None:
 # --- JSON schemas that stop in time
 
 Keyword = Callable[[Any, Any, Any, Any], Iterator[Any] | None]
-"""What ``jsonschema`` calls for a keyword: (validator, its value, instance, schema) to errors."""
+"""The function that ``jsonschema`` calls for a keyword: (validator, its value, instance, schema) to errors."""
 
 
 class _Deadline:

@@ -1,4 +1,4 @@
-"""What a task is: a language model, prompts, a reward, a budget, and how well one can do.
+"""A task: a language model, prompts, a reward, a budget, and the bounds of its mean reward.
 
     make_task("TextGen/Needle-v0", depth=6)  ->  Task  ->  make_vec(64), test_prompts, bounds()
     gym.make("TextGen/Needle-v0", depth=6, observation="full")  ->  its environment
@@ -37,7 +37,7 @@ class Bounds:
 
     language_model: float  # mu_k sampled: the model's own choice among the candidates
     best: float  # the best found within the candidates; the exact optimum on diagnostic tasks
-    ceiling: float  # what no text can exceed
+    ceiling: float  # no text can exceed it
 
     def __post_init__(self) -> None:
         if not self.language_model < self.best <= self.ceiling + 1e-9:
@@ -62,7 +62,7 @@ class Task:
 
     id: str
     summary: str
-    sizes: Mapping[str, Any]  # what ``make_task`` was given, defaults included
+    sizes: Mapping[str, Any]  # arguments of ``make_task``, defaults included
     model: Any  # see textgen_env.models.load_language_model
     train_prompts: PromptSource
     test_prompts: PromptSource
@@ -79,7 +79,7 @@ class Task:
         return TextGenVectorEnv(num_envs, self.model, self.train_prompts, self.reward, **{**self.settings, **settings})
 
     def bounds(self) -> Bounds:
-        """Return what the language model earns, the best found, and the ceiling.
+        """Return the mean rewards of the language model and of the best texts found, and the ceiling.
 
         Raises:
             ConfigError: a language task at sizes that nobody has searched; says how to.
@@ -110,7 +110,7 @@ def make_task(id: str, **sizes: Any) -> Task:
 
 
 def _task_and_settings(id: str, given: Mapping[str, Any], also: tuple[str, ...] = ()) -> tuple[Task, dict[str, Any]]:
-    """Return the task at the sizes in ``given``, and what else is in it: settings of its environment."""
+    """Return the task at the sizes in ``given``, and the settings of its environment, the rest of it."""
     sizes = inspect.signature(TASKS[id]).parameters
     given = {name: unwrap(value) for name, value in given.items()}
     settings = [f.name for f in fields(EnvConfig)]

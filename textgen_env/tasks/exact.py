@@ -1,14 +1,14 @@
-"""Tasks whose every number is known: a small decision process, and exact dynamic programming on it.
+"""Tasks with known optima: a small decision process, and exact dynamic programming on it.
 
-A ``Process`` says what a text means on abstract states; everything else follows from it: the
-``TableModel`` that proposes, the reward, the best possible mean reward, and that of the language
-model, both by dynamic programming over states, never by enumerating texts.
+A ``Process`` maps a text to an abstract state; everything else follows from it: the ``TableModel``
+that proposes, the reward, the best possible mean reward, and that of the language model, both by
+dynamic programming over states, never by enumerating texts.
 
     ids  ->  state  ->  probabilities (V,), features (d,)      the language model
                     ->  worth                                  the reward, and expected_reward()
 
-Two rules for features: all that the value of a prefix depends on can be read from them (an agent
-without memory can be optimal), and none of it tells which token is right.
+Two rules for features: they determine the value of a prefix (an agent without memory can be
+optimal), and they do not reveal the right token.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, lru_cache
 from inspect import cleandoc, signature
+from string import ascii_lowercase
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,9 +32,13 @@ from textgen_env.rewards.base import Generation, Reward
 from textgen_env.tasks.base import TASKS, Bounds, Task
 
 State = Any
-"""Whatever a process keeps of a text: hashable."""
+"""The state of a process after a text: any hashable object."""
 
 P = TypeVar("P", bound="type[Process]")
+
+Floats = npt.NDArray[np.float64]
+
+LETTERS = len(ascii_lowercase)
 
 REMEMBERED = 1 << 16
 """Prefixes whose states, probabilities and features are kept."""
@@ -75,7 +80,7 @@ class Process(ABC):
 
     @abstractmethod
     def probabilities(self, state: State) -> npt.ArrayLike:
-        """Return what the language model thinks comes next, (V,)."""
+        """Return the language model's next-token probabilities, (V,)."""
 
     @abstractmethod
     def features(self, state: State) -> npt.ArrayLike:
@@ -86,7 +91,7 @@ class Process(ABC):
         """Return the expected reward of a text that ends in ``state``, in [0, 1]."""
 
     def ended(self, state: State) -> bool:
-        """Return whether the text ends in ``state`` before its last step, as ``stop`` says of it."""
+        """Return True if the text ends in ``state`` before its last step; ``stop`` must agree."""
         return False
 
     def paid(self, state: State, metadata: Mapping[str, Any]) -> float:
@@ -95,11 +100,11 @@ class Process(ABC):
 
     @property
     def ceiling(self) -> float:
-        """What no text can exceed."""
+        """The reward that no text can exceed."""
         return 1.0
 
     def summary(self, state: State) -> Hashable:
-        """Return what the values of ``state`` depend on, where that is less than the state."""
+        """Return the part of ``state`` that determines its values; all of it by default."""
         summary: Hashable = state
         return summary
 
@@ -183,7 +188,7 @@ class OptimalAgent:
 
 
 class ProcessReward(Reward):
-    """What a process pays for a text. Range: 0 to 1. Running score: no."""
+    """The reward that a process pays for a text. Range: 0 to 1. Running score: no."""
 
     def __init__(self, process: Process) -> None:
         self.name = type(process).__name__
@@ -276,7 +281,7 @@ def _states(process: Process) -> Callable[[tuple[int, ...]], State]:
     return state
 
 
-# --- what the processes share
+# --- tools for processes
 
 
 def check_between(name: str, value: object, least: int, most: int) -> None:
@@ -290,3 +295,20 @@ def check_number(name: str, value: object, least: float = 0.0, most: float = 1.0
     """Raise ``ConfigError`` unless ``value`` is a number in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise ConfigError(f"{name} must be a number in [{least}, {most}], got {value!r}")
+
+
+@lru_cache(1 << 12)
+def ranked(ratio: float, count: int, *seed: int) -> Floats:
+    """Return ``count`` probabilities in an order drawn from ``seed``, each ``ratio`` times the one before."""
+    weights = ratio ** np.random.default_rng(seed).permutation(count)
+    weights /= weights.sum()
+    weights.flags.writeable = False  # remembered
+    return np.asarray(weights)
+
+
+def one_hot(place: int | None, size: int) -> Floats:
+    """Return (size,) with a 1 at ``place``, all zeros for None."""
+    hot = np.zeros(size)
+    if place is not None:
+        hot[place] = 1.0
+    return hot

@@ -1,7 +1,7 @@
 """Six tasks in English, on the model in the box or any other.
 
 Prompts are split by template: agents learn on the training part, bounds and results are those of the
-test part. What the best possible policy earns is unknown; ``bounds.json`` holds the best that a search
+test part. The optimum is unknown; ``bounds.json`` holds the best that a search
 within the candidates has found, made by ``python -m benchmarks.bounds``.
 """
 
@@ -25,18 +25,18 @@ from textgen_env.tasks.base import TASKS, Bounds, Task
 from textgen_env.tasks.exact import check_between, check_number
 
 MODEL = "tiny"
-"""What language tasks run on unless said."""
+"""The default model of language tasks."""
 
 WORDS = ("day", "friend", "home", "love", "old", "water", "door", "music", "rain", "dog", "window", "bread")
-"""What the keywords task asks for, the first so many."""
+"""Words of the keywords task, which takes the first ``count``."""
 
 KEYS = ("name", "mood", "job", "city")
-"""What a JSON object has to have, the first so many; prompts open the first two."""
+"""Keys of the JSON task, which takes the first ``keys``; prompts open the first two."""
 
 
 @dataclass(frozen=True)
 class TaskRecipe:
-    """What makes a language task, besides its id."""
+    """The parts of a language task, besides its id."""
 
     prompts: PromptSource
     reward: Any  # see textgen_env.rewards.make_reward
@@ -73,7 +73,7 @@ def language_task(id: str) -> Callable[[Callable[..., TaskRecipe]], Callable[...
 
 @cache
 def searched() -> Sequence[Mapping[str, Any]]:
-    """Return what ``bounds.json`` holds: one entry for each task at some sizes."""
+    """Return the entries of ``bounds.json``: one for each task at some sizes."""
     entries: Sequence[Mapping[str, Any]] = json.loads(files(__package__).joinpath("bounds.json").read_text("utf-8"))[
         "bounds"
     ]
@@ -271,7 +271,7 @@ def couplet(model: Any = MODEL, length: int = 10) -> TaskRecipe:
     """Write the second line of a couplet: it rhymes, and has as many syllables as the first.
 
     ## Description
-    The prompt is a line of eight syllables. Nothing before the last word shows whether it will rhyme.
+    The prompt is a line of eight syllables. Nothing before the last word shows if it will rhyme.
 
     ## Action space
     `Discrete(16)`: the likeliest tokens.
@@ -420,4 +420,4 @@ NEWS = {
         "ring", "letter", "key", "watch", "photograph",
     ),
 }  # fmt: skip
-"""What happened and how it goes on, and what may fill both."""
+"""Beginnings of stories with their continuations, and the fillers of both."""
