@@ -170,7 +170,7 @@ def train(
         if given:
             options = ", ".join("--" + name.replace("_", "-") for name in given)
             raise ConfigError(f"a run is resumed with its own configuration: leave out {options}")
-        _show_result(runs.resume(resume, engine=where, console=console), console)
+        _show_result(runs.resume(resume, text_source=where, console=console), console)
         return
     settings = _changed(
         RunConfig.from_json(_read(config)) if config else RunConfig(),
@@ -193,7 +193,7 @@ def train(
     chosen = {name: value for name, value in env.items() if value is not None}
     settings = replace(settings, env={**settings.env, **chosen})
     folder = out or _free_folder(Path("runs"), settings.agent)
-    _show_result(runs.train(settings, folder, engine=where, console=console), console)
+    _show_result(runs.train(settings, folder, text_source=where, console=console), console)
 
 
 def _on_ray(engine: str, **options: Any) -> bool:

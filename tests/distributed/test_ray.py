@@ -128,7 +128,7 @@ def test_an_address_that_does_not_answer_is_refused_in_time(tmp_path):
             probe(address, 0.3)
         assert time.monotonic() - started < 5
     with pytest.raises(ClusterError, match="no Ray answers"):  # closed by now
-        train(CONFIG, tmp_path / "run", model=weather(), engine=RayTextSource(1, address))
+        train(CONFIG, tmp_path / "run", model=weather(), text_source=RayTextSource(1, address))
     assert not (tmp_path / "run").exists()
 
 
@@ -206,7 +206,7 @@ def run(tmp_path_factory):
     def listening(run, say):
         return engine(run, said.append)
 
-    result = train(CONFIG, folder, model=weather(), engine=listening)
+    result = train(CONFIG, folder, model=weather(), text_source=listening)
     assert not ray.is_initialized()
     deadline = time.monotonic() + 20
     while processes() > before and time.monotonic() < deadline:
@@ -294,7 +294,7 @@ def test_a_killed_learner_goes_on_from_its_checkpoint(tmp_path):
         "import test_ray as t\n"
         "from agents.distributed.actors import RayTextSource\n"
         "t.train(t.replace(t.CONFIG, steps=100_000, checkpoint_every=200), 'run', model=t.weather(), "
-        "engine=RayTextSource(2))\n"
+        "text_source=RayTextSource(2))\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.path.join(root, "tests"), os.path.dirname(__file__)])}
@@ -308,7 +308,7 @@ def test_a_killed_learner_goes_on_from_its_checkpoint(tmp_path):
     at = int(newest_checkpoint(tmp_path / "run" / "checkpoints").name)
     for path in (tmp_path / "run" / "config.json", *(tmp_path / "run" / "checkpoints").glob("*/state.json")):
         path.write_text(path.read_text().replace("100000", str(at + 300)))  # a run of that many steps
-    result = resume(tmp_path / "run", model=weather(), engine=RayTextSource(1))
+    result = resume(tmp_path / "run", model=weather(), text_source=RayTextSource(1))
     assert (result.finished, result.steps) == (True, at + 300)
 
 
