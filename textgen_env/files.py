@@ -42,7 +42,7 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str], failures: Sequence[type[Exception]] = ()) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike[str], failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
     """Yield a temporary path to write to; at the end of the block it becomes ``path``.
 
     If the block raises, the temporary file is deleted and ``path`` stays as it was. Two processes
@@ -63,7 +63,7 @@ def whole_file(path: str | os.PathLike[str], failures: Sequence[type[Exception]]
 
 
 @contextmanager
-def whole_folder(path: str | os.PathLike[str], failures: Sequence[type[Exception]] = ()) -> Iterator[Path]:
+def whole_folder(path: str | os.PathLike[str], failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
     """Yield an empty temporary folder to fill; at the end of the block it becomes ``path``.
 
     Args:
@@ -93,7 +93,7 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def _half_made(target: Path, failures: Sequence[type[Exception]]) -> Iterator[Path]:
+def _half_made(target: Path, failures: tuple[type[Exception], ...]) -> Iterator[Path]:
     half_made = target.with_name(f".{target.name}.half-made")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def parse_json(
             ``DEEPEST`` levels.
     """
     try:
-        found = json.loads(text, **({} if allow_nan else {"parse_constant": _refuse_constant}))
+        found = json.loads(text, parse_constant=float if allow_nan else _refuse_constant)
         deep = _is_deeper(found, DEEPEST)
     except ValueError as cause:
         raise error(f"{source} must be JSON: {cause}") from cause

@@ -23,7 +23,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -35,23 +35,19 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from agents.runs.checkpoint import load_checkpoint, newest_checkpoint
 from agents.runs.config import RunConfig
 from agents.runs.log import CHECKPOINTS, RunLog
+from agents.runs.parts import open_env, open_language_model, split_prompts
 from agents.runs.report import Report, Yardstick, draw_learning, draw_plane, evaluate_agent, samples_page
 from agents.runs.signals import Stopped, stop_signals
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
 from agents.zoo import AGENTS, Budget, acts_greedily, make_agent
-from textgen_env.config import EnvConfig
-from textgen_env.errors import ConfigError, PromptError, RunFolderError
-from textgen_env.evaluation import Evaluation, choose_prompts
+from textgen_env.errors import ConfigError, RunFolderError
+from textgen_env.evaluation import Evaluation
 from textgen_env.files import check_keys, read_json, read_text, whole_file, write_file
-from textgen_env.models import load_language_model, load_pretrained
-from textgen_env.models.base import LanguageModel
-from textgen_env.prompts import ListPrompts, PromptSource, make_prompts
+from textgen_env.models import load_language_model
+from textgen_env.prompts import PromptSource
 from textgen_env.rewards import make_reward, reward_spec
 from textgen_env.vector_env import TextGenVectorEnv
-
-FEWEST_TO_SPLIT = 20
-"""Prompts; of fewer, the test prompts would be too few to say anything about."""
 
 CONFIG_FILE = "config.json"
 AGENT_FILE = "agent.zip"
@@ -182,54 +178,6 @@ def load_run(
             "whatever code the file holds: load only what you trust, with --trust, or trust=True in Python"
         )
     return open_run(config, model=model, prompts=prompts, reward=reward, load=path / AGENT_FILE)
-
-
-def open_language_model(config: RunConfig) -> tuple[LanguageModel, str | None]:
-    """Return the configuration's language model, pruned once if it says so, and a line about that."""
-    env = config.env_config()
-    if config.prune is None:
-        return load_language_model(config.model, env.dtype, trust_remote_code=env.trust_remote_code), None
-    from agents.pruning.methods import parse_pruning
-    from agents.pruning.model import prune_
-    from textgen_env.models.device import pick_device
-    from textgen_env.models.hf import HFModel
-
-    model, tokenizer = load_pretrained(str(config.model), env.dtype, env.trust_remote_code)
-    reports = []
-    for method, amount in parse_pruning(config.prune):
-        model, report = prune_(model, method, amount, tokenizer=tokenizer, seed=config.seed)
-        reports.append(str(report))
-    model.to(pick_device())  # type: ignore[arg-type]  # transformers types it for itself
-    pruned = HFModel(model, tokenizer, name=f"{config.model}, {config.prune}")
-    return pruned, f"Language model {config.model}: {'; '.join(reports)}."
-
-
-def open_env(
-    config: RunConfig, model: LanguageModel, prompts: PromptSource, reward: Any, observation: Any = None
-) -> TextGenVectorEnv:
-    """Return a vector environment of the run, on a language model that is loaded already."""
-    settings = {f.name: getattr(config.env_config(), f.name) for f in fields(EnvConfig)}
-    if observation is not None:
-        settings["observation"] = observation
-    return TextGenVectorEnv(config.envs, model, prompts, reward, **settings)
-
-
-def split_prompts(spec: Any, most: int, seed: int) -> tuple[PromptSource, PromptSource, str]:
-    """Return the prompts to learn from, at most ``most`` others to measure on, and a line about the split."""
-    source = make_prompts(spec)
-    try:
-        count = len(source)
-    except PromptError:  # a function's prompts never end
-        fixed = ListPrompts([source[index] for index in range(most)])
-        return source, fixed, f"Prompts: made by a function; measured on {most} fixed ones."
-    too_few = f"Prompts: {count}, too few to hold some back, so learning and measuring use the same."
-    if count < FEWEST_TO_SPLIT:
-        return source, choose_prompts(source, most, seed), too_few
-    try:
-        train, test = source.split("train"), choose_prompts(source.split("test"), most, seed)
-    except PromptError:  # too few templates
-        return source, choose_prompts(source, most, seed), too_few
-    return train, test, f"Prompts: {len(train)} to learn from, {len(test)} others, of other templates, to measure on."
 
 
 # --- a run from start to end
@@ -435,10 +383,7 @@ def write_summary(path: Path, log: RunLog, report: Report | None) -> None:
         "episodes": log.episodes,
         "seconds_of_training": log.seconds,
         "report": None if report is None else report.as_dict(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in SUMMARY_PACKAGES},
-        },
+        "versions": {"python": platform.python_version(), **versions},
     }
     write_file(path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 

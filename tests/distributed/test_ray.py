@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from weather import CONFIG as WEATHER
 from weather import RUN_FILES, read_csv, weather
 
-from agents.benchmark.grid import BenchmarkConfig, run_benchmark
+from agents.benchmark.config import BenchmarkConfig
+from agents.benchmark.grid import run_benchmark
 from agents.cli.app import app
 from agents.distributed.actors import OUTSTANDING, Collector, RayTextSource, store_bound
 from agents.distributed.cells import RayCellRunner
@@ -394,12 +395,12 @@ def test_batches_of_a_slow_actor_are_old_and_what_is_too_old_is_not_learned_from
 def test_a_benchmark_on_ray_has_the_rows_of_a_local_one_and_goes_on_where_it_stopped(tmp_path):
     config = BenchmarkConfig(("Needle",), ("random", "sample"), seeds=(0, 1), steps=64, texts=8, evaluations=2)
     local = run_benchmark(config, tmp_path / "local", workers=1)
-    engine = RayCellRunner()
-    cells = iter(engine(config, config.cells, 2))
+    runner = RayCellRunner()
+    cells = iter(runner(config, config.cells, 2))
     next(cells)
     cells.close()  # stopped
     assert not ray.is_initialized()
-    rays = run_benchmark(config, tmp_path / "ray", workers=2, engine=engine)
+    rays = run_benchmark(config, tmp_path / "ray", workers=2, cell_runner=runner)
 
     def plain(results):
         return json.dumps([[r.cell, r.status, [{**row, "seconds": 0} for row in r.rows]] for r in results])
@@ -411,7 +412,7 @@ def test_a_benchmark_on_ray_has_the_rows_of_a_local_one_and_goes_on_where_it_sto
         asked.extend(cells)
         return iter(())
 
-    assert plain(run_benchmark(config, tmp_path / "ray", engine=none_left)) == plain(local)
+    assert plain(run_benchmark(config, tmp_path / "ray", cell_runner=none_left)) == plain(local)
     assert asked == []
 
 
