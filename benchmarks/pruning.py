@@ -41,7 +41,8 @@ from agents.pruning.methods import METHODS, parse_pruning
 from agents.pruning.model import prune_
 from agents.runs.config import RunConfig
 from agents.runs.optimum import estimated_optimum, share_of_optimal_gain
-from agents.runs.run import open_env, open_run
+from agents.runs.parts import open_env
+from agents.runs.run import open_run
 from textgen_env.errors import ConfigError, ModelError, RunFolderError
 from textgen_env.evaluation import evaluate
 from textgen_env.models import load_pretrained

@@ -1,1 +1,1 @@
-"""The command line, ``textgen``."""
+"""The command line ``textgen``: one module a command. Begin with ``app``; ``options`` holds the shared options."""

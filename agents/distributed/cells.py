@@ -1,4 +1,4 @@
-"""The cells of a benchmark on a Ray cluster."""
+"""The cells of a benchmark on a Ray cluster, each as one task of Ray."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 
-from agents.benchmark.grid import BenchmarkConfig, Cell, CellResult, run_cell
+from agents.benchmark.cells import CellResult, run_cell
+from agents.benchmark.config import BenchmarkConfig, Cell
 from agents.distributed.actors import POLL
 from agents.distributed.connection import SMALLEST_STORE, check_versions, connected, versions
-
-# --- a benchmark
 
 
 @dataclass(frozen=True)
 class RayCellRunner:
-    """Runs each cell of a benchmark as a Ray task; an ``agents.benchmark.grid.Engine``.
+    """Runs each cell of a benchmark as a Ray task; an ``agents.benchmark.grid.CellRunner``.
 
     Args:
-        address, timeout: As of ``RayEngine``.
+        address, timeout: As of ``agents.distributed.actors.RayTextSource``.
         workers: Cells at a time on a cluster. None: one for each core that it has by then.
     """
 
@@ -42,7 +41,7 @@ class RayCellRunner:
 
         Args:
             workers: Cells at a time where Ray starts in this process.
-            started: Told of each cell that is handed to Ray.
+            started: Called with each cell that is handed to Ray.
         """
         with connected(self.address, workers, self.timeout, SMALLEST_STORE) as ray:
             run = ray.remote(num_cpus=1, max_retries=2)(_run_cell)

@@ -1,4 +1,4 @@
-"""A connection to Ray."""
+"""A connection to Ray: to a cluster that runs already, or to a Ray that starts and ends with this process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from textgen_env.extras import require
 SMALLEST_STORE = 100_000_000
 """Bytes of Ray's object store where this process starts it; Ray refuses fewer than 75 MiB."""
 
-
 SAME_EVERYWHERE = ("textgen-env", "torch", "transformers", "gymnasium", "stable-baselines3", "numpy")
 
 
@@ -34,15 +33,12 @@ def check_versions(theirs: Mapping[str, str], ours: Mapping[str, str], who: str)
         raise ClusterError(f"{who} has {', '.join(other)}: install the same versions on every node")
 
 
-# --- a connection to Ray
-
-
 @contextmanager
 def connected(address: str | None, cores: int, timeout: float, store: int) -> Iterator[Any]:
     """Yield the module ``ray``, connected; end the connection, or the Ray started here, afterwards.
 
     Args:
-        address: See ``RayEngine``.
+        address: As of ``agents.distributed.actors.RayTextSource``.
         cores, store: What a Ray that starts here may use: processes at a time, bytes of shared memory.
         timeout: Seconds for the cluster to answer.
 

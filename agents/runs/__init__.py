@@ -1,1 +1,5 @@
-"""Runs: a configuration in, a folder with everything that came of it out."""
+"""Runs: train an agent, measure it on new prompts, keep everything in a folder. Begin with ``run.train``.
+
+``config`` holds the settings, ``log`` and ``checkpoint`` the course of a training, ``optimum`` and ``report`` the
+measuring.
+"""

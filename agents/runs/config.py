@@ -1,4 +1,4 @@
-"""What a run is asked to do, as plain data."""
+"""The settings of a run: plain data that is checked once, and that JSON can hold."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from agents.zoo import AGENTS, MASK_AWARE, OBSERVATION
 from textgen_env.config import EnvConfig, check_at_least, check_type
 from textgen_env.errors import ConfigError
+from textgen_env.files import check_keys, parse_json
 from textgen_env.registry import unknown_name
 
 ENV_SETTINGS: Mapping[str, Any] = {
@@ -50,14 +51,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_type("agent", self.agent, str)
         AGENTS[self.agent]
-        for name in ("steps", "envs", "eval_prompts", "eval_texts"):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("checkpoint_every", self.checkpoint_every, 0)
-        check_at_least("eval_samples", self.eval_samples, 2)
-        check_at_least("seed", self.seed, 0)
-        check_type("beta", self.beta, int, float)
-        if not 0 < self.beta < math.inf:
-            raise ConfigError(f"beta must be above 0 (reward units a nat) and finite, got {self.beta!r}")
+        self._check_numbers()
         for name in ("model", "prune"):
             check_type(name, getattr(self, name), str, type(None))
         for name in ("agent_settings", "env"):
@@ -74,6 +68,16 @@ class RunConfig:
         object.__setattr__(self, "env", {k: list(v) if isinstance(v, tuple) else v for k, v in env.items()})
         self.env_config()
 
+    def _check_numbers(self) -> None:
+        for name in ("steps", "envs", "eval_prompts", "eval_texts"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("checkpoint_every", self.checkpoint_every, 0)
+        check_at_least("eval_samples", self.eval_samples, 2)
+        check_at_least("seed", self.seed, 0)
+        check_type("beta", self.beta, int, float)
+        if not 0 < self.beta < math.inf:
+            raise ConfigError(f"beta must be above 0 (reward units a nat) and finite, got {self.beta!r}")
+
     def env_config(self) -> EnvConfig:
         """Return the environment's settings, checked."""
         maps_illegal = {} if self.agent in MASK_AWARE else {"on_illegal": "last_legal"}  # the others know no mask
@@ -84,7 +88,7 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str, trust: bool = False) -> RunConfig:
-        """Return what ``to_json`` wrote.
+        """Return the configuration that ``to_json`` wrote.
 
         Args:
             trust: Also take a file that lets a hub repository's code run.
@@ -93,12 +97,8 @@ class RunConfig:
             ConfigError: not JSON, not an object, a field that does not exist (with a suggestion), or
                 ``trust_remote_code`` without ``trust``.
         """
-        try:
-            read = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"a run's configuration must be JSON: {error}") from error
-        if not isinstance(read, dict):
-            raise ConfigError(f"a run's configuration must be a JSON object, got {type(read).__name__}")
+        source = "a run's configuration"
+        read = check_keys(parse_json(text, source, allow_nan=True), (), source, ConfigError)  # SB3 takes infinities
         known = [f.name for f in fields(cls)]
         for name in read:
             if name not in known:

@@ -1,12 +1,17 @@
-"""The course of a run: rows, events, checkpoints, progress."""
+"""The course of a run: table rows, TensorBoard events, checkpoints and progress, one class for each job.
+
+infos of ended texts  ->  RecentTexts  ->  means  ->  MetricsFile (metrics.csv)
+RunLog (a callback)   ->  all of these, events, a progress bar, CheckpointSchedule, requested stops
+"""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +27,130 @@ from agents.runs.config import RunConfig
 from agents.runs.signals import Stopped
 from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import RunFolderError
+from textgen_env.files import check_keys, write_file
 
 CHECKPOINTS = "checkpoints"
+METRICS_FILE = "metrics.csv"
+EVENTS = "tensorboard"
+
+RECENT = 256
+"""Texts that a row's means are about."""
+
+STORED = ("rows", "steps", "seconds", "next_row", "next_checkpoint", "logged", "episodes", "latest", "parts")
+"""Of a log, in a checkpoint."""
+
+LOGGER_DICTS = ("name_to_value", "name_to_count", "name_to_excluded")
+"""Where SB3's logger gathers values between two dumps."""
+
+
+class RecentTexts:
+    """Rewards, lengths and reward parts of the latest texts."""
+
+    def __init__(self) -> None:
+        self.episodes = 0  # ended since the start
+        self._texts: deque[tuple[float, float]] = deque(maxlen=RECENT)  # reward, length
+        self._parts: deque[Mapping[str, float]] = deque(maxlen=RECENT)  # of the reward, by name
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def add(self, infos: Sequence[Mapping[str, Any]]) -> None:
+        """Take in the texts that have ended, given the infos of all rows."""
+        ended = [info for info in infos if "episode" in info]
+        self.episodes += len(ended)
+        self._texts.extend((info["episode"]["r"], info["episode"]["l"]) for info in ended)
+        self._parts.extend(info["reward_parts"] for info in ended if len(info["reward_parts"]) > 1)
+
+    def means(self) -> dict[str, float]:
+        """Return ``reward``, ``length`` and, where the reward has several parts, ``reward_NAME`` of each."""
+        if not self._texts:
+            return {}
+        reward, length = np.mean(self._texts, axis=0).tolist()
+        names = self._parts[-1] if self._parts else ()
+        parts = {f"reward_{name}": float(np.mean([parts[name] for parts in self._parts])) for name in names}
+        return {"reward": reward, "length": length, **parts}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        return {
+            "episodes": self.episodes,
+            "latest": list(self._texts),
+            "parts": [dict(parts) for parts in self._parts],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` returned."""
+        self.episodes = state["episodes"]
+        self._texts.extend((reward, length) for reward, length in state["latest"])
+        self._parts.extend(state["parts"])
+
+
+class MetricsFile:
+    """The rows of ``metrics.csv``. A column appears with the first row that has it."""
+
+    def __init__(self, path: Path) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._path = path
+
+    def append(self, row: dict[str, float]) -> None:
+        """Add a row, and write the file anew."""
+        self.rows.append(row)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in self.rows for name in row)))
+        writer.writeheader()
+        writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in self.rows)
+        write_file(self._path, text.getvalue())
+
+
+class CheckpointSchedule:
+    """When the next checkpoint is due: every so many steps."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every  # 0: never
+        self.next = every
+
+    def is_due(self, steps: int, stopping: bool) -> bool:
+        """Return True if a checkpoint should be made now; the next one is then planned."""
+        due = bool(steps and self.every) and (steps >= self.next or stopping)
+        if due:
+            self.next = (steps // self.every + 1) * self.every
+        return due
 
 
 class RunLog(BaseCallback):
-    """The course of the training: ``metrics.csv``, TensorBoard events, and a progress bar.
+    """Follow a training: ``metrics.csv``, TensorBoard events, checkpoints, and a progress bar.
 
     A row is written a hundred times in a run and at its end. It holds steps, seconds of training,
     episodes, mean reward (with its parts, where it has several) and length of the latest episodes,
-    and whatever the agent records.
+    and every figure that the agent records.
     """
 
     def __init__(self, folder: Path, config: RunConfig, console: Console) -> None:
         super().__init__()
-        self.rows: list[dict[str, float]] = []
         self.steps = 0
         self.seconds = 0.0
-        self.episodes = 0
         self._folder = folder
         self._config = config
-        self._total = total = config.steps
         self._console = console
+        self._metrics = MetricsFile(folder / METRICS_FILE)
+        self._texts = RecentTexts()
+        self._schedule = CheckpointSchedule(config.checkpoint_every)
         self._next_row = 0
-        self._next_checkpoint = config.checkpoint_every
         self._learning = False
-        self._signum: int | None = None
-        self._logged: Any = None  # what the logger had gathered at the checkpoint
-        self._latest: deque[tuple[float, float]] = deque(maxlen=256)
-        self._parts: deque[Mapping[str, float]] = deque(maxlen=256)  # of the reward, by name
-        self._progress = Progress(
-            TextColumn("learning"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps, reward of recent texts {task.fields[reward]}"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._progress.add_task("", total=total, reward="–")
+        self._signum: int | None = None  # of a stop that was requested
+        self._gathered: Mapping[str, Any] | None = None  # by the logger, at the checkpoint that the run goes on from
+        self._progress = progress_bar(console)
+        self._task = self._progress.add_task("", total=config.steps, reward="–")
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """The rows of ``metrics.csv`` so far."""
+        return self._metrics.rows
+
+    @property
+    def episodes(self) -> int:
+        """Texts that have ended."""
+        return self._texts.episodes
 
     def __enter__(self) -> RunLog:
         self._progress.start()
@@ -71,112 +162,113 @@ class RunLog(BaseCallback):
             self._write_row()
             self.logger.close()
 
+    # --- what SB3 calls
+
     def _on_training_start(self) -> None:
-        events = TensorBoardOutputFormat(str(self._folder / "tensorboard"))
+        events = TensorBoardOutputFormat(str(self._folder / EVENTS))
         self.model.set_logger(Logger(None, [events]))
         self._started = time.perf_counter() - self.seconds
         self._learning = True
-        if self._logged is not None:  # events after the checkpoint are written again: hide the first ones
+        if self._gathered is not None:  # events after the checkpoint are written again: hide the first ones
             events.writer.close()
-            events.writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self.steps + 1)
-            for name, gathered in self._logged.items():
+            events.writer = SummaryWriter(str(self._folder / EVENTS), purge_step=self.steps + 1)
+            for name, gathered in self._gathered.items():
                 getattr(self.logger, name).update(gathered)
 
     def _on_step(self) -> bool:
-        infos = [info for info in self.locals["infos"] if "episode" in info]
-        ended = [info["episode"] for info in infos]
-        self._parts.extend(info["reward_parts"] for info in infos if len(info["reward_parts"]) > 1)
-        self.episodes += len(ended)
-        self._latest.extend((episode["r"], episode["l"]) for episode in ended)
+        self._texts.add(self.locals["infos"])
         self.steps = self.num_timesteps
         self.seconds = time.perf_counter() - self._started
-        if self.steps >= self._next_row and self._latest:
-            self._next_row = self.steps + self._total // 100
+        if self.steps >= self._next_row and len(self._texts):
+            self._next_row = self.steps + self._config.steps // 100
             self._write_row()
-        self._progress.update(self._task, completed=min(self.steps, self._total))
+        self._progress.update(self._task, completed=min(self.steps, self._config.steps))
         return True
 
-    # --- checkpoints
-
-    def stop_soon(self, signum: int) -> bool:
-        """Answer whether the learning will stop by itself at its next step: once, and only while it learns."""
-        soon = self._learning and self._signum is None
-        self._signum = signum
-        return soon
-
     def _on_rollout_start(self) -> None:
-        every, steps = self._config.checkpoint_every, self.num_timesteps
-        if steps and every and (steps >= self._next_checkpoint or self._signum is not None):
-            self._next_checkpoint = (steps // every + 1) * every
+        if self._schedule.is_due(self.num_timesteps, stopping=self._signum is not None):
             self._save_checkpoint()
         if self._signum is not None:
             raise Stopped(self._signum)
 
     def _on_training_end(self) -> None:
         self._learning = False
-        if self._config.checkpoint_every:
+        if self._schedule.every:
             self._save_checkpoint()
         if self._signum is not None:
             raise Stopped(self._signum)
+
+    # --- stops
+
+    def request_stop(self, signum: int) -> bool:
+        """Return True if the training will stop by itself at its next step: once, and only while it learns."""
+        soon = self._learning and self._signum is None
+        self._signum = signum
+        return soon
+
+    # --- checkpoints
 
     def _save_checkpoint(self) -> None:
         if not isinstance(self.model, TextDQN):
             return
         try:
-            extra = {"config": json.loads(self._config.to_json()), "log": self._state()}
+            extra = {"config": json.loads(self._config.to_json()), "log": self._state_dict()}
             save_checkpoint(self._folder / CHECKPOINTS, self.model, extra)
         except RunFolderError as error:  # the run is worth more than its checkpoint
             self._console.print(f"warning: {error}; the one before is still there")
 
-    def _state(self) -> dict[str, Any]:
-        names = ("name_to_value", "name_to_count", "name_to_excluded")
-        logged = {name: dict(getattr(self.logger, name)) for name in names}
-        logged["name_to_value"] = {
-            name: float(value)
-            for name, value in logged["name_to_value"].items()
-            if isinstance(value, int | float | np.number)
-        }
+    def _state_dict(self) -> dict[str, Any]:
+        logged = {name: dict(getattr(self.logger, name)) for name in LOGGER_DICTS}
+        logged["name_to_value"] = _numbers(logged["name_to_value"])
         return {
             "rows": self.rows,
             "steps": self.steps,
             "seconds": self.seconds,
-            "episodes": self.episodes,
             "next_row": self._next_row,
-            "next_checkpoint": self._next_checkpoint,
-            "latest": list(self._latest),
-            "parts": [dict(parts) for parts in self._parts],
+            "next_checkpoint": self._schedule.next,
             "logged": logged,
+            **self._texts.state_dict(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go back to where a checkpoint was made."""
-        self.rows, self.steps, self.seconds = state["rows"], state["steps"], state["seconds"]
-        self.episodes, self._next_row = state["episodes"], state["next_row"]
-        self._next_checkpoint = state["next_checkpoint"]
-        self._latest.extend((reward, length) for reward, length in state["latest"])
-        self._parts.extend(state["parts"])
-        self._logged = state["logged"]
+        """Go back to the point where a checkpoint was made.
+
+        Raises:
+            RunFolderError: ``state`` is not what a checkpoint holds.
+        """
+        check_keys(state, STORED, "the log in the checkpoint")
+        self.steps, self.seconds = state["steps"], state["seconds"]
+        self._metrics.rows[:] = state["rows"]
+        self._next_row, self._schedule.next = state["next_row"], state["next_checkpoint"]
+        self._texts.load_state_dict(state)
+        self._gathered = state["logged"]
+
+    # --- rows
 
     def _write_row(self) -> None:
-        row = {"steps": float(self.steps), "seconds": self.seconds, "episodes": float(self.episodes)}
-        if self._latest:
-            reward, length = np.mean(self._latest, axis=0).tolist()
-            row |= {"reward": reward, "length": length}
-            for name in self._parts[-1] if self._parts else ():
-                row[f"reward_{name}"] = float(np.mean([parts[name] for parts in self._parts]))
-                self.logger.record(f"run/reward_{name}", row[f"reward_{name}"])
-            self._progress.update(self._task, reward=f"{reward:.2f}")
-            self.logger.record("run/reward", reward)
-            self.logger.record("run/length", length)
-        for name, value in self.logger.name_to_value.items():
-            if isinstance(value, int | float | np.number):
-                row[name.rpartition("/")[2]] = float(value)
+        means = self._texts.means()
+        for name, value in means.items():
+            self.logger.record(f"run/{name}", value)
+        if means:
+            self._progress.update(self._task, reward=f"{means['reward']:.2f}")
+        row = {"steps": float(self.steps), "seconds": self.seconds, "episodes": float(self.episodes), **means}
+        for name, value in _numbers(self.logger.name_to_value).items():
+            row[name.rpartition("/")[2]] = value
         self.logger.dump(self.steps)
-        self.rows.append(row)
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        half_written = self._folder / ".metrics.csv"
-        with half_written.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in self.rows)
-        half_written.replace(self._folder / "metrics.csv")
+        self._metrics.append(row)
+
+
+def progress_bar(console: Console) -> Progress:
+    """Return the bar of a training: steps, and the reward of recent texts."""
+    return Progress(
+        TextColumn("learning"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps, reward of recent texts {task.fields[reward]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if isinstance(value, int | float | np.number)}

@@ -1,4 +1,4 @@
-"""What an agent is worth, next to what the language model gives and what is possible at all.
+"""Measure an agent next to the language model and next to the best possible policy.
 
     language model  ->  Yardstick  (samples, greedy, lookahead, the optimum)
     agent           ->  Report     (rows of the table, curves on the reward-KL plane)  ->  table, PNG, Markdown, JSON
@@ -22,6 +22,7 @@ from agents.baselines.one_step import GreedyAgent, LookaheadAgent, SampleAgent
 from agents.runs.optimum import Optimum, Point, best_of_n, estimated_optimum, share_of_optimal_gain
 from textgen_env.evaluation import Evaluation, evaluate
 from textgen_env.extras import is_installed
+from textgen_env.files import whole_file
 from textgen_env.policies import Agent
 from textgen_env.prompts import PromptSource
 from textgen_env.vector_env import TextGenVectorEnv
@@ -45,7 +46,7 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class ReportLine:
-    """One line of the table. What is unknown, or has no meaning for the row, is None."""
+    """One line of the table. A figure that is unknown, or has no meaning for the row, is None."""
 
     name: str
     reward: float
@@ -62,7 +63,7 @@ class ReportLine:
 
 @dataclass(frozen=True)
 class Report:
-    """The table, the plane, and what has to be said with them."""
+    """The table, the curves of the plane, and notes for their readers."""
 
     agent: str  # its name in the rows and curves
     beta: float
@@ -76,7 +77,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What can be had without learning, on the prompts of a report."""
+    """Policies without learning, measured on the prompts of a report."""
 
     beta: float
     samples: Evaluation  # of the language model, as many a prompt as the optimum is estimated from
@@ -93,19 +94,19 @@ class Yardstick:
         texts: int,
         samples: int,
         seed: int,
-        say: Callable[[str], None] = lambda what: None,
+        say: Callable[[str], None] = lambda policy: None,
     ) -> Yardstick:
         """Roll out the agents without learning.
 
         Args:
             env: With ``logprobs`` and ``action_mask`` in its observation; lookahead also needs
                 ``score`` and ``candidate_scores``, and is left out without them.
-            prompts: What the report is about.
+            prompts: Of the report.
             beta: Reward units a nat: the price of KL in J.
             texts: For each agent, rounded up to a whole number a prompt.
             samples: Texts of the language model a prompt, from which the optimum is estimated.
             seed: Of the evaluation's random numbers.
-            say: Told what is being measured.
+            say: Called with the name of each policy before it is measured.
         """
         say("language model")
         sampled = evaluate(SampleAgent(), env, max(texts, samples * len(prompts)), seed, prompts)
@@ -149,7 +150,6 @@ class Yardstick:
         rewards = self.samples.by_prompt(self.samples.rewards)
         bests = {n: best_of_n(rewards, n) for n in BEST_OF if n <= rewards.shape[1]}
         shown = min(16, max(bests))
-        frontier = [self.optimum(beta).point for beta in sorted({*FRONTIER_BETAS, self.beta}, reverse=True)]
         rows = [
             self.row("language model, sampled", self.samples),
             self.row("language model, greedy", self.greedy, distinct=False),
@@ -158,25 +158,23 @@ class Yardstick:
             *(self.row(agent, evaluation) for evaluation in evaluations[:1]),
             self._plain_row(BEST, self.best.point),
         ]
+        frontier = [self.optimum(beta).point for beta in sorted({*FRONTIER_BETAS, self.beta}, reverse=True)]
         curves = {
             BEST: [(0.0, self.samples.reward), *((point.kl, point.reward) for point in frontier)],
             BEST_OF_N: [(point.kl, point.reward) for point in bests.values()],
             LOOKAHEAD: _curve(self.lookahead),
             agent: _curve(evaluations),
         }
-        return Report(
-            agent,
-            self.beta,
-            rows,
-            {name: curve for name, curve in curves.items() if curve},
-            [
-                *notes,
-                f"J = reward - {self.beta:g} KL. Its share of the optimal gain is 0% for the language model, sampled, "
-                "and 100% for the best possible policy.",
-                f"The latter is estimated from {rewards.shape[1]} samples for each of {len(rewards)} prompts, worth "
-                f"{np.median(self.best.effective_samples):.0f} of its own (median): more samples, a surer estimate.",
-            ],
-        )
+        drawn = {name: curve for name, curve in curves.items() if curve}
+        return Report(agent, self.beta, rows, drawn, [*notes, *self._notes(*rewards.shape)])
+
+    def _notes(self, prompts: int, samples: int) -> list[str]:
+        return [
+            f"J = reward - {self.beta:g} KL. Its share of the optimal gain is 0% for the language model, sampled, "
+            "and 100% for the best possible policy.",
+            f"The latter is estimated from {samples} samples for each of {prompts} prompts, worth "
+            f"{np.median(self.best.effective_samples):.0f} of its own (median): more samples, a surer estimate.",
+        ]
 
     def _plain_row(self, name: str, point: Point, kl_at_most: bool = False) -> ReportLine:
         value = point.reward - self.beta * point.kl
@@ -197,7 +195,7 @@ def evaluate_agent(
     texts: int,
     seed: int,
     deterministic: bool = False,
-    say: Callable[[str], None] = lambda what: None,
+    say: Callable[[str], None] = lambda policy: None,
 ) -> list[Evaluation]:
     """Return the agent's evaluation and, where it has a temperature ``beta``, those at others (half the texts)."""
     say("agent")
@@ -222,24 +220,26 @@ def table(report: Report) -> Table:
     for heading in ("reward", "KL", "loglik", "distinct", "J", "share"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
-        half = None if row.reward_low is None or row.reward_high is None else (row.reward_high - row.reward_low) / 2
-        interval = "" if half is None else f" ±{half:.2f}"
-        at_least = "≥ " if row.kl_at_most else ""
-        grid.add_row(
-            row.name,
-            f"{row.reward:.2f}{interval}",
-            ("≤ " if row.kl_at_most else "") + _shown(row.kl, ".1f"),
-            _shown(row.likelihood, ".2f"),
-            _shown(row.distinct_2, ".2f"),
-            at_least + _shown(row.value, ".2f"),
-            at_least + _shown(row.share, ".0%"),
-            style="bold" if row.name == report.agent else None,
-        )
+        grid.add_row(row.name, *_figures(row), style="bold" if row.name == report.agent else None)
     return grid
 
 
+def _figures(row: ReportLine) -> tuple[str, ...]:
+    """Return the cells of a line of the table, after its name."""
+    half = None if row.reward_low is None or row.reward_high is None else (row.reward_high - row.reward_low) / 2
+    at_least = "≥ " if row.kl_at_most else ""
+    return (
+        f"{row.reward:.2f}" + ("" if half is None else f" ±{half:.2f}"),
+        ("≤ " if row.kl_at_most else "") + _shown(row.kl, ".1f"),
+        _shown(row.likelihood, ".2f"),
+        _shown(row.distinct_2, ".2f"),
+        at_least + _shown(row.value, ".2f"),
+        at_least + _shown(row.share, ".0%"),
+    )
+
+
 def text_metrics(evaluation: Evaluation, references: Sequence[str | None]) -> dict[str, float]:
-    """Return what ``textgen_env.metrics`` says of the texts.
+    """Return the figures of ``textgen_env.metrics`` for the texts.
 
     Args:
         evaluation: The texts.
@@ -262,7 +262,7 @@ def text_metrics(evaluation: Evaluation, references: Sequence[str | None]) -> di
 
 
 def draw_plane(report: Report, path: Path) -> None:
-    """Draw reward against KL: every policy of the report, under the curve that none can cross."""
+    """Draw reward against KL, every policy of the report under the curve of the best possible ones, as a PNG."""
     figure = _figure(7.5, 4.8)
     axes = figure.add_subplot()
     looks = {
@@ -279,22 +279,21 @@ def draw_plane(report: Report, path: Path) -> None:
     axes.set_ylabel("reward of a text")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
-    figure.savefig(path)
+    _write_png(figure, path)
 
 
-def draw_learning(metrics: Sequence[Mapping[str, float]], reference: float | None, path: Path) -> None:
-    """Draw the reward of recent texts against steps and against seconds, with the language model's as a line."""
+def draw_learning(metrics: Sequence[Mapping[str, float]], language_model: float, path: Path) -> None:
+    """Draw the reward of recent texts against steps and seconds, and the language model's as a line, as a PNG."""
     figure = _figure(9, 3.6)
     for place, (key, label) in enumerate([("steps", "steps (tokens)"), ("seconds", "seconds of training")]):
         axes = figure.add_subplot(1, 2, place + 1)
         axes.plot([row[key] for row in metrics], [row.get("reward", math.nan) for row in metrics], color="tab:blue")
-        if reference is not None:
-            axes.axhline(reference, color="black", linestyle=":", label="language model, new prompts")
-            axes.legend(frameon=False)
+        axes.axhline(language_model, color="black", linestyle=":", label="language model, new prompts")
+        axes.legend(frameon=False)
         axes.set_xlabel(label)
         axes.set_ylabel("reward of recent texts")
         axes.grid(alpha=0.3)
-    figure.savefig(path)
+    _write_png(figure, path)
 
 
 def samples_page(before: Evaluation, after: Evaluation, notes: Sequence[str] = ()) -> str:
@@ -352,3 +351,8 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=130, layout="constrained")
+
+
+def _write_png(figure: Figure, path: Path) -> None:
+    with whole_file(path) as half_made:
+        figure.savefig(half_made, format="png")

@@ -1,4 +1,4 @@
-"""Being told to stop."""
+"""Stops: Ctrl-C and SIGTERM ask the training to stop, or raise where nothing can be asked."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
-
-# --- being told to stop
+from typing import Any
 
 
 class Stopped(KeyboardInterrupt):
@@ -24,17 +18,19 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def name(self) -> str:
-        """What a user calls the signal."""
+        """The signal's name for users."""
         return "Ctrl-C" if self.signum == signal.SIGINT else "SIGTERM"
 
 
 @contextmanager
 def stop_signals(request_stop: Callable[[int], bool]) -> Iterator[None]:
-    """Within, Ctrl-C and SIGTERM ask ``request_stop(signum)``; where it answers False, they raise ``Stopped``.
+    """Within, Ctrl-C and SIGTERM call ``request_stop(signum)``; where it returns False, they raise ``Stopped``.
 
     Only the main thread can listen; in others nothing changes.
     """
-
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     received: list[int] = []
 
     def handle(signum: int, frame: Any) -> None:
@@ -42,9 +38,6 @@ def stop_signals(request_stop: Callable[[int], bool]) -> Iterator[None]:
         if not request_stop(signum):
             raise Stopped(signum)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from agents.benchmark import grid as benchmark
-from agents.benchmark.grid import BenchmarkConfig, Cell, run_benchmark, run_cell, task_ids
-from agents.benchmark.pages import compare_results, read_results, scores_by_agent, write_report
+from agents.benchmark.cells import run_cell
+from agents.benchmark.config import BenchmarkConfig, Cell, task_ids
+from agents.benchmark.grid import read_cells, run_benchmark
+from agents.benchmark.pages import write_report
+from agents.benchmark.results import RESULT_COLUMNS, compare_results, read_results, scores_by_agent
 from agents.cli.app import app
 from textgen_env.errors import ConfigError, RunFolderError, UnknownName
 from textgen_env.tasks import make_task
@@ -39,7 +41,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def in_this_process(config, cells, workers, started):
-    """Another engine than processes."""
+    """Another way to run cells than in processes."""
     yield from (run_cell(config, cell) for cell in cells)
 
 
@@ -63,13 +65,13 @@ def test_one_row_for_each_run_and_evaluation(done):
     steps = [row["step"] for row in rows if row["agent"] == "text_dqn" and row["seed"] == "0"]
     assert steps == ["0", "100", "200"] * 2
     assert len([row for row in rows if row["agent"] == "sample"]) == 4
-    assert set(rows[0]) == set(benchmark.RESULT_COLUMNS) - {"seconds"}
+    assert set(rows[0]) == set(RESULT_COLUMNS) - {"seconds"}
     best_of_n = [row for row in rows if row["agent"] == "best_of_n" and row["task"].startswith("TextGen/Needle")]
     assert [float(row["tokens"]) for row in best_of_n] == [16 * 3] * 2  # 16 texts of 3 tokens for each
 
 
 def test_the_same_command_gives_the_same_rows(done, tmp_path):
-    run_benchmark(CONFIG, tmp_path / "again", engine=in_this_process)
+    run_benchmark(CONFIG, tmp_path / "again", cell_runner=in_this_process)
     assert read(tmp_path / "again") == read(done)
 
 
@@ -131,7 +133,7 @@ def test_a_killed_benchmark_goes_on_where_it_was(done, tmp_path):
     assert 3 <= len(recorded)
     assert all(json.loads(text)["cell"] for text in recorded.values())  # none is half written
     times = {path: path.stat().st_mtime_ns for path in recorded}
-    run_benchmark(CONFIG, folder, engine=in_this_process)
+    run_benchmark(CONFIG, folder, cell_runner=in_this_process)
     assert {path: path.stat().st_mtime_ns for path in recorded} == times
     assert read(folder) == read(done)
 
@@ -176,9 +178,9 @@ def test_a_full_disk_loses_nothing_recorded(done, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full_after_two)
         with pytest.raises(RunFolderError, match=r"No space left.*same command again"):
-            run_benchmark(config, tmp_path / "b", engine=in_this_process)
+            run_benchmark(config, tmp_path / "b", cell_runner=in_this_process)
     assert len(list((tmp_path / "b" / "cells").iterdir())) == 2
-    run_benchmark(config, tmp_path / "b", engine=in_this_process)
+    run_benchmark(config, tmp_path / "b", cell_runner=in_this_process)
     assert read(tmp_path / "b") == [row for row in read(done) if row["agent"] in config.agents]
 
 
@@ -187,13 +189,13 @@ def test_failed_runs_are_only_run_again_when_asked(done, tmp_path):
     shutil.copytree(done, folder)
     ran = []
 
-    def engine(config, cells, workers, started):
+    def runner(config, cells, workers, started):
         ran.extend(cells)
         return in_this_process(config, cells, workers, started)
 
-    run_benchmark(CONFIG, folder, engine=engine)
+    run_benchmark(CONFIG, folder, cell_runner=runner)
     assert ran == []
-    run_benchmark(CONFIG, folder, engine=engine, retry_failed=True)
+    run_benchmark(CONFIG, folder, cell_runner=runner, retry_failed=True)
     assert {cell.agent for cell in ran} == {"my_agents:Raises", "my_agents:Illegal"}
     assert read(folder) == read(done)
 
@@ -291,7 +293,7 @@ NASTY = "<script>document.title = 'it ran'</script><img src=x onerror=\"document
 
 def nasty_report(done, folder):
     """A report on agents whose texts, prompts and errors are attacks."""
-    results = benchmark.read_cells(done)
+    results = read_cells(done)
     text = {"prompt": NASTY, "completion": NASTY, "reward": 0.0}
     results = [replace(r, transcripts=(text,), error=r.error and NASTY) for r in results]
     shutil.copytree(done, folder)

@@ -10,7 +10,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from agents.cli.app import INTERRUPTED, WHERE, app
+from agents.cli.app import app
+from agents.cli.train import INTERRUPTED, WHERE
 from textgen_env.models import MODEL_NAMES
 from textgen_env.openings import OPENINGS
 from textgen_env.rewards import REWARDS

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from weather import CONFIG as WEATHER
 from weather import RUN_FILES, read_csv, weather
 
-from agents.benchmark.grid import BenchmarkConfig, run_benchmark
+from agents.benchmark.config import BenchmarkConfig
+from agents.benchmark.grid import run_benchmark
 from agents.cli.app import app
 from agents.distributed.actors import OUTSTANDING, Collector, RayTextSource, store_bound
 from agents.distributed.cells import RayCellRunner
@@ -128,7 +129,7 @@ def test_an_address_that_does_not_answer_is_refused_in_time(tmp_path):
             probe(address, 0.3)
         assert time.monotonic() - started < 5
     with pytest.raises(ClusterError, match="no Ray answers"):  # closed by now
-        train(CONFIG, tmp_path / "run", model=weather(), engine=RayTextSource(1, address))
+        train(CONFIG, tmp_path / "run", model=weather(), text_source=RayTextSource(1, address))
     assert not (tmp_path / "run").exists()
 
 
@@ -206,7 +207,7 @@ def run(tmp_path_factory):
     def listening(run, say):
         return engine(run, said.append)
 
-    result = train(CONFIG, folder, model=weather(), engine=listening)
+    result = train(CONFIG, folder, model=weather(), text_source=listening)
     assert not ray.is_initialized()
     deadline = time.monotonic() + 20
     while processes() > before and time.monotonic() < deadline:
@@ -294,7 +295,7 @@ def test_a_killed_learner_goes_on_from_its_checkpoint(tmp_path):
         "import test_ray as t\n"
         "from agents.distributed.actors import RayTextSource\n"
         "t.train(t.replace(t.CONFIG, steps=100_000, checkpoint_every=200), 'run', model=t.weather(), "
-        "engine=RayTextSource(2))\n"
+        "text_source=RayTextSource(2))\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.path.join(root, "tests"), os.path.dirname(__file__)])}
@@ -308,7 +309,7 @@ def test_a_killed_learner_goes_on_from_its_checkpoint(tmp_path):
     at = int(newest_checkpoint(tmp_path / "run" / "checkpoints").name)
     for path in (tmp_path / "run" / "config.json", *(tmp_path / "run" / "checkpoints").glob("*/state.json")):
         path.write_text(path.read_text().replace("100000", str(at + 300)))  # a run of that many steps
-    result = resume(tmp_path / "run", model=weather(), engine=RayTextSource(1))
+    result = resume(tmp_path / "run", model=weather(), text_source=RayTextSource(1))
     assert (result.finished, result.steps) == (True, at + 300)
 
 
@@ -394,12 +395,12 @@ def test_batches_of_a_slow_actor_are_old_and_what_is_too_old_is_not_learned_from
 def test_a_benchmark_on_ray_has_the_rows_of_a_local_one_and_goes_on_where_it_stopped(tmp_path):
     config = BenchmarkConfig(("Needle",), ("random", "sample"), seeds=(0, 1), steps=64, texts=8, evaluations=2)
     local = run_benchmark(config, tmp_path / "local", workers=1)
-    engine = RayCellRunner()
-    cells = iter(engine(config, config.cells, 2))
+    runner = RayCellRunner()
+    cells = iter(runner(config, config.cells, 2))
     next(cells)
     cells.close()  # stopped
     assert not ray.is_initialized()
-    rays = run_benchmark(config, tmp_path / "ray", workers=2, engine=engine)
+    rays = run_benchmark(config, tmp_path / "ray", workers=2, cell_runner=runner)
 
     def plain(results):
         return json.dumps([[r.cell, r.status, [{**row, "seconds": 0} for row in r.rows]] for r in results])
@@ -411,7 +412,7 @@ def test_a_benchmark_on_ray_has_the_rows_of_a_local_one_and_goes_on_where_it_sto
         asked.extend(cells)
         return iter(())
 
-    assert plain(run_benchmark(config, tmp_path / "ray", engine=none_left)) == plain(local)
+    assert plain(run_benchmark(config, tmp_path / "ray", cell_runner=none_left)) == plain(local)
     assert asked == []
 
 

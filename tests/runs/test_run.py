@@ -14,8 +14,9 @@ from weather import CONFIG, RUN_FILES, read_csv, weather
 
 from agents.runs.config import RunConfig
 from agents.runs.optimum import TextTree
+from agents.runs.parts import split_prompts
 from agents.runs.report import samples_page, table
-from agents.runs.run import load_run, open_run, split_prompts, train
+from agents.runs.run import load_run, open_run, train
 from agents.zoo import AGENTS, MASK_AWARE
 from textgen_env.errors import ConfigError, RewardError, RunFolderError, TextGenError
 from textgen_env.evaluation import evaluate

@@ -12,10 +12,8 @@ import copy
 import difflib
 import hashlib
 import importlib.util
-import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from textgen_env.errors import ModelError
 from textgen_env.extras import require
+from textgen_env.files import read_json, whole_folder
 from textgen_env.models.base import LanguageModel
 from textgen_env.registry import unknown_name
 
@@ -119,8 +118,8 @@ def intact(folder: Path) -> Path:
         ModelError: a file is missing or was changed: which one, and its expected checksum.
     """
     try:
-        expected = dict(json.loads((folder / CHECKSUMS).read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+        expected: dict[str, str] = read_json(folder / CHECKSUMS, (), ModelError)
+    except ModelError as error:
         raise ModelError(f"{folder / CHECKSUMS} is missing or damaged: {_REINSTALL}") from error
     for name, checksum in expected.items():
         try:
@@ -222,20 +221,15 @@ def _converted(name: str, find_gguf: Callable[[], Path]) -> Path:
     for package in ("gguf", "accelerate"):
         require(package, extra="gguf", for_=f"reading {gguf.name}")
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+    from safetensors import SafetensorError
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    half_made = target.with_name(f".{name}.half-made")
     with WeakFileLock(target.with_name(f".{name}.lock")):
         if (target / "config.json").is_file():
             return target  # another process was first
         _log.info("converting %s to %s, once", gguf.name, target)
-        shutil.rmtree(half_made, ignore_errors=True)  # a killed one left it
-        half_made.mkdir()
-        try:
+        with whole_folder(target, (SafetensorError,)) as half_made:
             _convert_gguf(gguf, half_made)
-            half_made.rename(target)
-        finally:
-            shutil.rmtree(half_made, ignore_errors=True)
     return target
 
 

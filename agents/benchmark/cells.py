@@ -1,0 +1,148 @@
+"""One cell of a benchmark: an agent learns a task with one seed, and is measured as it learns.
+
+Cell  ->  environment, agent  ->  evaluations at even distances  ->  CellResult (plain data)
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+
+from agents.benchmark.config import BenchmarkConfig, Cell, known_bounds, open_task
+from agents.zoo import Budget, acts_greedily, draws_anew, env_settings, make_agent, tuned_settings
+from textgen_env.errors import ConfigError
+from textgen_env.evaluation import Evaluation, evaluate
+from textgen_env.tasks import Bounds, Task
+from textgen_env.vector_env import TextGenVectorEnv
+
+TRANSCRIPTS = 4
+"""Texts of the last evaluation that a run keeps."""
+
+EVALUATION_SEED = 10_000
+"""Added to a run's seed, so that texts are measured with other random numbers than it learned with."""
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """The end of a run, as plain data."""
+
+    cell: Cell
+    status: str  # "ok"; "failed": it raised; "inapplicable": the agent cannot do this task
+    error: str = ""
+    rows: Sequence[Mapping[str, Any]] = ()  # one an evaluation, as far as it got
+    transcripts: Sequence[Mapping[str, Any]] = ()  # prompt, completion, reward
+    traceback: str = ""
+
+
+def run_cell(config: BenchmarkConfig, cell: Cell) -> CellResult:
+    """Run one agent on one task with one seed, and measure it as it learns.
+
+    Errors of the agent, also about an illegal action, are part of the result.
+    """
+    rows: list[dict[str, Any]] = []
+    texts: list[Mapping[str, Any]] = []
+    opened = False
+    try:
+        agent, env, task = _open(config, cell)
+        opened = True
+
+        def measure(step: int, seconds: float) -> None:
+            measured, tokens = measure_agent(cell, config.texts, agent, env, task)
+            rows.append(row_of(measured, tokens, step, seconds, known_bounds(cell.task)))
+            texts[:] = transcripts_of(measured)
+
+        _learn_and_measure(config, agent, measure)
+    except Exception as error:
+        status = "inapplicable" if isinstance(error, ConfigError) and not opened else "failed"
+        return CellResult(cell, status, f"{type(error).__name__}: {error}", rows, texts, traceback.format_exc())
+    return CellResult(cell, "ok", "", rows, texts)
+
+
+def _open(config: BenchmarkConfig, cell: Cell) -> tuple[Any, TextGenVectorEnv, Task]:
+    """Return a new agent in an environment of its own, the environment to measure it in, and the task."""
+    task = open_task(cell.task)
+    settings = env_settings(cell.agent, whole_vocabulary=task.settings.get("top_k", 16) is None)
+    env = task.make_vec(config.envs, **settings)
+    budget = Budget(config.steps, config.envs, env.max_new_tokens)
+    agent = make_agent(cell.agent, env, cell.seed, budget, tuned_settings(cell.agent, env))
+    # Planning agents search in the environment that they are asked in; SB3's must not lose their place.
+    return agent, task.make_vec(config.envs, **settings) if isinstance(agent, BaseAlgorithm) else env, task
+
+
+def _learn_and_measure(config: BenchmarkConfig, agent: Any, measure: Callable[[int, float], None]) -> None:
+    if isinstance(agent, BaseAlgorithm):
+        agent.learn(config.steps, callback=LearningCurve(config, measure))
+        return
+    measure(0, 0.0)
+    if hasattr(agent, "learn"):
+        started = time.perf_counter()
+        agent.learn(config.steps)
+        measure(config.steps, time.perf_counter() - started)
+
+
+class LearningCurve(BaseCallback):
+    """Measure an agent before it learns, at even distances, and when it has learned; learning time only counts."""
+
+    def __init__(self, config: BenchmarkConfig, measure: Callable[[int, float], None]) -> None:
+        super().__init__()
+        parts = config.evaluations - 1
+        self._points = [config.steps * i // parts for i in range(1, parts)]
+        self._measure = measure
+        self._seconds = self._since = 0.0
+
+    def _on_training_start(self) -> None:
+        self._measured()
+
+    def _on_step(self) -> bool:
+        if self._points and self.num_timesteps >= self._points[0]:
+            self._points = [point for point in self._points if point > self.num_timesteps]
+            self._measured()
+        return True
+
+    def _on_training_end(self) -> None:
+        self._measured()
+
+    def _measured(self) -> None:
+        if self.num_timesteps:
+            self._seconds += time.perf_counter() - self._since
+        self._measure(self.num_timesteps, self._seconds)
+        self._since = time.perf_counter()
+
+
+def measure_agent(cell: Cell, texts: int, agent: Any, env: Any, task: Task) -> tuple[Evaluation, float]:
+    """Return the agent's evaluation on the test prompts, and the tokens that a text has cost."""
+    greedy, prompts = acts_greedily(cell.agent, agent), task.test_prompts
+    count = max(texts, len(prompts)) if draws_anew(cell.agent, agent) else len(prompts)
+    before = getattr(agent, "tokens_used", None)
+    measured = evaluate(agent, env, count, EVALUATION_SEED + cell.seed, prompts, greedy)
+    spent = float(measured.lengths.sum()) if before is None else agent.tokens_used - before
+    return measured, spent / len(measured.rewards)
+
+
+def row_of(measured: Evaluation, tokens: float, step: int, seconds: float, bounds: Bounds) -> dict[str, Any]:
+    """Return the figures of an evaluation, by ``RESULT_COLUMNS``."""
+    return {
+        "step": step,
+        "seconds": seconds,
+        "reward": measured.reward,
+        "normalised": float(bounds.normalise(measured.reward)),
+        "kl": measured.mean_kl,
+        "tokens": tokens,
+        "length": float(measured.lengths.mean()),
+        "texts": len(measured.rewards),
+    }
+
+
+def transcripts_of(measured: Evaluation) -> list[dict[str, Any]]:
+    """Return the first texts: not a selection."""
+    texts = zip(measured.prompts, measured.completions, measured.rewards.tolist(), strict=True)
+    return [
+        {"prompt": prompt, "completion": completion, "reward": reward}
+        for (prompt, completion, reward), _ in zip(texts, range(TRANSCRIPTS), strict=False)
+    ]

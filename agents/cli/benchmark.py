@@ -1,0 +1,175 @@
+"""``textgen benchmark``: agents on tasks with several seeds, and comparisons of results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from agents.cli.options import Address, Engine, given, uses_ray
+from textgen_env.errors import ConfigError
+
+if TYPE_CHECKING:
+    from agents.benchmark.cells import CellResult
+    from agents.benchmark.config import BenchmarkConfig
+    from agents.benchmark.grid import CellRunner
+    from agents.benchmark.pages import PageTable
+
+Tasks = Annotated[
+    str,
+    typer.Option(
+        help="diagnostic, language, all, or names, with sizes: Needle:depth=6,Dyck. See 'textgen list tasks'."
+    ),
+]
+AgentNames = Annotated[
+    str | None,
+    typer.Option(help="Comma-separated. See 'textgen list agents'; your own: module:attribute.", show_default="all"),
+]
+Seeds = Annotated[str | None, typer.Option(help="How many, from 0 on; or a comma-separated list.", show_default="5")]
+CellSteps = Annotated[
+    int | None, typer.Option(help="Environment steps for an agent to learn from.", min=1, show_default="20000")
+]
+CellEnvs = Annotated[int | None, typer.Option(help="Texts written at a time.", min=1, show_default="32")]
+CellTexts = Annotated[int | None, typer.Option(help="Texts of each evaluation, at least.", min=1, show_default="64")]
+ResultsFolder = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the results; goes on where it stopped.", show_default="runs/benchmark"),
+]
+Compared = Annotated[
+    tuple[str, str] | None,
+    typer.Option(
+        metavar="A B",
+        help="Run nothing: which differences are significant between two folders (or CSV files) of results, or "
+        "between two agents in --out.",
+    ),
+]
+
+
+def benchmark(
+    tasks: Tasks = "diagnostic",
+    agents: AgentNames = None,
+    seeds: Seeds = None,
+    steps: CellSteps = None,
+    envs: CellEnvs = None,
+    texts: CellTexts = None,
+    out: ResultsFolder = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Six agents, three seeds and few steps, unless said otherwise.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes.", min=1, show_default="the cores")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what is recorded as failed.")] = False,
+    engine: Engine = "local",
+    address: Address = None,
+    compare: Compared = None,
+) -> None:
+    """Run agents on tasks with several seeds, and report what is known of each.
+
+    A folder belongs to one configuration. The same command goes on where it stopped: by Ctrl-C, a kill or a full disk.
+    """
+    console = Console()
+    if compare is not None:
+        _compare(compare, out, console)
+        return
+    changes: dict[str, Any] = given({"seeds": _parse_seeds(seeds), "steps": steps, "envs": envs, "texts": texts})
+    if agents:
+        changes["agents"] = tuple(agents.split(","))
+    config = _settings(tasks, changes, quick)
+    folder = out or Path("runs/benchmark")
+    _run(config, folder, _cell_runner(engine, address, workers), workers, retry_failed, console)
+
+
+def _compare(results: tuple[str, str], folder: Path | None, console: Console) -> None:
+    from agents.benchmark.pages import COMPARISON_NOTE, comparison_table
+    from agents.benchmark.results import compare_results
+
+    for name, found in compare_results(*results, folder):
+        chance = f"[{found.improvement_low:.2f}, {found.improvement_high:.2f}]"
+        console.print(_grid(comparison_table(name, found)))
+        console.print(f"Probability that the first is better: {found.improvement:.2f} {chance}\n", markup=False)
+    console.print(COMPARISON_NOTE, markup=False)
+
+
+def _settings(tasks: str, changes: dict[str, Any], quick: bool) -> BenchmarkConfig:
+    from agents.benchmark.config import QUICK, BenchmarkConfig, task_ids
+    from agents.zoo import agent_names
+
+    if any(":" in agent for agent in changes.get("agents", ())):
+        sys.path.insert(0, str(Path.cwd()))  # for module:attribute; processes inherit it
+    settings: dict[str, Any] = {"agents": agent_names(), **(QUICK if quick else {}), **changes}
+    return BenchmarkConfig(tasks=task_ids(tasks), **settings)
+
+
+def _cell_runner(engine: str, address: str | None, workers: int | None) -> CellRunner:
+    from agents.benchmark.grid import run_in_processes
+
+    if not uses_ray(engine, address=address):
+        return run_in_processes
+    from agents.distributed.cells import RayCellRunner
+
+    return RayCellRunner(address, workers)
+
+
+def _run(
+    config: BenchmarkConfig,
+    folder: Path,
+    cell_runner: CellRunner,
+    workers: int | None,
+    retry_failed: bool,
+    console: Console,
+) -> None:
+    """Run the cells that are missing, write the report, and print its main table."""
+    from agents.benchmark.grid import run_benchmark
+    from agents.benchmark.pages import write_report
+    from agents.runs.signals import Stopped, stop_signals
+
+    settings: dict[str, Any] = {"workers": workers, "retry_failed": retry_failed}
+    try:
+        with stop_signals(lambda signum: False):
+            results = run_benchmark(config, folder, **settings, cell_runner=cell_runner, console=console)
+    except Stopped as stop:
+        console.print(f"stopped by {stop.name}: what is done is in {folder}/; the same command goes on")
+        raise typer.Exit(128 + stop.signum) from stop
+    write_report(folder, config, results)
+    _show(config, folder, results, console)
+
+
+def _show(config: BenchmarkConfig, folder: Path, results: list[CellResult], console: Console) -> None:
+    from agents.benchmark.pages import overall_table
+    from agents.benchmark.results import read_results, scores_by_agent
+
+    rows = read_results(folder)
+    scores = scores_by_agent(rows)
+    console.print(_grid(overall_table(rows, scores, [agent for agent in config.agents if agent in scores])))
+    failed = sum(result.status == "failed" for result in results)
+    unable = sorted({result.cell.agent for result in results if result.status == "inapplicable"})
+    if unable:
+        console.print(f"cannot do some task, report.md says why: {', '.join(unable)}", markup=False)
+    console.print(f"{len(results)} runs, {failed} failed. Report: {folder}/report.html, report.md; rows: results.csv")
+
+
+def _grid(table: PageTable) -> Table:
+    """Return a table of a report for the terminal."""
+    grid = Table(*table.headings, title=table.title or None, title_justify="left", box=None)
+    for row in table.rows:
+        grid.add_row(*map(escape, row))
+    return grid
+
+
+def _parse_seeds(text: str | None) -> tuple[int, ...] | None:
+    """Return the seeds that ``5`` or ``0,3,4`` stands for."""
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--seeds must be a number of seeds, or a list such as 0,1,2; got {text!r}") from error
+    if "," in text:
+        return tuple(numbers)
+    if numbers[0] < 1:
+        raise ConfigError(f"--seeds must be at least 1, or a list such as 0,1,2; got {text!r}")
+    return tuple(range(numbers[0]))

@@ -1,0 +1,88 @@
+"""``textgen evaluate``: the table and the figures of a trained agent once more, also on other prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from agents.cli.options import AsJson, Prompts, Samples, Texts, Trust, change
+from textgen_env.files import write_file
+
+if TYPE_CHECKING:
+    from agents.runs.run import Run
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A folder that 'textgen train' made.", metavar="RUN")],
+    prompts: Prompts = None,
+    texts: Texts = None,
+    samples: Samples = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the evaluation's random numbers.", show_default="the run's")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the figures.", show_default="RUN/evaluation")] = None,
+    trust: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a trained agent again: the table, and the reward-KL plane as a picture.
+
+    On the run's own test prompts, or on all of --prompts (at most 32 of them).
+    """
+    from agents.runs.run import load_run
+
+    console = Console(stderr=as_json)
+    with console.status("loading"):
+        opened = load_run(run, trust=trust)
+    opened = replace(opened, config=change(opened.config, eval_texts=texts, eval_samples=samples, seed=seed))
+    if prompts is not None:
+        opened = _on_prompts(opened, prompts)
+    _measure(opened, out or run / "evaluation", console, as_json)
+
+
+def _on_prompts(run: Run, prompts: str) -> Run:
+    from textgen_env.evaluation import choose_prompts
+    from textgen_env.prompts import make_prompts
+
+    chosen = choose_prompts(make_prompts(prompts), run.config.eval_prompts, run.config.seed)
+    note = f"Prompts: {len(chosen)} of {prompts}."
+    return replace(run, test_prompts=chosen, notes=(*run.notes[:-1], note))
+
+
+def _measure(run: Run, folder: Path, console: Console, as_json: bool) -> None:
+    """Measure the agent, write the figures into ``folder``, and print them."""
+    from agents.runs.report import draw_plane, samples_page, table, text_metrics
+    from agents.runs.run import PLANE_FILE, SAMPLES_FILE, SUMMARY_FILE
+
+    with console.status("measuring") as status:
+        yardstick = run.yardstick(lambda policy: status.update(f"measuring: {policy}"))
+        evaluations = run.evaluate(lambda policy: status.update(f"measuring: {policy}"))
+    report = yardstick.report(run.agent_name, evaluations, run.notes)
+    references = [prompt.reference for prompt in run.test_prompts]
+    metrics = {
+        "language model": text_metrics(yardstick.samples, references),
+        run.agent_name: text_metrics(evaluations[0], references),
+    }
+    figures = json.dumps(report.as_dict() | {"metrics": metrics}, indent=2, ensure_ascii=False)
+    write_file(folder / SUMMARY_FILE, figures + "\n")
+    write_file(folder / SAMPLES_FILE, samples_page(yardstick.samples, evaluations[0], run.notes))
+    draw_plane(report, folder / PLANE_FILE)
+    if as_json:
+        typer.echo(figures)
+        return
+    console.print(table(report))
+    console.print(_metrics_table(*metrics.values()))
+    console.print(f"Figures, picture and texts are in {folder}/")
+
+
+def _metrics_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    grid = Table("metric", "language model", "trained agent", box=None)
+    for name in before:
+        grid.add_row(name, f"{before[name]:.3f}", f"{after[name]:.3f}")
+    return grid

@@ -1,0 +1,42 @@
+"""``textgen prune``: a smaller or sparser language model, in a folder of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from textgen_env.files import read_text
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help="A name, folder or hub id.", metavar="MODEL")],
+    out: Annotated[Path, typer.Option(help="Folder for the pruned model; must not hold one.")],
+    method: Annotated[str, typer.Option(help="See 'textgen list pruning'.")] = "ffn",
+    amount: Annotated[
+        float, typer.Option(help="Share of the weights, channels, groups or layers to remove, in [0, 1).")
+    ] = 0.2,
+    cuts: Annotated[
+        str | None,
+        typer.Option(help="Instead of both: one cut after another, such as layers:0.1+ffn:0.23.", metavar="M:A+..."),
+    ] = None,
+    heal: Annotated[int, typer.Option(help="Gradient steps of distillation from the dense model.", min=0)] = 0,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="What to calibrate and heal on: a file with a text a line, like those it is to write.",
+            show_default="the model writes its own",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the text that the model writes for itself.")] = 0,
+) -> None:
+    """Prune a model, heal it by distillation, and save it as a folder that --model takes."""
+    from agents.pruning.healing import prune_and_heal
+    from agents.pruning.methods import parse_pruning
+
+    chosen = [(method, amount)] if cuts is None else parse_pruning(cuts)
+    texts = None if text is None else read_text(text).splitlines()
+    report = prune_and_heal(model, out, chosen, heal, texts=texts, seed=seed)
+    Console().print(f"{report}. The model is in {out}/")

@@ -1,0 +1,87 @@
+"""``textgen record``: texts as a Minari dataset, for offline learning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from agents.cli.options import (
+    Greedy,
+    OptionalRun,
+    Prompts,
+    RewardWithoutRun,
+    Seed,
+    check_one_writer,
+    given,
+    parse_reward,
+)
+from textgen_env.errors import ConfigError
+
+if TYPE_CHECKING:
+    from textgen_env.policies import Agent
+
+
+def record(
+    out: Annotated[
+        Path, typer.Option(help="Folder for the dataset; must be new or empty. Minari finds names like sentiment-v0.")
+    ],
+    run: OptionalRun = None,
+    episodes: Annotated[int, typer.Option(help="Texts.", min=1)] = 1000,
+    model: Annotated[str | None, typer.Option(help="Without RUN: sample this language model itself.")] = None,
+    prompts: Prompts = None,
+    reward: RewardWithoutRun = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Without RUN: length limit of a text, in tokens.", min=1, show_default="20")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Without RUN: candidates a step.", min=1, show_default="16")] = None,
+    candidate_scores: Annotated[
+        bool, typer.Option("--candidate-scores", help="Without RUN: record what each candidate would score.")
+    ] = False,
+    greedy: Greedy = False,
+    seed: Seed = 0,
+) -> None:
+    """Record texts of a trained agent, or of a language model itself, as a Minari dataset.
+
+    With all that was observed, the masks, and the log-probability of every action: what offline
+    learning needs (see docs/clients.md).
+    """
+    from agents.text_dqn.offline import record as write
+    from textgen_env.evaluation import choose_prompts
+    from textgen_env.prompts import make_prompts
+
+    check_one_writer(run, model)
+    settings = given({"reward": parse_reward(reward), "max_new_tokens": max_new_tokens, "top_k": top_k})
+    if run is None:
+        settings |= {"model": model, "prompts": prompts}
+        agent, env, name = _language_model(settings, candidate_scores, rows=min(episodes, 64))
+    elif settings or candidate_scores:
+        raise ConfigError(
+            "--reward, --max-new-tokens, --top-k and --candidate-scores are those of the run; leave them out"
+        )
+    else:
+        agent, env, name = _trained(run)
+    source = choose_prompts(env.episodes.prompts if prompts is None else make_prompts(prompts), episodes, seed)
+    texts = [source[i % len(source)] for i in range(episodes)]
+    dataset = write(agent, env, texts, out, seed=seed, deterministic=greedy, metadata={"algorithm_name": name})
+    Console().print(f"{dataset.total_episodes:,} texts of {dataset.total_steps:,} tokens are in {out}/")
+
+
+def _trained(run: Path) -> tuple[Agent, Any, str]:
+    from agents.runs.run import load_run
+
+    opened = load_run(run)
+    return opened.agent, opened.env, opened.config.agent
+
+
+def _language_model(settings: dict[str, Any], candidate_scores: bool, rows: int) -> tuple[Agent, Any, str]:
+    import gymnasium as gym
+
+    from agents.baselines.one_step import SampleAgent
+    from agents.zoo import OBSERVATION
+
+    keys = [*OBSERVATION, "candidate_scores"] if candidate_scores else [*OBSERVATION]
+    env = gym.make_vec("TextGen-v0", num_envs=rows, **{"max_new_tokens": 20, **settings, "observation": keys})
+    return SampleAgent(), env, "language model"

@@ -1,0 +1,180 @@
+"""``textgen train``: an agent learns, is measured, and everything is kept in a folder."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from click.core import ParameterSource
+from rich.console import Console
+
+from agents.cli.options import Address, Engine, Prompts, Samples, Texts, change, given, parse_reward, uses_ray
+from textgen_env.errors import ConfigError
+from textgen_env.files import read_text
+
+if TYPE_CHECKING:
+    from agents.runs.config import RunConfig
+    from agents.runs.run import RunResult, TextSource
+
+INTERRUPTED = 130
+
+WHERE = {"resume", "engine", "actors", "address"}
+"""Options that say where a run is worked on; all others belong to its configuration."""
+
+Out = Annotated[Path | None, typer.Option(help="Folder for the run; must be new or empty.", show_default="runs/AGENT")]
+AgentName = Annotated[
+    str | None, typer.Option(help="See 'textgen list agents'.", show_default="text_dqn", metavar="NAME")
+]
+Model = Annotated[
+    str | None, typer.Option(help="Language model: a name, folder, hub id, or .gguf file.", show_default="tiny")
+]
+Prune = Annotated[
+    str | None,
+    typer.Option(
+        help="Prune the language model once: METHOD:AMOUNT, the share to remove, or none.", show_default="none"
+    ),
+]
+Reward = Annotated[
+    str | None,
+    typer.Option(
+        help="A name, or JSON: '{\"sentiment\": 1, \"repetition\": -0.5}'. See 'textgen list rewards'.",
+        show_default="sentiment",
+    ),
+]
+Steps = Annotated[
+    int | None, typer.Option(help="Environment steps to learn from, one token each.", min=1, show_default="70000")
+]
+Envs = Annotated[int | None, typer.Option(help="Texts written at a time.", min=1, show_default="64")]
+RunSeed = Annotated[int | None, typer.Option(help="Of prompts, agent and evaluation.", show_default="0")]
+Beta = Annotated[float | None, typer.Option(help="Price of KL, in reward units a nat.", show_default="0.1")]
+TopK = Annotated[int | None, typer.Option(help="Candidates a step: the number of actions.", min=1, show_default="16")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Length limit of a text, in tokens.", min=1, show_default="20")]
+MinNewTokens = Annotated[
+    int | None,
+    typer.Option(help="No end of text before so many tokens.", min=0, show_default="as --max-new-tokens"),
+]
+MaxPromptTokens = Annotated[
+    int | None, typer.Option(help="Length limit of a prompt, in tokens.", min=1, show_default="64")
+]
+CandidateScores = Annotated[
+    bool, typer.Option("--candidate-scores", help="Let the agent see what each candidate would score.")
+]
+CheckpointEvery = Annotated[
+    int | None,
+    typer.Option(help="Steps from one checkpoint to the next; 0 for none.", min=0, show_default="20000"),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="Start from the config.json of another run; other options go over it.")
+]
+Resume = Annotated[
+    Path | None, typer.Option(help="Go on with the run in this folder, from its last checkpoint.", metavar="RUN")
+]
+Actors = Annotated[
+    int | None, typer.Option(help="With --engine ray: processes that write.", min=1, show_default="the cores")
+]
+
+
+def train(
+    ctx: typer.Context,
+    out: Out = None,
+    agent: AgentName = None,
+    model: Model = None,
+    prune: Prune = None,
+    prompts: Prompts = None,
+    reward: Reward = None,
+    steps: Steps = None,
+    envs: Envs = None,
+    seed: RunSeed = None,
+    beta: Beta = None,
+    top_k: TopK = None,
+    max_new_tokens: MaxNewTokens = None,
+    min_new_tokens: MinNewTokens = None,
+    max_prompt_tokens: MaxPromptTokens = None,
+    candidate_scores: CandidateScores = False,
+    texts: Texts = None,
+    samples: Samples = None,
+    checkpoint_every: CheckpointEvery = None,
+    config: ConfigFile = None,
+    resume: Resume = None,
+    engine: Engine = "local",
+    actors: Actors = None,
+    address: Address = None,
+) -> None:
+    """Train an agent, measure it on prompts that it has not seen, and keep the run in a folder.
+
+    Without options the small model in the box learns to write positive texts of 20 tokens (VADER's
+    compound score, -1 to 1).
+    """
+    from agents.runs import run as runs
+
+    console = Console()
+    text_source = _text_source(engine, actors, address)
+    if resume is not None:
+        _check_only_where(ctx)
+        _show(runs.resume(resume, text_source=text_source, console=console), console)
+        return
+    changes = {"agent": agent, "model": model, "prune": prune, "prompts": prompts, "reward": parse_reward(reward)}
+    changes |= {"steps": steps, "envs": envs, "seed": seed, "beta": beta, "checkpoint_every": checkpoint_every}
+    changes |= {"eval_texts": texts, "eval_samples": samples}
+    env = {"top_k": top_k, "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
+    env["min_new_tokens"] = max_new_tokens if min_new_tokens is None else min_new_tokens
+    settings = _settings(config, changes, env, candidate_scores)
+    folder = out or _free_folder(Path("runs"), settings.agent)
+    _show(runs.train(settings, folder, text_source=text_source, console=console), console)
+
+
+def _text_source(engine: str, actors: int | None, address: str | None) -> TextSource:
+    from agents.runs.run import local
+
+    if not uses_ray(engine, actors=actors, address=address):
+        return local
+    from agents.distributed.actors import RayTextSource
+    from textgen_env.models.device import own_cores
+
+    return RayTextSource(actors or own_cores(), address)
+
+
+def _check_only_where(ctx: typer.Context) -> None:
+    """Raise ``ConfigError`` if an option that belongs to the configuration was given."""
+    typed = {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if typed - WHERE:
+        options = ", ".join("--" + name.replace("_", "-") for name in sorted(typed - WHERE))
+        raise ConfigError(f"a run is resumed with its own configuration: leave out {options}")
+
+
+def _settings(
+    start: Path | None, changes: dict[str, Any], env_changes: dict[str, Any], candidate_scores: bool
+) -> RunConfig:
+    """Return the configuration in the file ``start``, or the default one, with the given options."""
+    from agents.runs.config import RunConfig
+    from agents.zoo import OBSERVATION
+
+    config = change(RunConfig.from_json(read_text(start)) if start else RunConfig(), **changes)
+    env = {**config.env, **given(env_changes)}
+    if candidate_scores:
+        env["observation"] = (*OBSERVATION, "candidate_scores")
+    return replace(config, env=env)
+
+
+def _free_folder(parent: Path, name: str) -> Path:
+    """Return the first of ``parent/name``, ``parent/name-2``, ... that does not exist."""
+    names = (name if n == 1 else f"{name}-{n}" for n in range(1, sys.maxsize))
+    return next(parent / free for free in names if not (parent / free).exists())
+
+
+def _show(result: RunResult, console: Console) -> None:
+    """Print the table and the end of a run; one that was stopped exits with 128 + the signal's number."""
+    from agents.runs.report import table
+
+    if result.report is not None:
+        console.print(table(result.report))
+    state = "finished" if result.finished else "stopped early: what there is was saved"
+    console.print(
+        f"{state}. {result.steps:,} steps in {result.seconds:.0f} s of training. Everything is in {result.folder}/"
+    )
+    if not result.finished:
+        raise typer.Exit(INTERRUPTED if result.signum is None else 128 + result.signum)
+    console.print(f'try: textgen generate {result.folder} --prompt "The movie was"')

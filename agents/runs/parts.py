@@ -1,0 +1,66 @@
+"""The parts of a run: its language model, its environment, and prompts to learn from and to measure on."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from agents.runs.config import RunConfig
+from textgen_env.config import EnvConfig
+from textgen_env.errors import PromptError
+from textgen_env.evaluation import choose_prompts
+from textgen_env.models import load_language_model, load_pretrained
+from textgen_env.models.base import LanguageModel
+from textgen_env.prompts import ListPrompts, PromptSource, make_prompts
+from textgen_env.vector_env import TextGenVectorEnv
+
+FEWEST_TO_SPLIT = 20
+"""Prompts; of fewer, the test prompts would be too few to say anything about."""
+
+
+def open_language_model(config: RunConfig) -> tuple[LanguageModel, str | None]:
+    """Return the configuration's language model, pruned once if it says so, and a line about that."""
+    env = config.env_config()
+    if config.prune is None:
+        return load_language_model(config.model, env.dtype, trust_remote_code=env.trust_remote_code), None
+    from agents.pruning.methods import parse_pruning
+    from agents.pruning.model import prune_
+    from textgen_env.models.device import pick_device
+    from textgen_env.models.hf import HFModel
+
+    model, tokenizer = load_pretrained(str(config.model), env.dtype, env.trust_remote_code)
+    reports = []
+    for method, amount in parse_pruning(config.prune):
+        model, report = prune_(model, method, amount, tokenizer=tokenizer, seed=config.seed)
+        reports.append(str(report))
+    model.to(pick_device())  # type: ignore[arg-type]  # transformers types it for itself
+    pruned = HFModel(model, tokenizer, name=f"{config.model}, {config.prune}")
+    return pruned, f"Language model {config.model}: {'; '.join(reports)}."
+
+
+def open_env(
+    config: RunConfig, model: LanguageModel, prompts: PromptSource, reward: Any, observation: Any = None
+) -> TextGenVectorEnv:
+    """Return a vector environment of the run, on a language model that is loaded already."""
+    settings = {f.name: getattr(config.env_config(), f.name) for f in fields(EnvConfig)}
+    if observation is not None:
+        settings["observation"] = observation
+    return TextGenVectorEnv(config.envs, model, prompts, reward, **settings)
+
+
+def split_prompts(spec: Any, most: int, seed: int) -> tuple[PromptSource, PromptSource, str]:
+    """Return the prompts to learn from, at most ``most`` others to measure on, and a line about the split."""
+    source = make_prompts(spec)
+    try:
+        count = len(source)
+    except PromptError:  # a function's prompts never end
+        fixed = ListPrompts([source[index] for index in range(most)])
+        return source, fixed, f"Prompts: made by a function; measured on {most} fixed ones."
+    too_few = f"Prompts: {count}, too few to hold some back, so learning and measuring use the same."
+    if count < FEWEST_TO_SPLIT:
+        return source, choose_prompts(source, most, seed), too_few
+    try:
+        train, test = source.split("train"), choose_prompts(source.split("test"), most, seed)
+    except PromptError:  # too few templates
+        return source, choose_prompts(source, most, seed), too_few
+    return train, test, f"Prompts: {len(train)} to learn from, {len(test)} others, of other templates, to measure on."
