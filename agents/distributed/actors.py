@@ -185,6 +185,8 @@ def store_bound(run: Run, actors: int) -> int:
 
 @dataclass
 class Actor:
+    """A process that writes, as the pool sees it."""
+
     number: int
     handle: Any
     opened: bool = False

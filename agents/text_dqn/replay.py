@@ -81,7 +81,7 @@ class EpisodeReplay:
         self,
         buffer_size: int,
         observation_space: spaces.Dict,
-        device: torch.device | str = "auto",
+        device: torch.device | str = "cpu",
         n_envs: int = 1,
         seed: int | None = None,
     ) -> None:
