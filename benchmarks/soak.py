@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from textgen_env.env import EpisodesMixin
+from textgen_env.files import write_file
 from textgen_env.models import load_pretrained
 from textgen_env.models.hf import HFModel
 from textgen_env.vector_env import TextGenVectorEnv
@@ -164,7 +165,7 @@ def main(arguments: list[str] | None = None) -> Soaked:
     )
     if options.json:
         written: dict[str, Any] = asdict(found)
-        options.json.write_text(json.dumps(written, indent=1) + "\n")
+        write_file(options.json, json.dumps(written, indent=1) + "\n")
     return found
 
 
