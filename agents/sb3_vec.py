@@ -80,7 +80,7 @@ class SB3VecEnv(VecEnv):
         return arrays | {"sb3_returns": self._returns.copy(), "sb3_lengths": self._lengths.copy()}, plain
 
     def load_state_dict(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
-        """Put back what ``state_dict`` returned."""
+        """Restore the result of ``state_dict``."""
         self.env.unwrapped.load_state_dict(arrays, plain)  # type: ignore[attr-defined]
         self._returns[:] = arrays["sb3_returns"]
         self._lengths[:] = arrays["sb3_lengths"]

@@ -1,4 +1,4 @@
-"""Search for the best texts of the language tasks: what ``Task.bounds()`` tells of them.
+"""Search for the best texts of the language tasks: the bounds of ``Task.bounds()``.
 
 Each test prompt has a pool of its best texts. Again and again one of them is cut somewhere, and
 the language model writes the rest anew, sometimes leaning towards what raises the running score.
@@ -120,7 +120,7 @@ def bounds_of(task: Task, search_texts: int, texts: int, rows: int, seed: int) -
 
 
 def tables() -> str:
-    """Return what is known of all tasks at their default sizes, as two Markdown tables."""
+    """Return the bounds of all tasks at their default sizes, as two Markdown tables."""
     rows: dict[str, list[str]] = {"diagnostic": [], "language": []}
     for id in TASKS:
         task = make_task(id)

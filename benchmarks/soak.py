@@ -1,4 +1,4 @@
-"""Does it last? A million vector steps, and what they did to memory and to the cache.
+"""Does it last? A million vector steps, and memory and caches after them.
 
     python -m benchmarks.soak --steps 1000000     (make soak; stops after --minutes, and says so)
 
@@ -48,7 +48,7 @@ class Soaked:
     seconds: float
     resident: float  # at the end
     slope: float  # MB per 100,000 steps after the warm-up
-    worst_slope: float  # of the halves of what follows the warm-up, the larger one
+    worst_slope: float  # the larger one of the two halves after the warm-up
     drift: float  # largest difference of a log-probability, cached against uncached, nats
 
 

@@ -2,12 +2,12 @@
 
 They spend tokens instead of learning. Each is built for an environment, holds its model and
 reward, and writes ahead in rows of its own, so the environment that asks is not disturbed. Where
-a row stands is read from the observation: its prompt and what was generated since.
+a row stands is read from the observation: its prompt and the tokens generated since.
 
     tokens, length, budget  ->  rows of its own, forked  ->  rewards of finished texts  ->  action
 
 Best-of-n and beam choose a whole text and then emit its tokens, one a step. ``tokens_used``
-counts every token that the search has generated: what its result costs.
+counts every token that the search has generated: the cost of its result.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class LabelledBatch(NamedTuple):
     **One decision a text.** ``input_ids`` and ``attention_mask`` are (B, T), padded on the right, or
     the first is a list of B texts for the tokenizer and the second is None. The state is the hidden
     state at the last real token. ``actions`` (B,) were taken and earned ``rewards`` (B,), or are None
-    and ``rewards`` (B, A) says what each would earn: the loop then chooses. Without next texts every
+    and ``rewards`` (B, A) are those of all actions: the loop then chooses. Without next texts every
     transition ends its episode; with them, ``dones`` (B,) says which do (None: none does).
 
     **One decision a position.** ``rewards`` is (B, T, A) and ``actions`` None. Position t is the state

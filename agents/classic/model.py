@@ -70,7 +70,7 @@ class ExperienceReplay:
 
     Raises:
         ConfigError: a capacity below 1, shapes that do not match, a negative action, a reward that
-            is not finite, or a sample larger than what is held.
+            is not finite, or a sample larger than the content.
     """
 
     def __init__(self, capacity: int = 10000, seed: int = 0) -> None:
@@ -155,7 +155,7 @@ class ExperienceReplay:
     def sample(self, batch_size: int) -> Transitions:
         """Return ``batch_size`` different transitions, each equally likely."""
         if self._store is None or not 1 <= batch_size <= len(self):
-            raise ConfigError(f"a sample needs from 1 to {len(self)} transitions (what is held), got {batch_size}")
+            raise ConfigError(f"a sample needs from 1 to {len(self)} transitions (its content), got {batch_size}")
         rows = torch.from_numpy(self._random.choice(len(self), batch_size, replace=False))
         store = self._store
         return Transitions(

@@ -51,7 +51,7 @@ def calibration_batches(model: PreTrainedModel, text: Text | None, tokenizer: An
     """Return token ids to measure activations on: batches (B, T) without padding.
 
     Raises:
-        ConfigError: no text and a model that cannot write its own, or what ``token_batches`` raises.
+        ConfigError: no text and a model that cannot write its own, or as of ``token_batches``.
     """
     if text is None:
         if not model.can_generate():
@@ -105,7 +105,7 @@ def _hooked(modules: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor, 
 @torch.no_grad()
 def _run(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
     was_training = model.training
-    model.eval()  # dropout would blur what is measured
+    model.eval()  # dropout would blur the measurement
     for ids in batches:
         model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
     model.train(was_training)

@@ -1,8 +1,8 @@
 """Healing: a pruned language model learns its dense self's next-token distributions again.
 
 The loss is KL(teacher || student), mean over all positions, in nats a token. It needs no labels, so
-any text will do, and without any the teacher writes its own. Text like what the model is to write
-heals best.
+any text will do, and without any the teacher writes its own. Text like the one
+that it will write heals best.
 
 Weights in bfloat16 swallow small steps (1 + 1e-3 is 1), so the optimiser works on float32 copies
 and writes them back after each step. That is as fast as bfloat16 and as exact as float32.
@@ -55,7 +55,7 @@ def distil(
     checkpoint_every: int = 50,
     progress: bool = True,
 ) -> list[float]:
-    """Train ``student`` in place to predict what ``teacher`` predicts; return the KL of each step.
+    """Train ``student`` in place to predict as ``teacher`` does; return the KL of each step.
 
     The embeddings stay as they are (pruning does not touch them), and so does every zero that
     pruning made. Calling again with the same arguments and ``folder`` goes on where a stopped run
@@ -71,7 +71,7 @@ def distil(
         length: Tokens a row; texts are joined and cut to it.
         learning_rate: AdamW's peak: 5% of the steps lead up to it, then it falls linearly to zero. The
             default was the better of 1e-4 and 4e-4 on SmolLM2-135M; larger models want less.
-        seed: Of the order of the rows, and of what the teacher writes.
+        seed: Of the order of the rows, and of the text that the teacher writes.
         folder: Where the checkpoint lives; None keeps none.
         checkpoint_every: Steps from one checkpoint to the next.
         progress: Show a bar.

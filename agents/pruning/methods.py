@@ -211,7 +211,7 @@ def _head_dim(model: PreTrainedModel, block: nn.Module) -> int:
     if head_dim is None or not _has(block, *names):
         lack = "no head_dim in its config" if head_dim is None else f"not all of {', '.join(names)}"
         raise ModelError(
-            f"method 'heads' needs what the Llama family has, and {type(model).__name__} has {lack}: its config "
+            f"method 'heads' needs the layers of the Llama family, and {type(model).__name__} has {lack}: its config "
             "could not describe the smaller model. Use 'ffn' or 'layers'."
         )
     norm = getattr(block.get_submodule("self_attn"), "q_norm", None)
@@ -293,14 +293,14 @@ def transformer_blocks(model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def _count(method: str, amount: float, total: int, what: str) -> int:
+def _count(method: str, amount: float, total: int, unit: str) -> int:
     """Return how many of ``total`` units ``amount`` removes: the nearest count, never none or all."""
     if total == 1:
-        raise ConfigError(f"{method} finds 1 of {what} in each layer, which cannot go; use another method")
+        raise ConfigError(f"{method} finds 1 of {unit} in each layer, which cannot go; use another method")
     removed = round(amount * total)
     if not 1 <= removed < total:
         raise ConfigError(
-            f"{method} {amount} of {total} {what} would remove {removed}; each layer needs from 1 to {total - 1} "
+            f"{method} {amount} of {total} {unit} would remove {removed}; each layer needs from 1 to {total - 1} "
             f"removed, an amount of about {1 / total:.2g} to {(total - 1) / total:.2g}"
         )
     return removed

@@ -58,7 +58,7 @@ class PrunedTransformerModel(nn.Module):
 
     Raises:
         ConfigError: an unknown method, an amount outside [0, 1), or a cut that leaves nothing.
-        ModelError: the model cannot be loaded, or lacks what the method removes.
+        ModelError: the model cannot be loaded, or lacks the parts that the method removes.
     """
 
     def __init__(
