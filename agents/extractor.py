@@ -5,7 +5,7 @@
         -> last hidden state (B, d), normalised; log-probabilities (B, k), budget, score -> features
 
 Frozen weights are there once: shared by the online and the target network of a DQN, left out of
-what SB3 saves, and states seen before are not computed again. What is trained (``trainable``: LoRA,
+the files of SB3, and states seen before are not computed again. Trained weights (``trainable``: LoRA,
 the last layers, or all) each network has for itself, as its only registered parameters.
 """
 
@@ -44,7 +44,7 @@ class PrunedTransformerExtractor(BaseFeaturesExtractor):
         model: For ``"tokens"``: a name, folder, hub id, or a ``PrunedTransformerModel``. It must
             share the vocabulary of the environment's language model.
         pruning_amount, method: How to prune a named model.
-        trainable: What of the transformer is trained: ``False`` nothing, ``"lora"`` low-rank
+        trainable: The part of the transformer that is trained: ``False`` nothing, ``"lora"`` low-rank
             adapters of its linear layers (needs ``peft``), ``"last_layers"`` its last layers,
             ``True`` all of it. A ``model`` that was passed stays as it is.
         lora_rank: For ``"lora"``: the rank r of the adapters.
@@ -57,7 +57,7 @@ class PrunedTransformerExtractor(BaseFeaturesExtractor):
 
     Raises:
         ConfigError: the observation space lacks the keys that ``source`` reads, ``trainable`` asks for
-            what is not there, or ``peft`` is not installed.
+            layers that are not there, or ``peft`` is not installed.
         ModelError: the transformer has another vocabulary.
     """
 
@@ -75,20 +75,7 @@ class PrunedTransformerExtractor(BaseFeaturesExtractor):
         last_layers: int = 2,
         memo_bytes: int = 64 << 20,
     ) -> None:
-        needed = {"hidden": ("hidden",), "tokens": ("tokens", "length")}
-        check_one_of("source", source, tuple(needed))
-        check_one_of("trainable", trainable, (False, True, "lora", "last_layers"))
-        if trainable and source == "hidden":
-            raise ConfigError(
-                f"trainable={trainable!r} needs source='tokens': the environment's hidden states carry no gradients"
-            )
-        have = tuple(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else ()
-        missing = [key for key in needed[source] if key not in have]
-        if missing:
-            raise ConfigError(
-                f"source={source!r} needs the observation keys {missing}; the environment gives {have}: "
-                "make it with observation='full', or with a tuple of keys"
-            )
+        have = _checked_keys(observation_space, source, trainable)
         transformer = None if source == "hidden" else _frozen_transformer(model, method, pruning_amount)
         width = (
             int(np.prod(observation_space["hidden"].shape or ())) if transformer is None else transformer.hidden_size
@@ -151,6 +138,25 @@ class PrunedTransformerExtractor(BaseFeaturesExtractor):
         return torch.stack([known[key] for key in keys])
 
 
+def _checked_keys(observation_space: spaces.Dict, source: str, trainable: bool | str) -> tuple[str, ...]:
+    """Return the keys of the observation space, if ``source`` and ``trainable`` can be had with it."""
+    needed = {"hidden": ("hidden",), "tokens": ("tokens", "length")}
+    check_one_of("source", source, tuple(needed))
+    check_one_of("trainable", trainable, (False, True, "lora", "last_layers"))
+    if trainable and source == "hidden":
+        raise ConfigError(
+            f"trainable={trainable!r} needs source='tokens': the environment's hidden states carry no gradients"
+        )
+    have = tuple(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else ()
+    missing = [key for key in needed[source] if key not in have]
+    if missing:
+        raise ConfigError(
+            f"source={source!r} needs the observation keys {missing}; the environment gives {have}: "
+            "make it with observation='full', or with a tuple of keys"
+        )
+    return have
+
+
 def _numbers(space: spaces.Space[Any]) -> int:
     return int(np.prod(space.shape or ()))
 
@@ -167,14 +173,7 @@ def trainable_copy(
     """
     check_at_least("lora_rank", lora_rank, 1)
     check_at_least("last_layers", last_layers, 1)
-    own: list[nn.Parameter] = []
-    if trainable is True:
-        own = list(transformer.model.base_model.parameters())
-    elif trainable == "last_layers":
-        layers = transformer.layers
-        if last_layers > len(layers):
-            raise ConfigError(f"last_layers must be at most {len(layers)}, the layers there are, got {last_layers}")
-        own = list(layers[-last_layers:].parameters())
+    own = _own_parameters(transformer, trainable, last_layers)
     learns = {id(parameter) for parameter in own}
     memo: dict[int, Any] = {id(kept): kept for kept in (transformer.tokenizer, *transformer.buffers())}
     for parameter in transformer.parameters():
@@ -186,6 +185,18 @@ def trainable_copy(
     if trainable == "lora":
         _add_lora(learner, lora_rank)
     return learner
+
+
+def _own_parameters(transformer: PrunedTransformerModel, trainable: bool | str, last_layers: int) -> list[nn.Parameter]:
+    """Return the weights that a copy has for itself."""
+    if trainable is True:
+        return list(transformer.model.base_model.parameters())
+    if trainable != "last_layers":
+        return []
+    layers = transformer.layers
+    if last_layers > len(layers):
+        raise ConfigError(f"last_layers must be at most {len(layers)}, the layers there are, got {last_layers}")
+    return list(layers[-last_layers:].parameters())
 
 
 def _add_lora(transformer: PrunedTransformerModel, rank: int) -> None:

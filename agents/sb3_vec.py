@@ -21,7 +21,7 @@ from textgen_env.errors import ConfigError
 class SB3VecEnv(VecEnv):
     """Step a SAME_STEP ``VectorEnv`` through SB3's interface.
 
-    ``infos[i]`` of an ended row holds what the environment said of the episode, and, as SB3
+    ``infos[i]`` of an ended row holds the environment's information on the episode, and, as SB3
     expects, ``terminal_observation``, ``TimeLimit.truncated`` and ``episode`` (return ``r``,
     length ``l``, seconds ``t``).
 
@@ -75,12 +75,12 @@ class SB3VecEnv(VecEnv):
         return observation, rewards.astype(np.float32), ended, rows
 
     def state_dict(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-        """Return the environment's rows as arrays and plain data, and what is counted here."""
+        """Return the environment's rows and the counters of this adapter, as arrays and plain data."""
         arrays, plain = self.env.unwrapped.state_dict()  # type: ignore[attr-defined]
         return arrays | {"sb3_returns": self._returns.copy(), "sb3_lengths": self._lengths.copy()}, plain
 
     def load_state_dict(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
-        """Put back what ``state_dict`` returned."""
+        """Restore the result of ``state_dict``."""
         self.env.unwrapped.load_state_dict(arrays, plain)  # type: ignore[attr-defined]
         self._returns[:] = arrays["sb3_returns"]
         self._lengths[:] = arrays["sb3_lengths"]
@@ -96,7 +96,7 @@ class SB3VecEnv(VecEnv):
         self.env.close()
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
-        """Return which actions are legal now, (N, k) bool."""
+        """Return True for each legal action, (N, k) bool."""
         masks: npt.NDArray[np.bool_] = self.env.unwrapped.action_masks()  # type: ignore[attr-defined]
         return masks
 

@@ -34,7 +34,7 @@ from textgen_env.registry import Registry, unknown_name
 from textgen_env.vector_env import TextGenVectorEnv
 
 OBSERVATION = ("tokens", "length", "budget", "candidates", "logprobs", "score", "action_mask", "hidden")
-"""What agents that learn see unless said: everything but ``candidate_scores``."""
+"""Observation keys of agents that learn, unless said: all but ``candidate_scores``."""
 
 MASK_AWARE = ("text_dqn", "maskable_ppo")
 """Agents that learn and never choose a masked action; for the others the environment maps it."""
@@ -42,7 +42,7 @@ MASK_AWARE = ("text_dqn", "maskable_ppo")
 
 @dataclass(frozen=True)
 class Budget:
-    """What an agent's settings depend on."""
+    """The sizes of a training, by which agents choose settings."""
 
     steps: int  # environment steps to learn from
     envs: int = 32  # texts written at a time
@@ -120,12 +120,12 @@ def _contrib(name: str, agent: str) -> Any:
 
 
 class WithProbabilities(OnPolicyAlgorithm):
-    """An actor-critic of SB3 that also says which distribution it acts by."""
+    """An actor-critic of SB3 with the distribution that it acts by."""
 
     def probabilities(self, observation: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.float64]:
-        """Return (B, k) probabilities of what the environment plays, for an observation with a batch axis.
+        """Return (B, k) probabilities of the actions that are played, for an observation with a batch axis.
 
-        What the actor puts on masked actions is on the last legal one, where ``on_illegal="last_legal"`` maps it.
+        Mass on masked actions counts for the last legal one, to which ``on_illegal="last_legal"`` maps them.
         """
         tensors, _ = self.policy.obs_to_tensor(observation)
         with torch.inference_mode():
@@ -200,7 +200,7 @@ def agent_names() -> tuple[str, ...]:
 
 
 def find_agent(name: str) -> Any:
-    """Return what ``name`` stands for: a recipe, a class, or the user's own callable.
+    """Return the agent called ``name``: a recipe, a class, or the user's own callable.
 
     Raises:
         UnknownName: no agent is called so (with a suggestion).
@@ -263,9 +263,9 @@ def make_agent(
 
 
 def acts_greedily(name: str, agent: Agent) -> bool:
-    """Return whether an agent is measured at its most probable actions.
+    """Return True if an agent is measured at its most probable actions.
 
-    Those with a distribution are sampled from it; what the others draw would be exploration. The
+    Those with a distribution are sampled from it; draws of the others would be exploration. The
     exceptions: tree search plays what it tried most, and best-of-n is random by design.
     """
     if name in PLANNING_AGENTS:
@@ -274,5 +274,5 @@ def acts_greedily(name: str, agent: Agent) -> bool:
 
 
 def draws_anew(name: str, agent: Agent) -> bool:
-    """Return whether an agent may answer the same prompt with different texts when it is measured."""
+    """Return True if an agent may answer the same prompt with different texts when it is measured."""
     return name == "mcts" or not (name == "greedy" or acts_greedily(name, agent))

@@ -1,4 +1,4 @@
-"""Search for the best texts of the language tasks: what ``Task.bounds()`` tells of them.
+"""Search for the best texts of the language tasks: the bounds of ``Task.bounds()``.
 
 Each test prompt has a pool of its best texts. Again and again one of them is cut somewhere, and
 the language model writes the rest anew, sometimes leaning towards what raises the running score.
@@ -23,6 +23,7 @@ from tqdm import trange
 import textgen_env
 from agents.baselines.one_step import SampleAgent
 from textgen_env.evaluation import evaluate
+from textgen_env.files import read_json, write_file
 from textgen_env.policies import sample
 from textgen_env.tasks import TASKS, Task, make_task
 from textgen_env.tasks import language as language_tasks
@@ -119,7 +120,7 @@ def bounds_of(task: Task, search_texts: int, texts: int, rows: int, seed: int) -
 
 
 def tables() -> str:
-    """Return what is known of all tasks at their default sizes, as two Markdown tables."""
+    """Return the bounds of all tasks at their default sizes, as two Markdown tables."""
     rows: dict[str, list[str]] = {"diagnostic": [], "language": []}
     for id in TASKS:
         task = make_task(id)
@@ -149,13 +150,13 @@ def main() -> None:
         print(tables(), end="")
         return
     sizes = {name: _value(value) for name, _, value in (size.partition("=") for size in given.sizes)}
-    entries = json.loads(PATH.read_text("utf-8"))["bounds"] if PATH.exists() else []
+    entries = read_json(PATH, ["bounds"])["bounds"] if PATH.exists() else []
     for id in given.tasks:
         found = bounds_of(make_task(id, **sizes), given.search, given.texts, given.rows, given.seed)
         entries = [e for e in entries if (e["id"], e["sizes"]) != (id, found["sizes"])] + [found]
         lines = ",\n".join(f"  {json.dumps(entry)}" for entry in sorted(entries, key=lambda e: names.index(e["id"])))
         text = f'{{"made_by": "python -m benchmarks.bounds", "bounds": [\n{lines}\n]}}\n'
-        PATH.write_text(text, encoding="utf-8")
+        write_file(PATH, text)
 
 
 def _value(text: str) -> Any:

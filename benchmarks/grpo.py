@@ -22,6 +22,7 @@ import torch
 
 from textgen_env.errors import ConfigError
 from textgen_env.evaluation import evaluate
+from textgen_env.files import read_json, write_file
 from textgen_env.models import load_pretrained
 from textgen_env.policies import renormalise
 from textgen_env.rewards import make_reward
@@ -93,13 +94,13 @@ def run(bench: Bench, seed: int, steps: int, most_kl: float) -> dict[str, Any]:
 def choose(bench: Bench, most_kl: float) -> dict[str, float]:
     """Return the learning rate and KL term of the highest reward on the validation prompts, within ``most_kl``."""
     path = bench.folder / "grpo_settings.json"
-    found = json.loads(path.read_text()) if path.is_file() else []
+    found = read_json(path) if path.is_file() else []
     grid = [{"learning_rate": rate, "kl_term": kl_term} for rate in LEARNING_RATES for kl_term in KL_TERMS]
     for settings in grid[len(found) :]:
         last = train(bench, 100, STEPS_TO_CHOOSE, bench.validation, look_from=STEPS_TO_CHOOSE, **settings)[-1]
         found.append({**settings, **last})
         print(f"  grpo, validation: {found[-1]}", flush=True)
-        path.write_text(json.dumps(found, indent=1))
+        write_file(path, json.dumps(found, indent=1))
     best = max((run for run in found if run["kl"] <= most_kl), key=lambda run: run["reward"])
     return {key: best[key] for key in ("learning_rate", "kl_term")}
 
@@ -107,24 +108,43 @@ def choose(bench: Bench, most_kl: float) -> dict[str, float]:
 def train(
     bench: Bench, seed: int, updates: int, prompts: Any, *, look_from: int, learning_rate: float, kl_term: float
 ) -> list[dict[str, float]]:
-    """Train from the start for ``updates`` steps; return what was measured after each from ``look_from`` on."""
+    """Train from the start for ``updates`` steps; return a row of figures for each from ``look_from`` on."""
     try:
         from datasets import Dataset
         from peft import LoraConfig
-        from transformers import TrainerCallback
-        from trl import GRPOConfig, GRPOTrainer
+        from trl import GRPOTrainer
     except ImportError as error:
         raise ConfigError(f"the rival needs trl and peft ({error}): pip install trl==1.16.0 peft") from error
 
     model, tokenizer = load_pretrained("smollm2", torch.bfloat16)
-    model = copy.deepcopy(model)
     reward = make_reward("sentiment")
-    env = bench.env(64, prompts, ("tokens", "length", "candidates", "logprobs", "action_mask"), "sentiment")
     rows: list[dict[str, float]] = []
 
-    class Look(TrainerCallback):
-        """Measures after a step, with the clock stopped."""
+    def score(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        return reward([Generation(p, c) for p, c in zip(prompts, completions, strict=True)]).tolist()
 
+    openings = [bench.train[i].text for i in range(len(bench.train))]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=copy.deepcopy(model),
+            processing_class=tokenizer,
+            reward_funcs=score,
+            args=_settings(folder, seed, updates, learning_rate, kl_term),
+            train_dataset=Dataset.from_dict({"prompt": openings}),
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+            callbacks=[_measurements(bench, prompts, look_from, rows)],
+        )
+        trainer.train()
+    return rows
+
+
+def _measurements(bench: Bench, prompts: Any, look_from: int, rows: list[dict[str, float]]) -> Any:
+    """Return a callback that adds a row after each step from ``look_from`` on, with the clock stopped."""
+    from transformers import TrainerCallback
+
+    env = bench.env(64, prompts, ("tokens", "length", "candidates", "logprobs", "action_mask"), "sentiment")
+
+    class Look(TrainerCallback):
         stopped = 0.0
         started = 0.0
 
@@ -137,50 +157,33 @@ def train(
                 return
             begun = time.perf_counter()
             texts = evaluate(TunedModel(kwargs["model"]), env, bench.texts // 4, 11, prompts)
-            rows.append(
-                {
-                    "steps": state.global_step * TEXTS_A_STEP * 20,
-                    "seconds": seconds,
-                    "reward": texts.reward,
-                    "kl": float(texts.mean_kl or 0.0),
-                    "distinct_2": texts.distinct(2),
-                }
-            )
+            row = {"steps": state.global_step * TEXTS_A_STEP * 20, "seconds": seconds, "reward": texts.reward}
+            rows.append({**row, "kl": float(texts.mean_kl or 0.0), "distinct_2": texts.distinct(2)})
             self.stopped += time.perf_counter() - begun
 
-    def score(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        return reward([Generation(p, c) for p, c in zip(prompts, completions, strict=True)]).tolist()
+    return Look()
 
-    openings = [bench.train[i].text for i in range(len(bench.train))]
-    with tempfile.TemporaryDirectory() as folder:
-        settings = GRPOConfig(
-            output_dir=folder,
-            seed=seed,
-            use_cpu=True,
-            bf16=True,
-            learning_rate=learning_rate,
-            lr_scheduler_type="constant",
-            beta=kl_term,
-            max_steps=updates,
-            per_device_train_batch_size=TEXTS_A_STEP,
-            num_generations=8,
-            max_completion_length=20,
-            top_k=16,
-            generation_kwargs={"min_new_tokens": 20},
-            gradient_checkpointing=False,
-            save_strategy="no",
-            report_to="none",
-            logging_strategy="no",
-            disable_tqdm=True,
-        )
-        trainer = GRPOTrainer(
-            model=model,
-            processing_class=tokenizer,
-            reward_funcs=score,
-            args=settings,
-            train_dataset=Dataset.from_dict({"prompt": openings}),
-            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-            callbacks=[Look()],
-        )
-        trainer.train()
-    return rows
+
+def _settings(folder: str, seed: int, updates: int, learning_rate: float, kl_term: float) -> Any:
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=folder,
+        seed=seed,
+        use_cpu=True,
+        bf16=True,
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant",
+        beta=kl_term,
+        max_steps=updates,
+        per_device_train_batch_size=TEXTS_A_STEP,
+        num_generations=8,
+        max_completion_length=20,
+        top_k=16,
+        generation_kwargs={"min_new_tokens": 20},
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )

@@ -40,6 +40,7 @@ from agents.text_dqn.targets import OBJECTIVES
 from agents.zoo import OBSERVATION
 from benchmarks.throughput import machine
 from textgen_env.evaluation import choose_prompts, evaluate
+from textgen_env.files import read_json, whole_file, write_file
 from textgen_env.models import load_language_model
 from textgen_env.policies import Agent
 from textgen_env.prompts import PromptSource, make_prompts
@@ -139,9 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in range(1 if options.quick else min(options.seeds, SEEDS.get(name, options.seeds))):
             bench.run(name, seed)
     report = bench.report()
-    (bench.folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_file(bench.folder / "report.json", json.dumps(report, indent=1) + "\n")
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_file(options.json, json.dumps(report, indent=1) + "\n")
     draw(report, options.plot or bench.folder / "learning.png")
     print_table(report)
 
@@ -202,8 +203,8 @@ class Bench:
             print(f"language model: {samples} texts for each of {len(prompts)} prompts", flush=True)
             env = self.env(256, prompts, ("logprobs", "action_mask"), "length")
             written = evaluate(SampleAgent(), env, samples * len(prompts), seed, prompts)
-            path.write_text(json.dumps(written.by_prompt(np.array(written.completions, object)).ravel().tolist()))
-        found: list[str] = json.loads(path.read_text())
+            write_file(path, json.dumps(written.by_prompt(np.array(written.completions, object)).ravel().tolist()))
+        found: list[str] = read_json(path, allow_nan=True)
         return found
 
     def run(self, name: str, seed: int) -> None:
@@ -219,7 +220,7 @@ class Bench:
             found = grpo.run(self, seed, contestant.steps, MOST_KL[name])
         else:
             found = self._text_dqn(contestant, seed)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        write_file(path, json.dumps(found, indent=1) + "\n")
 
     def _text_dqn(self, contestant: Contestant, seed: int) -> dict[str, Any]:
         reward = self.reward(contestant.reward)
@@ -253,7 +254,7 @@ class Bench:
         for name, contestant in CONTESTANTS.items():
             files = sorted(self.folder.glob(f"{name}-[0-9]*.json"))
             if files:
-                runs = [json.loads(file.read_text()) for file in files]
+                runs = [read_json(file, allow_nan=True) for file in files]
                 contestants[name] = self._summary(contestant, runs)
         rewards = self.yardstick("sentiment")
         best = estimated_optimum(rewards, BETA)
@@ -300,8 +301,8 @@ class Bench:
             env = self.env(128, self.test, ("logprobs", "action_mask", *SCORES), reward)
             betas = (0.1, 0.2) if self.quick else (0.05, 0.1, 0.15, 0.2, 0.3)
             points = {f"{beta:g}": self.measure(LookaheadAgent(beta), env, self.texts) for beta in betas}
-            path.write_text(json.dumps(points))
-        points = json.loads(path.read_text())
+            write_file(path, json.dumps(points))
+        points = read_json(path, allow_nan=True)
         shares = {beta: self.share(point, reward) for beta, point in points.items()}
         return {
             "about": "score lookahead, no learning",
@@ -408,7 +409,8 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     plane.legend(frameon=False, fontsize=7, loc="lower right")
     for axes in (plane, tokens, seconds):
         axes.grid(alpha=0.3)
-    figure.savefig(path)
+    with whole_file(path) as half_made:
+        figure.savefig(half_made, format=path.suffix[1:])
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from agents.runs.parts import open_env
 from agents.runs.run import open_run
 from textgen_env.errors import ConfigError, ModelError, RunFolderError
 from textgen_env.evaluation import evaluate
+from textgen_env.files import whole_file, write_file
 from textgen_env.models import load_pretrained
 from textgen_env.models.device import pick_dtype
 from textgen_env.models.hf import HFModel
@@ -120,7 +121,7 @@ class Cells:
         self.done: set[tuple[str, str]] = set()
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            file.write_text(json.dumps(settings) + "\n")
+            write_file(file, json.dumps(settings) + "\n")
         first, *lines = map(json.loads, file.read_text().splitlines())
         if first != settings:
             raise RunFolderError(f"{file} holds measurements of {first}, not of {settings}; choose another --out")
@@ -249,7 +250,7 @@ class Bench:
         }
 
     def _speed(self, model: PreTrainedModel) -> dict[str, float]:
-        dense_speed, speed = _speeds(_Engine(self.dense, self.tokenizer), _Engine(model, self.tokenizer))
+        dense_speed, speed = _speeds(_TimedSlots(self.dense, self.tokenizer), _TimedSlots(model, self.tokenizer))
         return {"tokens_a_second": speed, "speed_ratio": speed / dense_speed}
 
 
@@ -297,8 +298,8 @@ def _nonzero(model: PreTrainedModel) -> int:
     return sum(int(parameter.count_nonzero()) for parameter in model.parameters())
 
 
-class _Engine:
-    """The environment's engine with 64 texts on a model, a few tokens at a time."""
+class _TimedSlots:
+    """64 texts on a model, written by the environment's engine a few tokens at a time."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
         language_model = HFModel(model, tokenizer, name="timed")
@@ -322,7 +323,7 @@ class _Engine:
         return (clock() - started) / tokens
 
 
-def _speeds(one: _Engine, other: _Engine) -> tuple[float, float]:
+def _speeds(one: _TimedSlots, other: _TimedSlots) -> tuple[float, float]:
     """Tokens a second of two engines, timed in turns; the median of eight each."""
     seconds = np.array([(one.seconds(), other.seconds()) for _ in range(9)])[1:]  # (8, 2); the first warms up
     first, second = ROWS / np.median(seconds, axis=0)
@@ -385,7 +386,8 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         axes.set(xlabel=x_label, ylabel=y_label, **scale)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(file)
+    with whole_file(file) as half_made:
+        figure.savefig(half_made, format=file.suffix[1:])
 
 
 def _lines(rows: Sequence[Row], x: str, y: str) -> Iterator[tuple[str, list[tuple[str, tuple[float, float]]]]]:
@@ -443,9 +445,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Bench(options.model, options.text, documents).run(plan(options), cells, lambda line: print(line, flush=True))
     rows = cells.rows()
     print(table(rows))
-    (options.out / "table.md").write_text(table(rows))
+    write_file(options.out / "table.md", table(rows))
     results = {"settings": settings, "rows": [asdict(row) for row in rows]}
-    (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_file(options.out / "results.json", json.dumps(results, indent=1) + "\n")
     draw(rows, options.out / "pruning.png")
 
 

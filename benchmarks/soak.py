@@ -1,4 +1,4 @@
-"""Does it last? A million vector steps, and what they did to memory and to the cache.
+"""Does it last? A million vector steps, and memory and caches after them.
 
     python -m benchmarks.soak --steps 1000000     (make soak; stops after --minutes, and says so)
 
@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from textgen_env.env import EpisodesMixin
+from textgen_env.files import write_file
 from textgen_env.models import load_pretrained
 from textgen_env.models.hf import HFModel
 from textgen_env.vector_env import TextGenVectorEnv
@@ -47,7 +48,7 @@ class Soaked:
     seconds: float
     resident: float  # at the end
     slope: float  # MB per 100,000 steps after the warm-up
-    worst_slope: float  # of the halves of what follows the warm-up, the larger one
+    worst_slope: float  # the larger one of the two halves after the warm-up
     drift: float  # largest difference of a log-probability, cached against uncached, nats
 
 
@@ -164,7 +165,7 @@ def main(arguments: list[str] | None = None) -> Soaked:
     )
     if options.json:
         written: dict[str, Any] = asdict(found)
-        options.json.write_text(json.dumps(written, indent=1) + "\n")
+        write_file(options.json, json.dumps(written, indent=1) + "\n")
     return found
 
 

@@ -36,6 +36,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from textgen_env.files import whole_file, whole_folder, write_file
 from textgen_env.models import load_language_model
 from textgen_env.prompts import make_prompts
 
@@ -131,10 +132,8 @@ def sample(probs: Array, uniform: Array) -> Array:
 
 
 def save_npz(path: Path, **arrays: Array) -> None:
-    half_made = path.with_name(f".{path.name}")
-    with half_made.open("wb") as file:
+    with whole_file(path) as half_made, half_made.open("wb") as file:
         np.savez(file, **arrays)
-    half_made.replace(path)
 
 
 # --- from the teacher's tokens to the student's
@@ -156,9 +155,8 @@ def train_tokenizer(path: Path, shards: Sequence[Path], teacher: Any, s: Setting
             vocab_size=s.vocabulary, special_tokens=[END], initial_alphabet=ByteLevel.alphabet(), show_progress=False
         )
         tokenizer.train_from_iterator(texts, trainer)
-        half_made = path.with_name(f".{path.name}")
-        tokenizer.save(str(half_made))
-        half_made.replace(path)
+        with whole_file(path) as half_made:
+            tokenizer.save(str(half_made))
     return Tokenizer.from_file(str(path))
 
 
@@ -251,10 +249,9 @@ def train(path: Path, model: LlamaForCausalLM, texts: Texts, held_out: Texts, s:
                 optimizer.step()
         history.append(held_out_loss(model, held_out, s))
         tqdm.write(f"epoch {epoch + 1}: held-out perplexity {math.exp(history[-1]):.2f}")
-        half_made = path.with_name(f".{path.name}")
         states = [optimizer.state_dict() for optimizer in optimizers]
-        torch.save({"model": model.state_dict(), "optimizers": states, "history": history}, half_made)
-        half_made.replace(path)
+        with whole_file(path, (RuntimeError,)) as half_made:
+            torch.save({"model": model.state_dict(), "optimizers": states, "history": history}, half_made)
     return history
 
 
@@ -308,18 +305,16 @@ def kneser_ney(texts: Texts, held_out: Texts, vocabulary: int, order: int = 4) -
 
 def save(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, figures: dict[str, Any]) -> None:
     """Write model, tokenizer, card and checksums to ``out``, which appears by one rename."""
-    made = out.with_name(f".{out.name}")
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, model_max_length=256)
-    fast.save_pretrained(made)
-    model.generation_config = GenerationConfig(bos_token_id=model.config.bos_token_id, eos_token_id=fast.eos_token_id)
-    model.half().save_pretrained(made)
-    (made / "README.md").write_text(card(made, figures), encoding="utf-8")
-    sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(made.iterdir())}
-    (made / "checksums.json").write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    made.replace(out)
+    with whole_folder(out) as made:
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, model_max_length=256)
+        fast.save_pretrained(made)
+        ends = {"bos_token_id": model.config.bos_token_id, "eos_token_id": fast.eos_token_id}
+        model.generation_config = GenerationConfig(**ends)
+        model.half().save_pretrained(made)
+        (made / "README.md").write_text(card(made, figures), encoding="utf-8")
+        sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(made.iterdir())}
+        (made / "checksums.json").write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def samples(folder: Path, tokens: int = 20, count: int = 20) -> list[tuple[str, str]]:
@@ -388,7 +383,7 @@ def build(s: Settings, work: Path, out: Path, command: str) -> dict[str, Any]:
     given, noted = json.dumps(asdict(s), indent=2), work / "settings.json"
     if noted.exists() and noted.read_text(encoding="utf-8") != given:
         raise SystemExit(f"{work} holds a build with other settings ({noted}): give another --work, or remove it")
-    noted.write_text(given, encoding="utf-8")
+    write_file(noted, given)
     paths = write_corpus(work / "corpus", s)
     teacher = load_language_model(s.teacher)
     tokenizer = train_tokenizer(work / "tokenizer.json", paths[1:] or paths, teacher, s)

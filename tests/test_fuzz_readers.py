@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from toys import PROMPTS, TABLE, Worth, letters
 
 from agents.baselines.one_step import SampleAgent
-from agents.pruning.healing import _load, _save
+from agents.pruning.healing import read_state, write_state
 from agents.pruning.methods import parse_pruning
 from agents.runs.checkpoint import load_checkpoint, save_checkpoint
 from agents.runs.config import RunConfig
@@ -263,7 +263,7 @@ def stored(folder):
     agent.save(folder / "agent.zip")
     agent.save_pretrained(folder / "agent")
     agent.save_replay_buffer(folder / "replay.safetensors")
-    _save({"settings": {}, "losses": [1.0], "masters": [torch.zeros(2)]}, folder / "distil.pt")
+    write_state({"settings": {}, "losses": [1.0], "masters": [torch.zeros(2)]}, folder / "distil.pt")
     return folder, agent
 
 
@@ -351,7 +351,7 @@ def test_a_damaged_checkpoint_of_distillation_is_refused_or_read(stored):
     @given(damaged_bytes(content))
     def check(damaged):
         (folder / "damaged.pt").write_bytes(damaged)
-        outcome(_load, True, folder / "damaged.pt")
+        outcome(read_state, True, folder / "damaged.pt")
 
     check()
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents.pruning.healing import _load
+from agents.pruning.healing import read_state
 from agents.runs.config import RunConfig
 from agents.runs.run import CONFIG_FILE, load_run, train
 from textgen_env.config import EnvConfig
@@ -61,7 +61,7 @@ def test_security_a_pickle_in_a_checkpoint_of_distillation_does_not_run(tmp_path
     with path.open("wb") as file:
         write({"settings": {}, "losses": Bomb(mark)}, file)
     with pytest.raises(RunFolderError, match="damaged"):
-        _load(path)
+        read_state(path)
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl", "classifier.json", "config.json", "model.gguf"])

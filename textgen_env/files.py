@@ -95,13 +95,14 @@ def flush(path: Path) -> None:
 @contextmanager
 def _half_made(target: Path, failures: tuple[type[Exception], ...]) -> Iterator[Path]:
     half_made = target.with_name(f".{target.name}.half-made")
+    expected: tuple[type[Exception], ...] = (OSError, *failures)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove(half_made)  # a killed process left it
         yield half_made
     except TextGenError:
         raise
-    except (OSError, *failures) as error:
+    except expected as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunFolderError(
             f"cannot write {str(target)!r}: {reason}. Make room, or choose a folder that can be written to; what was "

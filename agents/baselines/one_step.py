@@ -1,7 +1,7 @@
 """Agents that learn nothing: the language model, its likeliest text, and a look one token ahead.
 
-They read everything from the observation, so one instance serves any environment. All answer
-Stable-Baselines3's ``predict`` and give their probabilities, from which KL is computed exactly.
+They read everything from the observation, so one instance serves any environment. All have
+Stable-Baselines3's ``predict``, and probabilities from which KL is computed exactly.
 
     observation: logprobs (B, k), action_mask (B, k), ...  ->  probabilities (B, k)  ->  actions (B,)
 """
@@ -9,6 +9,7 @@ Stable-Baselines3's ``predict`` and give their probabilities, from which KL is c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,14 +43,7 @@ class SearchAgent(ABC):
         Raises:
             ConfigError: the observation lacks a key (which, and how to get it).
         """
-        held = tuple(observation) if isinstance(observation, dict) else ()
-        missing = [key for key in self.needs if key not in held]
-        if missing:
-            raise ConfigError(
-                f"{type(self).__name__} needs the observation key {missing[0]!r}; make the environment with "
-                f"observation='full' or a tuple of keys that holds {', '.join(self.needs)}"
-                + (" (and a reward that can score a prefix)" if missing[0] == "candidate_scores" else "")
-            )
+        check_keys_of(observation, self.needs, type(self).__name__)
         log_mu, _ = renormalise(observation["logprobs"], observation["action_mask"])
         return self._policy(log_mu, observation)
 
@@ -65,10 +59,26 @@ class SearchAgent(ABC):
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[np.int64], tuple[Any, ...] | None]:
         """Return an action a row, (B,), or one action, (), for an observation without a batch axis."""
-        policy = self.probabilities(observation)
-        rows = policy.reshape(-1, policy.shape[-1])
-        actions = rows.argmax(-1) if deterministic else sample(rows, self._rng.random(len(rows)))
-        return actions.reshape(policy.shape[:-1]), state
+        return choose(self.probabilities(observation), self._rng, deterministic), state
+
+
+def check_keys_of(observation: Observation, needed: Sequence[str], agent: str) -> None:
+    """Raise ``ConfigError`` unless the observation has all keys that ``agent`` needs; says how to get them."""
+    held = tuple(observation) if isinstance(observation, dict) else ()
+    missing = [key for key in needed if key not in held]
+    if missing:
+        raise ConfigError(
+            f"{agent} needs the observation key {missing[0]!r}; make the environment with observation='full' or a "
+            f"tuple of keys that holds {', '.join(needed)}"
+            + (" (and a reward that can score a prefix)" if missing[0] == "candidate_scores" else "")
+        )
+
+
+def choose(policy: Floats, rng: np.random.Generator, deterministic: bool) -> npt.NDArray[np.int64]:
+    """Return an action for each distribution of ``policy`` (..., k): the likeliest, or a sample; (...)."""
+    rows = policy.reshape(-1, policy.shape[-1])
+    actions = rows.argmax(-1) if deterministic else sample(rows, rng.random(len(rows)))
+    return actions.reshape(policy.shape[:-1])
 
 
 @SEARCH_AGENTS.register("random")
@@ -98,7 +108,7 @@ class GreedyAgent(SearchAgent):
 
 @SEARCH_AGENTS.register("lookahead")
 class LookaheadAgent(SearchAgent):
-    """The language model tilted by what each candidate does to the running score at once.
+    """The language model, tilted by the change of the running score that each candidate causes at once.
 
     pi is proportional to mu_k exp((candidate_scores - score) / beta): the optimal policy if nothing
     after the next token mattered. It needs a reward that can score a prefix, and is the bar that

@@ -2,12 +2,12 @@
 
 They spend tokens instead of learning. Each is built for an environment, holds its model and
 reward, and writes ahead in rows of its own, so the environment that asks is not disturbed. Where
-a row stands is read from the observation: its prompt and what was generated since.
+a row stands is read from the observation: its prompt and the tokens generated since.
 
     tokens, length, budget  ->  rows of its own, forked  ->  rewards of finished texts  ->  action
 
 Best-of-n and beam choose a whole text and then emit its tokens, one a step. ``tokens_used``
-counts every token that the search has generated: what its result costs.
+counts every token that the search has generated: the cost of its result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from agents.baselines.one_step import Observation
+from agents.baselines.one_step import Observation, check_keys_of, choose
 from textgen_env.config import check_at_least
 from textgen_env.episode import Episodes
 from textgen_env.errors import ConfigError
@@ -43,7 +43,7 @@ ROWS = 64
 
 
 class Memory(Generic[T]):
-    """What was planned for a prefix, taken out when the text gets there; the oldest is forgotten.
+    """Plans for prefixes, each taken out when a text gets there; the oldest prefix is forgotten.
 
     Two texts may have the same prefix and different plans: each takes one.
     """
@@ -74,8 +74,8 @@ class PlanningAgent(ABC):
         seed: Of the random numbers.
 
     Raises:
-        ConfigError: an observation without ``tokens``, ``length`` or ``budget``, or a prompt that
-            is none of the environment's and has another spelling in tokens.
+        ConfigError: an observation without ``tokens``, ``length`` or ``budget``, or a prompt that is
+            not one of the environment's and does not re-encode to the same tokens.
     """
 
     def __init__(self, env: TextGenVectorEnv, seed: int | None = None) -> None:
@@ -128,17 +128,11 @@ class PlanningAgent(ABC):
             live = live[~outcome.ended]
         return rewards[rows]
 
-    # --- what the observation says
+    # --- reading the observation
 
     def _read(self, observation: Observation) -> tuple[list[Ids], list[tuple[Prompt, Ids]], bool]:
-        """Return all ids of each row, its prompt and generated ids, and whether it was a single row."""
-        held = tuple(observation) if isinstance(observation, dict) else ()
-        missing = [key for key in ("tokens", "length", "budget") if key not in held]
-        if missing:
-            raise ConfigError(
-                f"{type(self).__name__} needs the observation key {missing[0]!r}; make the environment with "
-                "observation='default', 'full', or a tuple of keys that holds tokens, length and budget"
-            )
+        """Return all ids of each row, its prompt and generated ids, and True for an observation of a single row."""
+        check_keys_of(observation, ("tokens", "length", "budget"), type(self).__name__)
         tokens = np.asarray(observation["tokens"])
         rows, whole, texts = np.atleast_2d(tokens), [], []
         lengths, budgets = np.ravel(observation["length"]), np.ravel(observation["budget"])
@@ -150,7 +144,7 @@ class PlanningAgent(ABC):
         return whole, texts, tokens.ndim == 1
 
     def _prompt(self, ids: Ids) -> Prompt:
-        """Return the prompt that ``ids`` spell: with its reference, if the environment is at it."""
+        """Return the prompt of ``ids``: with its reference, if the environment is at it."""
         if ids not in self._prompts:
             model = self._env.language_model
             prompts = self._env.episodes.prompts_at(np.arange(self._env.num_envs))
@@ -159,7 +153,7 @@ class PlanningAgent(ABC):
                 self._prompts[tuple(model.encode(prompt.text))] = prompt
         if ids not in self._prompts:
             raise ConfigError(
-                f"the prompt {self._env.language_model.decode(ids)!r} is none that the agent's environment is at, "
+                f"the prompt {self._env.language_model.decode(ids)!r} is not one that the agent's environment is at, "
                 "and its text alone does not give the same tokens: ask for actions on the environment it was built for"
             )
         return self._prompts[ids]
@@ -283,7 +277,7 @@ class BeamAgent(TextPlanner):
 
 @dataclass
 class Node:
-    """A prefix in the search tree, and what was seen below each of its k candidates."""
+    """A prefix in the search tree, with counts and rewards below each of its k candidates."""
 
     at: Snapshot
     candidates: npt.NDArray[np.int32]  # (k,) token ids
@@ -348,10 +342,7 @@ class MCTSAgent(PlanningAgent):
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[np.int64], tuple[Any, ...] | None]:
-        policy = self.probabilities(observation)
-        rows = np.atleast_2d(policy)
-        actions = rows.argmax(-1) if deterministic else sample(rows, self._rng.random(len(rows)))
-        return (actions[0] if policy.ndim == 1 else actions), state
+        return choose(self.probabilities(observation), self._rng, deterministic), state
 
     def _roots(self, whole: Sequence[Ids], texts: Sequence[tuple[Prompt, Ids]]) -> list[Node]:
         """Return the tree of each row, grown at the step before or new."""
@@ -380,20 +371,23 @@ class MCTSAgent(PlanningAgent):
                 self._episodes.load(b, node.at)
                 new.append(b)
         if new:
-            rows = np.array(new)
-            outcome = self._act(self._episodes, rows, np.array([paths[b][-1][1] for b in new]))
-            values[rows] = outcome.rewards
-            going = rows[~outcome.ended]
-            self._episodes.proposals(going)  # one forward for all new nodes
-            for b, ended in zip(new, outcome.ended, strict=True):
-                node, action = paths[b][-1]
-                node.children[action] = float(values[b]) if ended else self._node(b)
-            values[going] += self._finish(self._episodes, going)
+            values[new] = self._expand(np.array(new), [paths[b][-1] for b in new])
         self._low, self._high = min(self._low, values.min()), max(self._high, values.max())
         for path, value in zip(paths, values, strict=True):
             for node, action in path:
                 node.visits[action] += 1
                 node.total[action] += value
+
+    def _expand(self, rows: Rows, edges: Sequence[tuple[Node, int]]) -> Floats:
+        """Let each row leave its tree by an edge, add the node there, and finish the text; return the rewards."""
+        outcome = self._act(self._episodes, rows, np.array([action for _, action in edges]))
+        values = outcome.rewards.astype(np.float64)
+        going = rows[~outcome.ended]
+        self._episodes.proposals(going)  # one forward for all new nodes
+        for row, value, ended, (node, action) in zip(rows.tolist(), values, outcome.ended, edges, strict=True):
+            node.children[action] = float(value) if ended else self._node(row)
+        values[~outcome.ended] += self._finish(self._episodes, going)
+        return values
 
     def _descend(self, root: Node) -> list[tuple[Node, int]]:
         """Return the nodes and actions from the root to an edge that leaves the tree, or to an end."""
@@ -406,7 +400,7 @@ class MCTSAgent(PlanningAgent):
         return path
 
     def _choose(self, node: Node) -> int:
-        """Return the action with the highest upper bound; what was not tried is worth the mean of the rest."""
+        """Return the action with the highest upper bound; an untried one is valued at the mean of the others."""
         visited = node.visits.sum()
         mean = node.total.sum() / visited if visited else 0.0
         values = np.where(node.visits > 0, node.total / np.maximum(node.visits, 1), mean)

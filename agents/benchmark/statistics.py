@@ -1,4 +1,4 @@
-"""What few runs can say: robust means, intervals, profiles, and which differences are real.
+"""Statistics of few runs: robust means, intervals, profiles, and tests of differences.
 
 Scores are normalised and come as one array a task, (n_t,) runs each: runs are redrawn within their
 task, never across, since tasks are chosen and seeds are chance.

@@ -90,7 +90,7 @@ class TextDataset(IterableDataset[Choices]):
                 yield from self._choices(ids)
 
     def _windows(self, file: Path) -> Iterator[torch.Tensor]:
-        """Ids of ``window`` + 1 tokens each (the last one is only a target); the rest may be shorter."""
+        """Yield ids of ``window`` + 1 tokens each (the last one is only a target); the rest may be shorter."""
         held: list[int] = []
         for text in _pieces(file):
             held += self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -142,14 +142,14 @@ def collate(choices: Sequence[Choices]) -> LabelledBatch:
 
 
 def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids to ids (B, T) and mask (B, T)."""
+    """Return ids (B, T) and mask (B, T) of rows of ids."""
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
     return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
 
 def _pieces(file: Path) -> Iterator[str]:
-    """The text of a file in blocks that end before white space, so that no word is cut (where there is any)."""
+    """Yield the text of a file in blocks that end before white space, where there is any: no word is cut."""
     held = ""
     try:
         with file.open(encoding="utf-8") as stream:

@@ -24,12 +24,12 @@ from textgen_env.errors import ConfigError
 
 
 class LabelledBatch(NamedTuple):
-    """What a data loader yields; a plain tuple of the first four, or of all, does as well.
+    """A batch of a data loader; a plain tuple of the first four, or of all, does as well.
 
     **One decision a text.** ``input_ids`` and ``attention_mask`` are (B, T), padded on the right, or
     the first is a list of B texts for the tokenizer and the second is None. The state is the hidden
     state at the last real token. ``actions`` (B,) were taken and earned ``rewards`` (B,), or are None
-    and ``rewards`` (B, A) says what each would earn: the loop then chooses. Without next texts every
+    and ``rewards`` (B, A) are those of all actions: the loop then chooses. Without next texts every
     transition ends its episode; with them, ``dones`` (B,) says which do (None: none does).
 
     **One decision a position.** ``rewards`` is (B, T, A) and ``actions`` None. Position t is the state
@@ -48,7 +48,7 @@ class LabelledBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the data did. The means are NaN when there was none."""
+    """Counts and means of one pass over the data. Means of nothing are NaN."""
 
     transitions: int
     updates: int
@@ -73,7 +73,7 @@ def custom_loss(
     Args:
         predicted: (B, A) Q-values of the states.
         actions: (B,) int64, which were taken.
-        rewards: (B,) what they earned.
+        rewards: (B,) of these actions.
         gamma: Discount, in [0, 1].
         next_q_values: (B, A) of the next states, from a target network; or (B,) their values.
         dones: (B,) bool; None means that no episode ended.
@@ -91,21 +91,28 @@ def custom_loss(
         raise ConfigError(f"actions must be integers in 0..{count - 1}, got {actions.tolist()}")
     if not 0 <= gamma <= 1:
         raise ConfigError(f"gamma must be in [0, 1], got {gamma}")
-    target = rewards.to(predicted.dtype)
-    if next_q_values is not None:
-        if next_q_values.ndim == 2:
-            next_q_values = next_q_values.max(dim=1).values  # (B, A) -> (B,)
-        dones = torch.zeros_like(actions) if dones is None else dones
-        if next_q_values.shape != actions.shape or dones.shape != actions.shape:
-            raise ConfigError(
-                f"need next_q_values (B, A) or (B,) and dones (B,) for {len(actions)} actions; got "
-                f"{tuple(next_q_values.shape)} and {tuple(dones.shape)}"
-            )
-        target = torch.where(dones.bool(), target, target + gamma * next_q_values)
-    elif dones is not None and not dones.bool().all():
-        raise ConfigError("transitions that are not done need next_q_values")
+    target = _target(rewards.to(predicted.dtype), gamma, next_q_values, dones)
     chosen = predicted.gather(1, actions.long().unsqueeze(1)).squeeze(1)  # (B, A) -> (B,)
     return nn.functional.mse_loss(chosen, target.detach())
+
+
+def _target(
+    rewards: torch.Tensor, gamma: float, next_q_values: torch.Tensor | None, dones: torch.Tensor | None
+) -> torch.Tensor:
+    """Return y, (B,)."""
+    if next_q_values is None:
+        if dones is not None and not dones.bool().all():
+            raise ConfigError("transitions that are not done need next_q_values")
+        return rewards
+    if next_q_values.ndim == 2:
+        next_q_values = next_q_values.max(dim=1).values  # (B, A) -> (B,)
+    dones = torch.zeros_like(rewards) if dones is None else dones
+    if next_q_values.shape != rewards.shape or dones.shape != rewards.shape:
+        raise ConfigError(
+            f"need next_q_values (B, A) or (B,) and dones (B,) for {len(rewards)} actions; got "
+            f"{tuple(next_q_values.shape)} and {tuple(dones.shape)}"
+        )
+    return torch.where(dones.bool(), rewards, rewards + gamma * next_q_values)
 
 
 def train_model(
@@ -125,7 +132,7 @@ def train_model(
     epsilon: float = 0.1,
     seed: int = 0,
 ) -> list[Epoch]:
-    """Learn Q-values from the data loader's decisions; return what each epoch did.
+    """Learn Q-values from the data loader's decisions; return an ``Epoch`` for each pass.
 
     The transformer is frozen: the replay keeps its hidden states, which would go stale.
 
@@ -139,7 +146,7 @@ def train_model(
         replay_buffer: Holds the transitions; keep it to go on later.
         device: Where the two models run.
         gamma: Discount.
-        batch_size: Transitions an update, or what the replay holds while that is less.
+        batch_size: Transitions an update; while the replay holds fewer, all of them.
         updates_per_batch: Updates after each batch of data.
         target_update: Updates from one copy to the target network to the next.
         epsilon: Chance of a uniformly random action where the loop chooses.
@@ -148,24 +155,16 @@ def train_model(
     Raises:
         ConfigError: numbers out of range, or a batch whose shapes do not fit. Nothing is skipped.
     """
-    for name, value in {"batch_size": batch_size, "target_update": target_update}.items():
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}")
-    if epochs < 0 or updates_per_batch < 0:
-        raise ConfigError(f"epochs and updates_per_batch must not be negative, got {epochs}, {updates_per_batch}")
-    if not 0 <= epsilon <= 1:
-        raise ConfigError(f"epsilon must be in [0, 1], got {epsilon}")
+    _check_settings(epochs, batch_size, updates_per_batch, target_update, epsilon)
     _warn_about_frozen_weights(transformer, optimizer)
     transformer.to(device).eval()
     dq_learning_model.to(device)
-    target_network = copy.deepcopy(dq_learning_model)
+    updates = _Updates(dq_learning_model, optimizer, replay_buffer, device, gamma, batch_size, target_update)
     generator = torch.Generator().manual_seed(seed)
-
-    history, updates = [], 0
+    history = []
     for _ in range(epochs):
         losses: list[float] = []
-        earned = 0.0
-        transitions = 0
+        earned, transitions = 0.0, 0
         for fields in data_loader:
             states, actions, rewards, next_states, dones = _transitions(
                 LabelledBatch(*fields), transformer, dq_learning_model, tokenizer, device, epsilon, generator
@@ -173,27 +172,57 @@ def train_model(
             replay_buffer.extend(states, actions, rewards, next_states, dones)
             earned += float(rewards.sum())
             transitions += len(rewards)
-            for _ in range(updates_per_batch):
-                sample = replay_buffer.sample(min(batch_size, len(replay_buffer)))
-                with torch.no_grad():
-                    next_q_values = target_network(sample.next_states.to(device))
-                loss = custom_loss(
-                    dq_learning_model(sample.states.to(device)),
-                    sample.actions.to(device),
-                    sample.rewards.to(device),
-                    gamma,
-                    next_q_values,
-                    sample.dones.to(device),
-                )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-                updates += 1
-                if updates % target_update == 0:
-                    target_network.load_state_dict(dq_learning_model.state_dict())
+            losses += [updates.step() for _ in range(updates_per_batch)]
         history.append(Epoch(transitions, len(losses), _mean(sum(losses), len(losses)), _mean(earned, transitions)))
     return history
+
+
+def _check_settings(epochs: int, batch_size: int, updates_per_batch: int, target_update: int, epsilon: float) -> None:
+    for name, value in {"batch_size": batch_size, "target_update": target_update}.items():
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    if epochs < 0 or updates_per_batch < 0:
+        raise ConfigError(f"epochs and updates_per_batch must not be negative, got {epochs}, {updates_per_batch}")
+    if not 0 <= epsilon <= 1:
+        raise ConfigError(f"epsilon must be in [0, 1], got {epsilon}")
+
+
+@dataclass
+class _Updates:
+    """Gradient steps on samples of the replay, and the target network."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    replay: ExperienceReplay
+    device: torch.device | str
+    gamma: float
+    batch_size: int
+    target_update: int
+
+    def __post_init__(self) -> None:
+        self.target_network = copy.deepcopy(self.network)
+        self.count = 0
+
+    def step(self) -> float:
+        """Take one step; return its loss."""
+        sample = self.replay.sample(min(self.batch_size, len(self.replay)))
+        with torch.no_grad():
+            next_q_values = self.target_network(sample.next_states.to(self.device))
+        loss = custom_loss(
+            self.network(sample.states.to(self.device)),
+            sample.actions.to(self.device),
+            sample.rewards.to(self.device),
+            self.gamma,
+            next_q_values,
+            sample.dones.to(self.device),
+        )
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.count += 1
+        if self.count % self.target_update == 0:
+            self.target_network.load_state_dict(self.network.state_dict())
+        return loss.item()
 
 
 def _transitions(
@@ -205,20 +234,12 @@ def _transitions(
     epsilon: float,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """States (n, d), actions (n,), rewards (n,), next states (n, d) and dones (n,) of a batch."""
+    """Return states (n, d), actions (n,), rewards (n,), next states (n, d) and dones (n,) of a batch."""
     hidden, mask = _hidden(transformer, tokenizer, batch.input_ids, batch.attention_mask, device)
     rewards, dones = batch.rewards.to(device), batch.dones
     next_states = None
     if rewards.ndim == 3:
-        if isinstance(transformer, PrunedTransformerModel) and not transformer.model.can_generate():
-            raise ConfigError(
-                "a decision at every position needs a causal transformer: this encoder sees the tokens to come. "
-                "Give it one prefix a row, with rewards (B, A)."
-            )
-        if rewards.shape[:2] != mask.shape or batch.actions is not None:
-            raise ConfigError(
-                f"rewards (B, T, A) need ids (B, T) and no actions; got {tuple(rewards.shape)}, {tuple(mask.shape)}"
-            )
+        _check_every_position(batch, transformer, mask)
         real = mask.bool()
         ends = torch.arange(mask.shape[1], device=mask.device) == _last(mask)[:, None]  # (B, T)
         states, next_states = hidden[real], hidden.roll(-1, dims=1)[real]
@@ -239,6 +260,18 @@ def _transitions(
     return states, actions, rewards.gather(1, actions[:, None]).squeeze(1), next_states, dones
 
 
+def _check_every_position(batch: LabelledBatch, transformer: nn.Module, mask: torch.Tensor) -> None:
+    """Check a batch with a decision at every position: rewards (B, T, A)."""
+    if isinstance(transformer, PrunedTransformerModel) and not transformer.model.can_generate():
+        raise ConfigError(
+            "a decision at every position needs a causal transformer: this encoder sees the tokens to come. "
+            "Give it one prefix a row, with rewards (B, A)."
+        )
+    if batch.rewards.shape[:2] != mask.shape or batch.actions is not None:
+        shapes = f"{tuple(batch.rewards.shape)}, {tuple(mask.shape)}"
+        raise ConfigError(f"rewards (B, T, A) need ids (B, T) and no actions; got {shapes}")
+
+
 @torch.no_grad()
 def _hidden(
     transformer: nn.Module,
@@ -247,7 +280,7 @@ def _hidden(
     mask: torch.Tensor | None,
     device: torch.device | str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states (B, T, d) in float32, and the mask (B, T)."""
+    """Return hidden states (B, T, d) in float32, and the mask (B, T)."""
     if isinstance(input_ids, torch.Tensor):
         ids, mask = input_ids, torch.ones_like(input_ids) if mask is None else mask
     else:
@@ -258,12 +291,12 @@ def _hidden(
 
 
 def _last(mask: torch.Tensor) -> torch.Tensor:
-    """The place of the last real token in each row: (B, T) -> (B,)."""
+    """Return the place of the last real token in each row: (B, T) -> (B,)."""
     return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
 
 
 def _state(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The hidden state at the last real token, which has seen all others: (B, T, d) -> (B, d)."""
+    """Return the hidden state at the last real token, which has seen all others: (B, T, d) -> (B, d)."""
     return hidden[torch.arange(len(hidden), device=hidden.device), _last(mask)]
 
 
@@ -271,7 +304,7 @@ def _state(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def _choose(
     dq_learning_model: nn.Module, states: torch.Tensor, epsilon: float, generator: torch.Generator
 ) -> torch.Tensor:
-    """Epsilon-greedy actions (n,)."""
+    """Return epsilon-greedy actions, (n,)."""
     q_values = dq_learning_model(states)  # (n, A)
     explore = torch.rand(len(states), generator=generator) < epsilon
     anything = torch.randint(q_values.shape[1], (len(states),), generator=generator)

@@ -70,7 +70,7 @@ class ExperienceReplay:
 
     Raises:
         ConfigError: a capacity below 1, shapes that do not match, a negative action, a reward that
-            is not finite, or a sample larger than what is held.
+            is not finite, or a sample larger than the content.
     """
 
     def __init__(self, capacity: int = 10000, seed: int = 0) -> None:
@@ -90,9 +90,9 @@ class ExperienceReplay:
         Args:
             state: Numbers of any fixed shape.
             action: Index, at least 0.
-            reward: What the action earned.
-            next_state: Where it led, in the shape of ``state``.
-            done: Whether the episode ended there; left out, it did if there is no next state.
+            reward: Of the action.
+            next_state: The state after it, in the shape of ``state``.
+            done: True if the episode ended there; left out, it did if there is no next state.
         """
         if next_state is None and done is False:
             raise ConfigError("a transition that is not done needs its next_state")
@@ -112,7 +112,7 @@ class ExperienceReplay:
         next_states: torch.Tensor | None = None,
         dones: torch.Tensor | None = None,
     ) -> None:
-        """Add n transitions at once: what ``push`` takes, with n rows in front."""
+        """Add n transitions at once: the arguments of ``push``, with n rows in front."""
         count = len(states)
         if dones is None:
             dones = torch.full((count,), next_states is None)
@@ -120,6 +120,26 @@ class ExperienceReplay:
             next_states = torch.zeros_like(states)
         if self._store is None:
             self._store = _empty(self.capacity, states.shape[1:])
+        self._check(count, states, next_states, actions, rewards, dones)
+        last = slice(max(0, count - self.capacity), None)  # the others would be overwritten at once
+        places = torch.arange(self._pushed, self._pushed + count)[last] % self.capacity
+        self._store.states[places] = states[last].detach().float().cpu()
+        self._store.actions[places] = actions[last].long().cpu()
+        self._store.rewards[places] = rewards[last].detach().float().cpu()
+        self._store.next_states[places] = next_states[last].detach().float().cpu()
+        self._store.dones[places] = dones[last].bool().cpu()
+        self._pushed += count
+
+    def _check(
+        self,
+        count: int,
+        states: torch.Tensor,
+        next_states: torch.Tensor,
+        actions: torch.Tensor,
+        rewards: torch.Tensor,
+        dones: torch.Tensor,
+    ) -> None:
+        assert self._store is not None
         shape = self._store.states.shape[1:]
         given = (states.shape, next_states.shape, actions.shape, rewards.shape, dones.shape)
         if given != ((count, *shape), (count, *shape), (count,), (count,), (count,)):
@@ -132,19 +152,10 @@ class ExperienceReplay:
         if not torch.isfinite(rewards).all():
             raise ConfigError(f"rewards must be finite, got {rewards.tolist()}")
 
-        last = slice(max(0, count - self.capacity), None)  # what would be overwritten at once is left out
-        places = torch.arange(self._pushed, self._pushed + count)[last] % self.capacity
-        self._store.states[places] = states[last].detach().float().cpu()
-        self._store.actions[places] = actions[last].long().cpu()
-        self._store.rewards[places] = rewards[last].detach().float().cpu()
-        self._store.next_states[places] = next_states[last].detach().float().cpu()
-        self._store.dones[places] = dones[last].bool().cpu()
-        self._pushed += count
-
     def sample(self, batch_size: int) -> Transitions:
         """Return ``batch_size`` different transitions, each equally likely."""
         if self._store is None or not 1 <= batch_size <= len(self):
-            raise ConfigError(f"a sample needs from 1 to {len(self)} transitions (what is held), got {batch_size}")
+            raise ConfigError(f"a sample needs from 1 to {len(self)} transitions (its content), got {batch_size}")
         rows = torch.from_numpy(self._random.choice(len(self), batch_size, replace=False))
         store = self._store
         return Transitions(

@@ -11,13 +11,13 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from agents.cli.benchmark import benchmark
-from agents.cli.evaluate import evaluate
-from agents.cli.generate import generate
-from agents.cli.list_names import list_names
-from agents.cli.prune import prune
-from agents.cli.record import record
-from agents.cli.train import train
+from agents.cli.benchmark import benchmark_command
+from agents.cli.evaluate import evaluate_command
+from agents.cli.generate import generate_command
+from agents.cli.list_names import list_command
+from agents.cli.prune import prune_command
+from agents.cli.record import record_command
+from agents.cli.train import train_command
 from textgen_env.errors import TextGenError
 
 
@@ -39,9 +39,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Text generation as a reinforcement learning environment: train, generate, evaluate.",
 )
-for command in (train, generate, evaluate, record, prune, benchmark):
-    app.command()(command)
-app.command("list")(list_names)
+COMMANDS = {
+    "train": train_command,
+    "generate": generate_command,
+    "evaluate": evaluate_command,
+    "record": record_command,
+    "prune": prune_command,
+    "benchmark": benchmark_command,
+    "list": list_command,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
 def main() -> None:

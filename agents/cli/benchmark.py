@@ -50,7 +50,7 @@ Compared = Annotated[
 ]
 
 
-def benchmark(
+def benchmark_command(
     tasks: Tasks = "diagnostic",
     agents: AgentNames = None,
     seeds: Seeds = None,

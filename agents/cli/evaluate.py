@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from agents.runs.run import Run
 
 
-def evaluate(
+def evaluate_command(
     run: Annotated[Path, typer.Argument(help="A folder that 'textgen train' made.", metavar="RUN")],
     prompts: Prompts = None,
     texts: Texts = None,

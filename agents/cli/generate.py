@@ -33,7 +33,7 @@ ActingBeta = Annotated[
 ]
 
 
-def generate(
+def generate_command(
     run: OptionalRun = None,
     prompt: Annotated[str, typer.Option(help="How the texts begin.", metavar="TEXT")] = "The movie was",
     num: Annotated[int, typer.Option(help="Texts.", min=1)] = 4,

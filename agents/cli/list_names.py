@@ -15,7 +15,7 @@ Described = Iterator[tuple[str, str]]
 """Pairs (name, description)."""
 
 
-def list_names(
+def list_command(
     what: Annotated[
         str | None, typer.Argument(help="agents, models, prompts, pruning, rewards or tasks; all unless said.")
     ] = None,

@@ -11,7 +11,7 @@ from rich.console import Console
 from textgen_env.files import read_text
 
 
-def prune(
+def prune_command(
     model: Annotated[str, typer.Argument(help="A name, folder or hub id.", metavar="MODEL")],
     out: Annotated[Path, typer.Option(help="Folder for the pruned model; must not hold one.")],
     method: Annotated[str, typer.Option(help="See 'textgen list pruning'.")] = "ffn",

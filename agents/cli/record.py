@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from textgen_env.policies import Agent
 
 
-def record(
+def record_command(
     out: Annotated[
         Path, typer.Option(help="Folder for the dataset; must be new or empty. Minari finds names like sentiment-v0.")
     ],
@@ -48,7 +48,7 @@ def record(
     With all that was observed, the masks, and the log-probability of every action: what offline
     learning needs (see docs/clients.md).
     """
-    from agents.text_dqn.offline import record as write
+    from agents.text_dqn.offline import record
     from textgen_env.evaluation import choose_prompts
     from textgen_env.prompts import make_prompts
 
@@ -65,7 +65,7 @@ def record(
         agent, env, name = _trained(run)
     source = choose_prompts(env.episodes.prompts if prompts is None else make_prompts(prompts), episodes, seed)
     texts = [source[i % len(source)] for i in range(episodes)]
-    dataset = write(agent, env, texts, out, seed=seed, deterministic=greedy, metadata={"algorithm_name": name})
+    dataset = record(agent, env, texts, out, seed=seed, deterministic=greedy, metadata={"algorithm_name": name})
     Console().print(f"{dataset.total_episodes:,} texts of {dataset.total_steps:,} tokens are in {out}/")
 
 

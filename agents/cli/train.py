@@ -37,7 +37,7 @@ Prune = Annotated[
         help="Prune the language model once: METHOD:AMOUNT, the share to remove, or none.", show_default="none"
     ),
 ]
-Reward = Annotated[
+RewardSpec = Annotated[
     str | None,
     typer.Option(
         help="A name, or JSON: '{\"sentiment\": 1, \"repetition\": -0.5}'. See 'textgen list rewards'.",
@@ -77,14 +77,14 @@ Actors = Annotated[
 ]
 
 
-def train(
+def train_command(
     ctx: typer.Context,
     out: Out = None,
     agent: AgentName = None,
     model: Model = None,
     prune: Prune = None,
     prompts: Prompts = None,
-    reward: Reward = None,
+    reward: RewardSpec = None,
     steps: Steps = None,
     envs: Envs = None,
     seed: RunSeed = None,

@@ -102,7 +102,7 @@ def probe(address: str, timeout: float) -> None:
             "see that this machine reaches it"
         ) from error
     if not answers:
-        raise ClusterError(f"what answers at {address} is no Ray head; give the address that 'ray start --head' says")
+        raise ClusterError(f"the server at {address} is no Ray head; give the address that 'ray start --head' says")
 
 
 @contextmanager

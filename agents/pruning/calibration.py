@@ -1,4 +1,7 @@
-"""Text and statistics that pruning methods look at."""
+"""Calibration: texts, and statistics of a model that runs on them, by which pruning methods choose.
+
+texts or ids  ->  batches of ids (B, T)  ->  energy of a layer's inputs (in,), influence of each block (L,)
+"""
 
 from __future__ import annotations
 
@@ -32,32 +35,24 @@ def self_written(model: PreTrainedModel, rows: int, length: int, seed: int) -> t
     Source: data-free calibration of LLM-QAT, Liu et al. 2023, arXiv:2305.17888.
     """
     generate: Any = model.generate
+    ended_by_length = {"min_new_tokens": length - 1, "max_new_tokens": length - 1, "pad_token_id": 0}  # no padding
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     written = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         openings = torch.randint(model.config.vocab_size, (rows, 1)).to(model.device)
         for first in openings.split(64):  # bounds the cache
-            written.append(
-                generate(
-                    input_ids=first,
-                    attention_mask=torch.ones_like(first),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    min_new_tokens=length - 1,
-                    max_new_tokens=length - 1,
-                    pad_token_id=0,  # never used: no row ends early
-                )
-            )
+            mask = torch.ones_like(first)
+            written.append(generate(input_ids=first, attention_mask=mask, **plain, **ended_by_length))
     return torch.cat(written)
 
 
-# ---------------------------------------------------------------- calibration
+def calibration_batches(model: PreTrainedModel, text: Text | None, tokenizer: Any, seed: int) -> list[torch.Tensor]:
+    """Return token ids to measure activations on: batches (B, T) without padding.
 
-
-def _calibration(model: PreTrainedModel, text: Text | None, tokenizer: Any, seed: int) -> list[torch.Tensor]:
-    """Token ids to measure activations on: batches (B, T) without padding."""
+    Raises:
+        ConfigError: no text and a model that cannot write its own, or as of ``token_batches``.
+    """
     if text is None:
         if not model.can_generate():
             raise ConfigError(f"{type(model).__name__} cannot write its own calibration text; pass calibration=[...]")
@@ -110,16 +105,16 @@ def _hooked(modules: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor, 
 @torch.no_grad()
 def _run(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
     was_training = model.training
-    model.eval()  # dropout would blur what is measured
+    model.eval()  # dropout would blur the measurement
     for ids in batches:
         model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
     model.train(was_training)
 
 
-def _input_energy(
+def input_energy(
     model: PreTrainedModel, modules: Mapping[str, nn.Module], batches: list[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """For each layer, ||x_j||^2 of every input j over all calibration tokens: (in,) float32."""
+    """Return, for each layer, ||x_j||^2 of every input j over all calibration tokens: (in,) float32."""
     energy: dict[str, torch.Tensor] = {}
 
     def see(name: str, inputs: torch.Tensor, output: Any) -> None:
@@ -131,13 +126,13 @@ def _input_energy(
     return energy
 
 
-def _output_energy(reader: Linear, energy: torch.Tensor) -> torch.Tensor:
-    """What each input of a layer adds to its output: ||x_j||^2 ||W_:j||^2, (in,)."""
-    return energy * _rows(reader).float().square().sum(0)
+def output_energy(reader: Linear, energy: torch.Tensor) -> torch.Tensor:
+    """Return the energy that each input adds to a layer's output: ||x_j||^2 ||W_:j||^2, (in,)."""
+    return energy * weight_rows(reader).float().square().sum(0)
 
 
-def _influence(model: PreTrainedModel, blocks: nn.ModuleList, batches: list[torch.Tensor]) -> torch.Tensor:
-    """For each block 1 - cos(h_in, h_out), mean over the calibration tokens: (L,)."""
+def block_influence(model: PreTrainedModel, blocks: nn.ModuleList, batches: list[torch.Tensor]) -> torch.Tensor:
+    """Return 1 - cos(h_in, h_out) of each block, the mean over the calibration tokens: (L,) float64."""
     turned = torch.zeros(len(blocks), dtype=torch.float64)
     tokens = sum(ids.numel() for ids in batches)
 
@@ -151,7 +146,7 @@ def _influence(model: PreTrainedModel, blocks: nn.ModuleList, batches: list[torc
     return turned / tokens
 
 
-def _rows(linear: Linear) -> torch.Tensor:
-    """The weight as (out, in); GPT-2 keeps it transposed."""
+def weight_rows(linear: Linear) -> torch.Tensor:
+    """Return the weight as (out, in), in the layer's own memory; GPT-2 keeps it transposed."""
     weight = linear.weight.data
     return weight.T if isinstance(linear, Conv1D) else weight

@@ -1,8 +1,8 @@
 """Healing: a pruned language model learns its dense self's next-token distributions again.
 
 The loss is KL(teacher || student), mean over all positions, in nats a token. It needs no labels, so
-any text will do, and without any the teacher writes its own. Text like what the model is to write
-heals best.
+any text will do, and without any the teacher writes its own. Text like the one
+that it will write heals best.
 
 Weights in bfloat16 swallow small steps (1 + 1e-3 is 1), so the optimiser works on float32 copies
 and writes them back after each step. That is as fast as bfloat16 and as exact as float32.
@@ -17,7 +17,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -31,6 +32,7 @@ from agents.pruning.calibration import Linear, Text, self_written, token_batches
 from agents.pruning.methods import PruningReport
 from agents.pruning.model import PrunedTransformerModel, load_transformer
 from textgen_env.errors import ConfigError, ModelError, RunFolderError
+from textgen_env.files import check_keys, whole_file
 
 CHECKPOINT = "distil.pt"
 WRITTEN_ROWS = 512  # how much the teacher writes at most: about the time of 100 steps
@@ -53,7 +55,7 @@ def distil(
     checkpoint_every: int = 50,
     progress: bool = True,
 ) -> list[float]:
-    """Train ``student`` in place to predict what ``teacher`` predicts; return the KL of each step.
+    """Train ``student`` in place to predict as ``teacher`` does; return the KL of each step.
 
     The embeddings stay as they are (pruning does not touch them), and so does every zero that
     pruning made. Calling again with the same arguments and ``folder`` goes on where a stopped run
@@ -69,7 +71,7 @@ def distil(
         length: Tokens a row; texts are joined and cut to it.
         learning_rate: AdamW's peak: 5% of the steps lead up to it, then it falls linearly to zero. The
             default was the better of 1e-4 and 4e-4 on SmolLM2-135M; larger models want less.
-        seed: Of the order of the rows, and of what the teacher writes.
+        seed: Of the order of the rows, and of the text that the teacher writes.
         folder: Where the checkpoint lives; None keeps none.
         checkpoint_every: Steps from one checkpoint to the next.
         progress: Show a bar.
@@ -85,45 +87,70 @@ def distil(
     student, tokenizer = _unwrap(student, tokenizer)
     teacher, tokenizer = _unwrap(teacher, tokenizer)
     sizes = {"steps": steps, "batch_size": batch_size, "length": length, "checkpoint_every": checkpoint_every}
+    _check(sizes, learning_rate, student, teacher)
+    rows = _rows(texts, teacher, tokenizer, min(steps * batch_size, WRITTEN_ROWS), length, seed, folder)
+    run = _Run(student, learning_rate)
+    settings: dict[str, Any] = {**sizes, "learning_rate": learning_rate, "seed": seed}
+    settings["text and weights"] = _fingerprint([rows, *run.weights])
+    with _without_dropout(student, teacher):
+        try:
+            _distil(run, student, teacher, rows, settings, None if folder is None else Path(folder), progress)
+        finally:
+            run.release()
+    return run.losses
+
+
+def _check(sizes: dict[str, int], learning_rate: float, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
-    if length < 2 or not learning_rate > 0:
-        raise ConfigError(f"length must be at least 2 and learning_rate above 0, got {length} and {learning_rate}")
+    if sizes["length"] < 2 or not learning_rate > 0:
+        raise ConfigError(
+            f"length must be at least 2 and learning_rate above 0, got {sizes['length']} and {learning_rate}"
+        )
     if student.config.vocab_size != teacher.config.vocab_size:
         raise ConfigError(
             f"student and teacher must share a vocabulary, got {student.config.vocab_size} and "
             f"{teacher.config.vocab_size} tokens"
         )
 
-    rows = _rows(texts, teacher, tokenizer, min(steps * batch_size, WRITTEN_ROWS), length, seed, folder)
-    run = _Run(student, learning_rate)
-    start = _fingerprint([rows, *run.weights])
-    settings = {**sizes, "learning_rate": learning_rate, "seed": seed, "text and weights": start}
-    path = None if folder is None else Path(folder) / CHECKPOINT
 
-    modes = student.training, teacher.training
-    student.eval()  # no dropout: the teacher has none either
-    teacher.eval()
+@contextmanager
+def _without_dropout(*models: PreTrainedModel) -> Iterator[None]:
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
     try:
-        if path is not None and path.is_file():
-            run.load(path, settings)
-        with tqdm(total=steps, initial=len(run.losses), desc="healing", disable=not progress) as bar:
-            for step in range(len(run.losses), steps):
-                ids = rows[_indices(step, batch_size, len(rows), seed)].to(student.device)
-                with torch.no_grad():
-                    target = teacher(input_ids=ids, use_cache=False).logits
-                loss = _kl(student(input_ids=ids, use_cache=False).logits, target)
-                run.update(loss, learning_rate * _schedule(step, steps))
-                bar.update()
-                bar.set_postfix(kl=f"{run.losses[-1]:.3f}")
-                if path is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
-                    run.save(path, settings)
+        yield
     finally:
-        student.train(modes[0])
-        teacher.train(modes[1])
-        run.release()
-    return run.losses
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+def _distil(
+    run: _Run,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    rows: torch.Tensor,
+    settings: dict[str, Any],
+    folder: Path | None,
+    progress: bool,
+) -> None:
+    """Take the steps that are left, with a checkpoint in ``folder`` every so many."""
+    steps, every = settings["steps"], settings["checkpoint_every"]
+    if folder is not None and (folder / CHECKPOINT).is_file():
+        run.load(folder / CHECKPOINT, settings)
+    with tqdm(total=steps, initial=len(run.losses), desc="healing", disable=not progress) as bar:
+        for step in range(len(run.losses), steps):
+            ids = rows[_indices(step, settings["batch_size"], len(rows), settings["seed"])].to(student.device)
+            with torch.no_grad():
+                target = teacher(input_ids=ids, use_cache=False).logits
+            loss = _kl(student(input_ids=ids, use_cache=False).logits, target)
+            run.update(loss, settings["learning_rate"] * _schedule(step, steps))
+            bar.update()
+            bar.set_postfix(kl=f"{run.losses[-1]:.3f}")
+            if folder is not None and ((step + 1) % every == 0 or step + 1 == steps):
+                run.save(folder / CHECKPOINT, settings)
 
 
 def prune_and_heal(
@@ -194,7 +221,7 @@ class _Run:
         self.losses: list[float] = []
 
     def update(self, loss: torch.Tensor, learning_rate: float) -> None:
-        """One step down ``loss``, with gradients of a norm of at most 1."""
+        """Take one step down ``loss``, with gradients of a norm of at most 1."""
         value = loss.item()
         if not math.isfinite(value):
             raise ModelError(f"the KL became {value} at step {len(self.losses)}; lower the learning rate")
@@ -217,17 +244,18 @@ class _Run:
                 weight.copy_(master)
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
-        """Write everything that the next step depends on, by one rename."""
+        """Write everything that the next step depends on."""
         state = {
             "settings": settings,
             "losses": self.losses,
             "masters": self.masters,
             "optimizer": self.optimizer.state_dict(),
         }
-        _save(state, path)
+        write_state(state, path)
 
     def load(self, path: Path, settings: dict[str, Any]) -> None:
-        state = _load(path)
+        state = read_state(path)
+        check_keys(state, ("settings", "losses", "masters", "optimizer"), str(path))
         if state["settings"] != settings:
             raise RunFolderError(
                 f"{path} belongs to another run ({state['settings']}); this one is {settings}. "
@@ -249,7 +277,7 @@ class _Run:
 
 
 def _kl(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """KL(target || logits) in nats, mean over positions, computed in float32. Both (B, T, V)."""
+    """Return KL(target || logits) in nats, the mean over positions, in float32. Both are (B, T, V)."""
     logp = logits.flatten(0, 1).float().log_softmax(-1)
     return nn.functional.kl_div(
         logp, target.flatten(0, 1).float().log_softmax(-1), reduction="batchmean", log_target=True
@@ -257,13 +285,13 @@ def _kl(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def _schedule(step: int, steps: int) -> float:
-    """The share of the peak learning rate at a step: up over 5% of the steps, then down to zero."""
+    """Return the share of the peak learning rate at a step: up over 5% of the steps, then down to zero."""
     warmup = max(1, steps // 20)
     return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
 
 
 def _indices(step: int, batch_size: int, count: int, seed: int) -> list[int]:
-    """Which rows a step reads: every row once an epoch, in an order that depends on nothing else."""
+    """Return the rows that a step reads: each once an epoch, in an order that depends on seed and epoch alone."""
     orders: dict[int, list[int]] = {}
     picked = []
     for position in range(step * batch_size, (step + 1) * batch_size):
@@ -284,17 +312,10 @@ def _rows(
     seed: int,
     folder: str | os.PathLike[str] | None,
 ) -> torch.Tensor:
-    """The training text as ids (N, length)."""
+    """Return the training text as ids (N, length)."""
     if texts is None:
         cached = None if folder is None else Path(folder) / f"written-{count}x{length}-{seed}.pt"
-        if cached is not None and cached.is_file():
-            written: torch.Tensor = _load(cached)
-            return written
-        _log.info("the teacher writes %d rows of %d tokens", count, length)
-        written = self_written(teacher, count, length, seed)
-        if cached is not None:
-            _save(written, cached)
-        return written
+        return _written(teacher, count, length, seed, cached)
     if isinstance(texts, torch.Tensor):
         return torch.cat(token_batches(texts, None, length, len(texts) or 1))
     pieces = [row[0] for row in token_batches(texts, tokenizer, teacher.config.max_position_embeddings, 1)]
@@ -307,6 +328,18 @@ def _rows(
     return stream[: len(stream) // length * length].view(-1, length)
 
 
+def _written(teacher: PreTrainedModel, count: int, length: int, seed: int, cached: Path | None) -> torch.Tensor:
+    """Return rows that the teacher writes, (count, length); read from ``cached`` if they are there."""
+    if cached is not None and cached.is_file():
+        held: torch.Tensor = read_state(cached)
+        return held
+    _log.info("the teacher writes %d rows of %d tokens", count, length)
+    written = self_written(teacher, count, length, seed)
+    if cached is not None:
+        write_state(written, cached)
+    return written
+
+
 def _unwrap(model: PreTrainedModel | PrunedTransformerModel, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
     if isinstance(model, PrunedTransformerModel):
         model, tokenizer = model.model, tokenizer or model.tokenizer
@@ -316,23 +349,21 @@ def _unwrap(model: PreTrainedModel | PrunedTransformerModel, tokenizer: Any) -> 
 
 
 def _fingerprint(tensors: Iterable[torch.Tensor]) -> str:
-    """A hash of what a run starts from, so that a checkpoint goes on with nothing else."""
+    """Return a hash of the tensors that a run starts from: a checkpoint goes on with the same ones only."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _save(state: Any, path: Path) -> None:
-    """Write by one rename, so that a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half_written = path.with_suffix(".partial")
-    torch.save(state, half_written)
-    os.replace(half_written, path)
+def write_state(state: Any, path: Path) -> None:
+    """Write tensors and plain data with ``torch.save``, whole or not at all."""
+    with whole_file(path, (RuntimeError,)) as half_made:
+        torch.save(state, half_made)
 
 
-def _load(path: Path) -> Any:
-    """Read what ``_save`` wrote; nothing else is unpickled.
+def read_state(path: Path) -> Any:
+    """Return the content of a file of ``write_state``; nothing else is unpickled.
 
     Raises:
         RunFolderError: another file, or a damaged one.

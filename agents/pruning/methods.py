@@ -1,4 +1,8 @@
-"""What can be cut out of a transformer."""
+"""Pruning methods by name: each cuts something out of a transformer, in place.
+
+unstructured: l1_unstructured, global_unstructured, wanda   zero weights, shapes unchanged
+structured:   ffn, heads, layers                            a smaller model that a plain config describes
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,14 @@ from torch.nn.utils import prune as torch_prune
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from agents.pruning.calibration import Calibration, Linear, _influence, _input_energy, _output_energy, _rows
+from agents.pruning.calibration import (
+    Calibration,
+    Linear,
+    block_influence,
+    input_energy,
+    output_energy,
+    weight_rows,
+)
 from textgen_env.errors import ConfigError, ModelError
 from textgen_env.registry import Registry
 
@@ -27,7 +38,7 @@ METHODS: Registry[Callable[[PreTrainedModel, float, Calibration], None]] = Regis
 
 @dataclass(frozen=True)
 class PruningReport:
-    """What a pruning did. Parameters are counted once where they are tied."""
+    """Counts before and after a pruning. Parameters are counted once where they are tied."""
 
     method: str  # of several cuts, all of them, such as "layers 10% + ffn"
     amount: float  # asked for, last: share of the weights, channels, KV groups or layers
@@ -86,7 +97,7 @@ def parse_pruning(text: str) -> list[tuple[str, float]]:
     return cuts
 
 
-# ---------------------------------------------------------------- zeroing weights, shapes unchanged
+# --- zeroing weights, shapes unchanged
 
 
 @METHODS.register("l1_unstructured")
@@ -114,15 +125,15 @@ def _wanda(model: PreTrainedModel, amount: float, calibration: Calibration) -> N
     Source: Sun et al. 2023, arXiv:2306.11695.
     """
     linears = _linears(model)
-    energy = _input_energy(model, linears, calibration())
+    energy = input_energy(model, linears, calibration())
     for name, linear in linears.items():
-        rows = _rows(linear)  # (out, in)
+        rows = weight_rows(linear)  # (out, in)
         score = rows.abs().float() * energy[name].sqrt()
         smallest = score.topk(round(amount * rows.shape[1]), dim=1, largest=False).indices
         rows.scatter_(1, smallest, 0.0)
 
 
-# ---------------------------------------------------------------- removing structure, a smaller model
+# --- removing structure, a smaller model
 
 FFN_LAYOUTS = (
     # the layers that make the channels, the layer that reads them, their number in the config
@@ -141,7 +152,7 @@ PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 @METHODS.register("ffn")
 def _ffn(model: PreTrainedModel, amount: float, calibration: Calibration) -> None:
     """Remove the feed-forward channels that carry the least energy into the residual stream."""
-    blocks = _blocks(model)
+    blocks = transformer_blocks(model)
     layout = next((layout for layout in FFN_LAYOUTS if _has(blocks[0], *layout[0], layout[1])), None)
     if layout is None:
         raise ModelError(
@@ -150,13 +161,13 @@ def _ffn(model: PreTrainedModel, amount: float, calibration: Calibration) -> Non
         )
     makers, reader, key = layout
     readers = {str(i): _linear(block, reader) for i, block in enumerate(blocks)}
-    channels = _rows(readers["0"]).shape[1]
+    channels = weight_rows(readers["0"]).shape[1]
     removed = _count("ffn", amount, channels, "channels")
     config = _changed_config(model, "ffn", {key: channels - removed})
 
-    energy = _input_energy(model, readers, calibration())
+    energy = input_energy(model, readers, calibration())
     for i, block in enumerate(blocks):
-        kept = _largest(_output_energy(readers[str(i)], energy[str(i)]), channels - removed)
+        kept = _largest(output_energy(readers[str(i)], energy[str(i)]), channels - removed)
         for maker in makers:
             _keep(_linear(block, maker), kept, outputs=True)
         _keep(readers[str(i)], kept, outputs=False)
@@ -166,18 +177,8 @@ def _ffn(model: PreTrainedModel, amount: float, calibration: Calibration) -> Non
 @METHODS.register("heads")
 def _heads(model: PreTrainedModel, amount: float, calibration: Calibration) -> None:
     """Remove whole key-value groups: a key head, a value head, and the query heads that read them."""
-    blocks, config = _blocks(model), model.config
-    head_dim = getattr(config, "head_dim", None)
-    names = tuple(f"self_attn.{part}_proj" for part in "qkvo")
-    if head_dim is None or not _has(blocks[0], *names):
-        lack = "no head_dim in its config" if head_dim is None else f"not all of {', '.join(names)}"
-        raise ModelError(
-            f"method 'heads' needs what the Llama family has, and {type(model).__name__} has {lack}: its config "
-            "could not describe the smaller model. Use 'ffn' or 'layers'."
-        )
-    norm = getattr(blocks[0].get_submodule("self_attn"), "q_norm", None)
-    if norm is not None and norm.weight.numel() != head_dim:
-        raise ModelError(f"{type(model).__name__} normalises all heads together; removing one changes the others")
+    blocks, config = transformer_blocks(model), model.config
+    head_dim = _head_dim(model, blocks[0])
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     queries = config.num_attention_heads // groups  # query heads a group
     kept_groups = groups - _count("heads", amount, groups, "key-value groups")
@@ -186,9 +187,9 @@ def _heads(model: PreTrainedModel, amount: float, calibration: Calibration) -> N
     )
 
     readers = {str(i): _linear(block, "self_attn.o_proj") for i, block in enumerate(blocks)}
-    energy = _input_energy(model, readers, calibration())
+    energy = input_energy(model, readers, calibration())
     for i, block in enumerate(blocks):
-        per_group = _output_energy(readers[str(i)], energy[str(i)]).view(groups, -1).sum(1)
+        per_group = output_energy(readers[str(i)], energy[str(i)]).view(groups, -1).sum(1)
         kept = _largest(per_group, kept_groups)
         wide = torch.arange(groups * queries * head_dim).view(groups, -1)[kept].flatten()
         narrow = torch.arange(groups * head_dim).view(groups, -1)[kept].flatten()
@@ -199,17 +200,37 @@ def _heads(model: PreTrainedModel, amount: float, calibration: Calibration) -> N
     _adopt(model, config)
 
 
+def _head_dim(model: PreTrainedModel, block: nn.Module) -> int:
+    """Return the width of a head, if heads of the model can be removed one by one.
+
+    Raises:
+        ModelError: they cannot.
+    """
+    head_dim: int | None = getattr(model.config, "head_dim", None)
+    names = tuple(f"self_attn.{part}_proj" for part in "qkvo")
+    if head_dim is None or not _has(block, *names):
+        lack = "no head_dim in its config" if head_dim is None else f"not all of {', '.join(names)}"
+        raise ModelError(
+            f"method 'heads' needs the layers of the Llama family, and {type(model).__name__} has {lack}: its config "
+            "could not describe the smaller model. Use 'ffn' or 'layers'."
+        )
+    norm = getattr(block.get_submodule("self_attn"), "q_norm", None)
+    if norm is not None and norm.weight.numel() != head_dim:
+        raise ModelError(f"{type(model).__name__} normalises all heads together; removing one changes the others")
+    return head_dim
+
+
 @METHODS.register("layers")
 def _layers(model: PreTrainedModel, amount: float, calibration: Calibration) -> None:
     """Remove the layers that turn their input the least: 1 - E cos(h_in, h_out).
 
     Source: block influence of ShortGPT, Men et al. 2024, arXiv:2403.03853.
     """
-    blocks = _blocks(model)
+    blocks = transformer_blocks(model)
     if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
         raise ModelError("this GPT-2 scales attention by the layer's index; removing layers would change the rest")
     removed = _count("layers", amount, len(blocks), "layers")
-    kept = _largest(_influence(model, blocks, calibration()), len(blocks) - removed).tolist()
+    kept = _largest(block_influence(model, blocks, calibration()), len(blocks) - removed).tolist()
     changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
     for key in PER_LAYER:
         if getattr(model.config, key, None):
@@ -226,11 +247,11 @@ def _layers(model: PreTrainedModel, amount: float, calibration: Calibration) -> 
     _adopt(model, config)
 
 
-# ---------------------------------------------------------------- what the methods share
+# --- parts of several methods
 
 
 def _linears(model: PreTrainedModel) -> dict[str, Linear]:
-    """The prunable layers by name: every linear one but the output embedding (tied to the input's)."""
+    """Return the prunable layers by name: every linear one but the output embedding (tied to the input's)."""
     body: nn.Module = model.base_model
     return {name: module for name, module in body.named_modules() if isinstance(module, Linear)}
 
@@ -244,20 +265,24 @@ def _linear(block: nn.Module, name: str) -> Linear:
     return layer
 
 
-def _zeros(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Zeros and size of every prunable weight."""
-    weights = {name: _rows(linear) for name, linear in _linears(model).items()}
+def count_zeros(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Return (zeros, size) of every prunable weight, by the layer's name."""
+    weights = {name: weight_rows(linear) for name, linear in _linears(model).items()}
     return {name: (weight.numel() - int(weight.count_nonzero()), weight.numel()) for name, weight in weights.items()}
 
 
 def _has(block: nn.Module, *names: str) -> bool:
-    """Whether the block has all these submodules."""
+    """Return True if the block has all these submodules."""
     known = {name for name, _ in block.named_modules()}
     return known.issuperset(names)
 
 
-def _blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's list of layers, which every architecture names differently."""
+def transformer_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the model's list of layers, which every architecture names differently.
+
+    Raises:
+        ModelError: there is none.
+    """
     count = model.config.num_hidden_layers
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -268,21 +293,21 @@ def _blocks(model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def _count(method: str, amount: float, total: int, what: str) -> int:
-    """How many of ``total`` units ``amount`` removes: the nearest count, never none or all."""
+def _count(method: str, amount: float, total: int, unit: str) -> int:
+    """Return how many of ``total`` units ``amount`` removes: the nearest count, never none or all."""
     if total == 1:
-        raise ConfigError(f"{method} finds 1 of {what} in each layer, which cannot go; use another method")
+        raise ConfigError(f"{method} finds 1 of {unit} in each layer, which cannot go; use another method")
     removed = round(amount * total)
     if not 1 <= removed < total:
         raise ConfigError(
-            f"{method} {amount} of {total} {what} would remove {removed}; each layer needs from 1 to {total - 1} "
+            f"{method} {amount} of {total} {unit} would remove {removed}; each layer needs from 1 to {total - 1} "
             f"removed, an amount of about {1 / total:.2g} to {(total - 1) / total:.2g}"
         )
     return removed
 
 
 def _changed_config(model: PreTrainedModel, method: str, changes: dict[str, Any]) -> Any:
-    """A copy of the config with ``changes``, refused before any weight is touched if it is not valid."""
+    """Return a copy of the config with ``changes``; an invalid one is refused before any weight is touched."""
     config = copy.deepcopy(model.config)
     for key, value in changes.items():
         setattr(config, key, value)
@@ -303,7 +328,7 @@ def _adopt(model: PreTrainedModel, config: Any) -> None:
 
 
 def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the ``count`` largest scores, ascending; ties go to the smaller index."""
+    """Return the indices of the ``count`` largest scores, ascending; ties go to the smaller index."""
     return scores.cpu().argsort(descending=True, stable=True)[:count].sort().values
 
 
@@ -314,7 +339,7 @@ def _keep(linear: Linear, kept: torch.Tensor, *, outputs: bool) -> None:
     _shrink(linear, "weight", kept, dim)
     if outputs and linear.bias is not None:
         _shrink(linear, "bias", kept, 0)
-    rows, columns = _rows(linear).shape
+    rows, columns = weight_rows(linear).shape
     if isinstance(linear, Conv1D):
         linear.nf, linear.nx = rows, columns
     else:

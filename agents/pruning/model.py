@@ -22,9 +22,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from agents.pruning.calibration import Text, _calibration
-from agents.pruning.methods import METHODS, REPORT_FILE, PruningReport, _blocks, _zeros, check_pruning
+from agents.pruning.calibration import Text, calibration_batches
+from agents.pruning.methods import (
+    METHODS,
+    REPORT_FILE,
+    PruningReport,
+    check_pruning,
+    count_zeros,
+    transformer_blocks,
+)
 from textgen_env.errors import ModelError
+from textgen_env.files import read_json, write_file
 from textgen_env.models import model_folder
 
 
@@ -50,7 +58,7 @@ class PrunedTransformerModel(nn.Module):
 
     Raises:
         ConfigError: an unknown method, an amount outside [0, 1), or a cut that leaves nothing.
-        ModelError: the model cannot be loaded, or lacks what the method removes.
+        ModelError: the model cannot be loaded, or lacks the parts that the method removes.
     """
 
     def __init__(
@@ -84,7 +92,7 @@ class PrunedTransformerModel(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """The transformer's layers, first to last."""
-        return _blocks(self.model)
+        return transformer_blocks(self.model)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Return the last hidden state (B, T, d). No mask means that every token is real."""
@@ -99,11 +107,11 @@ class PrunedTransformerModel(nn.Module):
 
     def sparsity(self) -> float:
         """Return the share of zeros among the prunable weights, as they are now."""
-        zeros, sizes = zip(*_zeros(self.model).values(), strict=True)
+        zeros, sizes = zip(*count_zeros(self.model).values(), strict=True)
         return float(sum(zeros) / sum(sizes))
 
     def report(self) -> PruningReport:
-        """Return what was pruned."""
+        """Return the counts of all cuts."""
         return self._report
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -111,13 +119,13 @@ class PrunedTransformerModel(nn.Module):
         self.model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-        (Path(folder) / REPORT_FILE).write_text(json.dumps(asdict(self._report), indent=1))
+        write_file(Path(folder) / REPORT_FILE, json.dumps(asdict(self._report), indent=1))
 
     @classmethod
     def from_pretrained(
         cls, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32
     ) -> PrunedTransformerModel:
-        """Load what ``save_pretrained`` wrote. Nothing is pruned again.
+        """Load a folder that ``save_pretrained`` wrote. Nothing is pruned again.
 
         Raises:
             ModelError: the folder holds no model, or no report of a pruning.
@@ -129,8 +137,8 @@ class PrunedTransformerModel(nn.Module):
             )
         loaded = cls(folder, pruning_amount=0.0, dtype=dtype)
         try:
-            loaded._report = PruningReport(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError, RecursionError) as error:
+            loaded._report = PruningReport(**read_json(path, (), ModelError))
+        except (TypeError, ModelError) as error:
             raise ModelError(f"{path} is damaged: {error}") from error
         return loaded
 
@@ -144,7 +152,7 @@ def prune_(
     tokenizer: Any = None,
     seed: int = 0,
 ) -> tuple[PreTrainedModel, PruningReport]:
-    """Prune ``model`` in place; return it and what was done.
+    """Prune ``model`` in place; return it and a report.
 
     Cuts can follow one another (``layers``, then ``ffn``); each report counts from its own start.
     Arguments and errors are those of ``PrunedTransformerModel``.
@@ -152,10 +160,10 @@ def prune_(
     check_pruning(method, amount)
     if model.config.is_encoder_decoder:
         raise ModelError(f"{type(model).__name__} is an encoder-decoder; give an encoder or a causal decoder")
-    dense_parameters, dense = model.num_parameters(), _zeros(model)
+    dense_parameters, dense = model.num_parameters(), count_zeros(model)
     if amount > 0:
-        METHODS[method](model, amount, lambda: _calibration(model, calibration, tokenizer, seed))
-    pruned = _zeros(model)
+        METHODS[method](model, amount, lambda: calibration_batches(model, calibration, tokenizer, seed))
+    pruned = count_zeros(model)
     return model, PruningReport(
         method=method,
         amount=amount,
@@ -189,6 +197,6 @@ def load_transformer(name: str | os.PathLike[str], dtype: torch.dtype) -> tuple[
 
 
 def _has_tokenizer(source: str) -> bool:
-    """Whether there is one to load; on the hub there is. (Without files, some classes load empty.)"""
+    """Return True if there is one to load; on the hub there is. (Without files, some classes load empty.)"""
     folder = Path(source)
     return not folder.is_dir() or any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))

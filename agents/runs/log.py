@@ -36,7 +36,7 @@ EVENTS = "tensorboard"
 RECENT = 256
 """Texts that a row's means are about."""
 
-STORED = ("rows", "steps", "seconds", "next_row", "next_checkpoint", "logged", "episodes", "latest", "parts")
+LOG_KEYS = ("rows", "steps", "seconds", "next_row", "next_checkpoint", "logged", "episodes", "latest", "parts")
 """Of a log, in a checkpoint."""
 
 LOGGER_DICTS = ("name_to_value", "name_to_count", "name_to_excluded")
@@ -79,7 +79,7 @@ class RecentTexts:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what ``state_dict`` returned."""
+        """Restore the result of ``state_dict``."""
         self.episodes = state["episodes"]
         self._texts.extend((reward, length) for reward, length in state["latest"])
         self._parts.extend(state["parts"])
@@ -162,7 +162,7 @@ class RunLog(BaseCallback):
             self._write_row()
             self.logger.close()
 
-    # --- what SB3 calls
+    # --- SB3's hooks
 
     def _on_training_start(self) -> None:
         events = TensorBoardOutputFormat(str(self._folder / EVENTS))
@@ -234,9 +234,9 @@ class RunLog(BaseCallback):
         """Go back to the point where a checkpoint was made.
 
         Raises:
-            RunFolderError: ``state`` is not what a checkpoint holds.
+            RunFolderError: ``state`` is not the log of a checkpoint.
         """
-        check_keys(state, STORED, "the log in the checkpoint")
+        check_keys(state, LOG_KEYS, "the log in the checkpoint")
         self.steps, self.seconds = state["steps"], state["seconds"]
         self._metrics.rows[:] = state["rows"]
         self._next_row, self._schedule.next = state["next_row"], state["next_checkpoint"]

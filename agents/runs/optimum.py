@@ -48,7 +48,7 @@ class Optimum:
 
     @property
     def kl(self) -> Floats:
-        """Nats a text, (P,): what J* leaves of the reward."""
+        """Nats a text, (P,): (E[R] - J*) / beta."""
         return (self.reward - self.value) / self.beta
 
     @property
@@ -94,7 +94,7 @@ def estimated_optimum(rewards: Floats, beta: float) -> Optimum:
 
 
 def best_of_n(rewards: Floats, n: int) -> Point:
-    """Return what the best of ``n`` samples earns, from (P, N) samples of mu_k, and the most KL it costs.
+    """Return the mean reward of the best of ``n`` samples, from (P, N) samples of mu_k, and a bound of its KL.
 
     The reward is unbiased: the mean over all choices of n samples out of N, without replacement.
 
@@ -120,7 +120,7 @@ class TextTree:
     """Every text that an environment can generate from one prompt: exact values for small environments.
 
     Node 0 is the prompt, each node a prefix, each legal candidate an edge; M nodes, k candidates.
-    The environment's own rules decide what is legal, what ends a text and what it is worth.
+    Legal actions, ends and rewards follow the environment's own rules.
 
     Attributes:
         observations: What an agent sees at the nodes: a dict of (M, ...) arrays.

@@ -3,7 +3,7 @@
     language model  ->  Yardstick  (samples, greedy, lookahead, the optimum)
     agent           ->  Report     (rows of the table, curves on the reward-KL plane)  ->  table, PNG, Markdown, JSON
 
-Everything in a report is plain data, so ``summary.json`` holds what the table shows.
+Everything in a report is plain data, so ``summary.json`` holds every figure of the table.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ReportLine:
     reward_low: float | None = None  # 95% bootstrap interval
     reward_high: float | None = None
     kl: float | None = None  # nats a text, to the language model over the candidates
-    kl_at_most: bool = False  # kl is a bound, so value and share are at least what they say
+    kl_at_most: bool = False  # kl is a bound, so value and share are lower bounds
     likelihood: float | None = None  # nats a token, under the language model
     distinct_2: float | None = None
     value: float | None = None  # J = reward - beta kl

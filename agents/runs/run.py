@@ -63,7 +63,7 @@ PORTABLE_AGENTS = ("text_dqn",)
 """Agents stored without pickles: their files run no code when they are read, and their training can be resumed."""
 
 
-# --- what a run is made of
+# --- opening a run
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class Run:
     """A configuration with everything that it names, opened."""
 
     config: RunConfig
-    env: TextGenVectorEnv  # what the agent learns in, on the training prompts
+    env: TextGenVectorEnv  # the agent learns in it, on the training prompts
     agent: BaseAlgorithm
     test_prompts: PromptSource
     notes: tuple[str, ...]  # for readers of the results
-    given: Mapping[str, Any]  # Python objects in place of what the configuration names
+    given: Mapping[str, Any]  # Python objects in place of configured names
 
     def yardstick(self, say: Callable[[str], None]) -> Yardstick:
         """Measure the policies without learning on the test prompts."""
@@ -122,7 +122,7 @@ def open_run(
     """Return the run of ``config``, with an untrained agent or the one saved in ``load``.
 
     Args:
-        model, prompts, reward: Python objects in place of what the configuration names.
+        model, prompts, reward: Python objects in place of those that the configuration names.
 
     Raises:
         TextGenError: something that cannot be used, or an object that is missing.
@@ -158,12 +158,12 @@ def load_run(
 
     Args:
         model, prompts, reward: The Python objects that the run was made with, if it was.
-        trust: Also load agents that Stable-Baselines3 unpickles, which runs whatever code the file holds.
+        trust: Also load agents that Stable-Baselines3 unpickles, which runs code that the file holds.
 
     Raises:
         RunFolderError: the folder holds no run, or no trained agent.
         ConfigError: the agent would be unpickled, without ``trust``.
-        TextGenError: what ``open_run`` raises.
+        TextGenError: as of ``open_run``.
     """
     path = Path(folder)
     config = _stored_config(path, trust)
@@ -175,7 +175,7 @@ def load_run(
     if config.agent not in PORTABLE_AGENTS and not trust:
         raise ConfigError(
             f"{str(path / AGENT_FILE)!r} holds a {config.agent!r}, which Stable-Baselines3 unpickles, and that runs "
-            "whatever code the file holds: load only what you trust, with --trust, or trust=True in Python"
+            "any code that the file holds: load only what you trust, with --trust, or trust=True in Python"
         )
     return open_run(config, model=model, prompts=prompts, reward=reward, load=path / AGENT_FILE)
 
@@ -259,13 +259,13 @@ def resume(
         folder: Of the run.
         model, prompts, reward: The Python objects that the run was made with, if it was.
         trust: Also go on with a run whose configuration lets a hub repository's code run.
-        text_source: As of ``train``; need not be the one that the run began with.
+        text_source: As of ``train``; may differ from that of the first start.
         console: Shows progress. None: silence.
 
     Raises:
         RunFolderError: no run, a finished one, or one without a checkpoint.
         ConfigError: an agent that cannot be resumed, or a configuration that was changed.
-        TextGenError: what ``train`` raises.
+        TextGenError: as of ``train``.
     """
     path, console = Path(folder), console or Console(quiet=True)
     config = _stored_config(path, trust)

@@ -52,14 +52,16 @@ def test_a_folder_with_content_is_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_a_writer_that_raises_leaves_the_old_content(tmp_path, error):
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_a_writer_that_raises_leaves_the_old_content(tmp_path, error, whole):
+    def write_and_raise():
+        with whole(tmp_path / ("file" if whole is whole_file else "folder")) as half_made:
+            (half_made if whole is whole_file else half_made / "a").write_text("ne")
+            raise error
+
     write_file(tmp_path / "file", "old")
-    with pytest.raises(error), whole_file(tmp_path / "file") as half_made:
-        half_made.write_text("ne")
-        raise error
-    with pytest.raises(error), whole_folder(tmp_path / "folder") as half_made:
-        (half_made / "a").write_text("ne")
-        raise error
+    with pytest.raises(error):
+        write_and_raise()
     assert (tmp_path / "file").read_text() == "old"
     assert names(tmp_path) == ["file"]
 
@@ -179,13 +181,13 @@ def test_damaged_json_says_which_file_and_what_is_wrong(tmp_path, content, messa
 
 
 def test_a_file_that_is_missing_or_too_large_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(RunFolderError, match="cannot read '.*nowhere': .*No such file"):
+    with pytest.raises(RunFolderError, match=r"cannot read '.*nowhere': .*No such file"):
         read_json(tmp_path / "nowhere")
     monkeypatch.setattr(files, "MOST_BYTES", 10)
     write_file(tmp_path / "ten", "[1, 2, 34]")
     assert read_json(tmp_path / "ten") == [1, 2, 34]
     write_file(tmp_path / "eleven", "[1, 2, 345]")
-    with pytest.raises(ConfigError, match="cannot read '.*eleven': it has more than 10 bytes"):
+    with pytest.raises(ConfigError, match=r"cannot read '.*eleven': it has more than 10 bytes"):
         read_text(tmp_path / "eleven")
 
 
