@@ -140,9 +140,9 @@ class Episodes:
         reasons = self._finish_reasons(rows, tokens)
         rewards, infos = self._pay(rows, reasons)
         ended = np.array([reason is not None for reason in reasons], np.bool_)
-        state.phase[rows] = np.where(ended, Phase.ENDED, Phase.STALE)
+        state.phase[rows] = Phase.STALE
         if ended.any():
-            self._show_end(rows[ended])
+            self._end(rows[ended])
         return Outcome(chosen, rewards, ended, infos)
 
     def draw(self, rng: np.random.Generator) -> Prompt:
@@ -295,8 +295,10 @@ class Episodes:
             raise ResetNeeded(f"rows {failed.tolist()} need a reset: the model or the reward raised on them")
 
     def _propose_where_stale(self, rows: Rows) -> None:
-        self._check_sound(rows)
-        rows = rows[self.phases[rows] == Phase.STALE]
+        phases = self.phases[rows]
+        if (phases == Phase.EMPTY).any():
+            self._check_sound(rows)
+        rows = rows[phases == Phase.STALE]
         if not rows.size:
             return
         state = self._state
@@ -309,8 +311,10 @@ class Episodes:
             self._look_ahead(rows)
         state.phase[rows] = Phase.READY
 
-    def _show_end(self, rows: Rows) -> None:
+    def _end(self, rows: Rows) -> None:
+        """End rows, whose proposals become a neutral filling."""
         state = self._state
+        state.phase[rows] = Phase.ENDED
         state.candidates[rows], state.hidden[rows] = 0, 0.0
         state.legal[rows], state.logprobs[rows] = True, -np.log(self.k)
         state.candidate_scores[rows] = state.score[rows, None]
@@ -386,12 +390,8 @@ class Episodes:
         full = self.steps(rows) >= self.config.max_new_tokens
         reasons: list[str | None] = []
         for row, eos, length in zip(rows, at_end.tolist(), full.tolist(), strict=True):
-            if eos:
-                reasons.append("eos")
-            elif self.config.stop and any(stop in self._state.completion[row] for stop in self.config.stop):
-                reasons.append("stop")
-            else:
-                reasons.append("length" if length else None)
+            stopped = any(stop in self._state.completion[row] for stop in self.config.stop)
+            reasons.append("eos" if eos else "stop" if stopped else "length" if length else None)
         return reasons
 
     def _pay(self, rows: Rows, reasons: Sequence[str | None]) -> tuple[npt.NDArray[np.float64], list[dict[str, Any]]]:
