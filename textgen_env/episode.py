@@ -12,6 +12,7 @@ or the reward leaves its rows EMPTY: half a step is no text to go on with. ``for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -25,7 +26,17 @@ from textgen_env.observation import Observation, as_observation, budget_left, le
 from textgen_env.policies import Floats, last_legal, renormalise
 from textgen_env.prompts import Prompt, PromptSource
 from textgen_env.rewards.base import Generation, Reward, ScoreState
-from textgen_env.rows import Outcome, Phase, RowStates, Snapshot
+from textgen_env.rows import Phase, RowStates, Snapshot
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a step, for the B rows that acted."""
+
+    actions: npt.NDArray[np.int64]  # (B,) that were played: illegal ones are mapped
+    rewards: npt.NDArray[np.float64]  # (B,)
+    ended: npt.NDArray[np.bool_]  # (B,)
+    infos: list[dict[str, Any]]  # one a row, filled where the episode ended
 
 
 class Episodes:
@@ -145,10 +156,6 @@ class Episodes:
             self._end(rows[ended])
         return Outcome(chosen, rewards, ended, infos)
 
-    def draw(self, rng: np.random.Generator) -> Prompt:
-        """Return the next prompt of a row, chosen by the row's own generator."""
-        return self.prompts.draw(rng)
-
     # --- rows that branch
 
     def fork(self, src: Rows, dst: Rows) -> None:
@@ -267,9 +274,7 @@ class Episodes:
     def text_of(self, row: int) -> str:
         """Return the completion so far."""
         prompt, new = self.ids_of(row)
-        if not new:
-            return ""
-        return self.model.continuations(prompt, new[:-1], new[-1:])[0]
+        return self.model.continuations(prompt, new[:-1], new[-1:])[0] if new else ""
 
     # --- phases
 
@@ -327,17 +332,16 @@ class Episodes:
         if not ids:
             raise PromptError(f"the prompt {text!r} has no tokens under model {self.model.name!r}")
         if len(ids) > self.config.max_prompt_tokens:
+            shown = text if len(text) <= 60 else text[:59] + "…"
             raise PromptError(
-                f"the prompt {_shorten(text)!r} has {len(ids)} tokens, more than max_prompt_tokens="
+                f"the prompt {shown!r} has {len(ids)} tokens, more than max_prompt_tokens="
                 f"{self.config.max_prompt_tokens}; shorten it, or raise max_prompt_tokens (model {self.model.name!r} "
                 f"has {self.model.max_context} tokens of context for prompt and completion)"
             )
         return ids
 
     def _start_score(self, prompt: Prompt) -> ScoreState | None:
-        if self._running is None:
-            return None
-        return self._running.start(prompt.text, prompt.reference, prompt.metadata)
+        return None if self._running is None else self._running.start(prompt.text, prompt.reference, prompt.metadata)
 
     def _extend_texts(self, rows: Rows, chosen: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> None:
         state = self._state
@@ -444,7 +448,3 @@ def _last_info(generation: Generation) -> dict[str, Any]:
         "finish_reason": generation.finish_reason,
         "logprob": float(np.sum(generation.logprobs)),
     }
-
-
-def _shorten(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
