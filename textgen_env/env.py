@@ -119,7 +119,7 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
         """Start a text. See the class docstring for ``options``."""
         super().reset(seed=seed)
         given = chosen_prompt(options)
-        prompt = self.episodes.draw(self.np_random) if given is None else as_prompt(given, "options['prompt']")
+        prompt = self.episodes.prompts.draw(self.np_random) if given is None else as_prompt(given, "options['prompt']")
         self.episodes.begin(FIRST_ROW, [prompt])
         observation = self._observation()
         self._show_human()

@@ -12,6 +12,7 @@ or the reward leaves its rows EMPTY: half a step is no text to go on with. ``for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -25,7 +26,17 @@ from textgen_env.observation import Observation, as_observation, budget_left, le
 from textgen_env.policies import Floats, last_legal, renormalise
 from textgen_env.prompts import Prompt, PromptSource
 from textgen_env.rewards.base import Generation, Reward, ScoreState
-from textgen_env.rows import Outcome, Phase, RowStates, Snapshot
+from textgen_env.rows import Phase, RowStates, Snapshot
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a step, for the B rows that acted."""
+
+    actions: npt.NDArray[np.int64]  # (B,) that were played: illegal ones are mapped
+    rewards: npt.NDArray[np.float64]  # (B,)
+    ended: npt.NDArray[np.bool_]  # (B,)
+    infos: list[dict[str, Any]]  # one a row, filled where the episode ended
 
 
 class Episodes:
@@ -140,14 +151,10 @@ class Episodes:
         reasons = self._finish_reasons(rows, tokens)
         rewards, infos = self._pay(rows, reasons)
         ended = np.array([reason is not None for reason in reasons], np.bool_)
-        state.phase[rows] = np.where(ended, Phase.ENDED, Phase.STALE)
+        state.phase[rows] = Phase.STALE
         if ended.any():
-            self._show_end(rows[ended])
+            self._end(rows[ended])
         return Outcome(chosen, rewards, ended, infos)
-
-    def draw(self, rng: np.random.Generator) -> Prompt:
-        """Return the next prompt of a row, chosen by the row's own generator."""
-        return self.prompts.draw(rng)
 
     # --- rows that branch
 
@@ -267,9 +274,7 @@ class Episodes:
     def text_of(self, row: int) -> str:
         """Return the completion so far."""
         prompt, new = self.ids_of(row)
-        if not new:
-            return ""
-        return self.model.continuations(prompt, new[:-1], new[-1:])[0]
+        return self.model.continuations(prompt, new[:-1], new[-1:])[0] if new else ""
 
     # --- phases
 
@@ -295,8 +300,10 @@ class Episodes:
             raise ResetNeeded(f"rows {failed.tolist()} need a reset: the model or the reward raised on them")
 
     def _propose_where_stale(self, rows: Rows) -> None:
-        self._check_sound(rows)
-        rows = rows[self.phases[rows] == Phase.STALE]
+        phases = self.phases[rows]
+        if (phases == Phase.EMPTY).any():
+            self._check_sound(rows)
+        rows = rows[phases == Phase.STALE]
         if not rows.size:
             return
         state = self._state
@@ -309,8 +316,10 @@ class Episodes:
             self._look_ahead(rows)
         state.phase[rows] = Phase.READY
 
-    def _show_end(self, rows: Rows) -> None:
+    def _end(self, rows: Rows) -> None:
+        """End rows, whose proposals become a neutral filling."""
         state = self._state
+        state.phase[rows] = Phase.ENDED
         state.candidates[rows], state.hidden[rows] = 0, 0.0
         state.legal[rows], state.logprobs[rows] = True, -np.log(self.k)
         state.candidate_scores[rows] = state.score[rows, None]
@@ -323,17 +332,16 @@ class Episodes:
         if not ids:
             raise PromptError(f"the prompt {text!r} has no tokens under model {self.model.name!r}")
         if len(ids) > self.config.max_prompt_tokens:
+            shown = text if len(text) <= 60 else text[:59] + "…"
             raise PromptError(
-                f"the prompt {_shorten(text)!r} has {len(ids)} tokens, more than max_prompt_tokens="
+                f"the prompt {shown!r} has {len(ids)} tokens, more than max_prompt_tokens="
                 f"{self.config.max_prompt_tokens}; shorten it, or raise max_prompt_tokens (model {self.model.name!r} "
                 f"has {self.model.max_context} tokens of context for prompt and completion)"
             )
         return ids
 
     def _start_score(self, prompt: Prompt) -> ScoreState | None:
-        if self._running is None:
-            return None
-        return self._running.start(prompt.text, prompt.reference, prompt.metadata)
+        return None if self._running is None else self._running.start(prompt.text, prompt.reference, prompt.metadata)
 
     def _extend_texts(self, rows: Rows, chosen: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> None:
         state = self._state
@@ -386,12 +394,8 @@ class Episodes:
         full = self.steps(rows) >= self.config.max_new_tokens
         reasons: list[str | None] = []
         for row, eos, length in zip(rows, at_end.tolist(), full.tolist(), strict=True):
-            if eos:
-                reasons.append("eos")
-            elif self.config.stop and any(stop in self._state.completion[row] for stop in self.config.stop):
-                reasons.append("stop")
-            else:
-                reasons.append("length" if length else None)
+            stopped = any(stop in self._state.completion[row] for stop in self.config.stop)
+            reasons.append("eos" if eos else "stop" if stopped else "length" if length else None)
         return reasons
 
     def _pay(self, rows: Rows, reasons: Sequence[str | None]) -> tuple[npt.NDArray[np.float64], list[dict[str, Any]]]:
@@ -444,7 +448,3 @@ def _last_info(generation: Generation) -> dict[str, Any]:
         "finish_reason": generation.finish_reason,
         "logprob": float(np.sum(generation.logprobs)),
     }
-
-
-def _shorten(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"

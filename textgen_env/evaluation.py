@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from textgen_env.episode import Episodes
+from textgen_env.episode import Episodes, Outcome
 from textgen_env.errors import ConfigError
 from textgen_env.models.base import Rows
 from textgen_env.observation import flatten
@@ -31,7 +31,6 @@ from textgen_env.policies import Agent, Floats, kl_to, sample
 from textgen_env.prompts import ListPrompts, Prompt, PromptSource
 from textgen_env.rewards.base import Generation
 from textgen_env.rewards.lexical import RepetitionReward, split_words
-from textgen_env.rows import Outcome
 from textgen_env.vector_env import TextGenVectorEnv
 
 DISTINCT_TEXTS = 256

@@ -1,4 +1,4 @@
-"""The state of N rows of text: phases and arrays, the result of a step, and a row that was saved.
+"""The state of N rows of text: phases and arrays, and a row that was saved.
 
 Token ids are not here: ``Slots`` keeps them.
 """
@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from textgen_env.models.base import Rows
 
 
-class Phase(IntEnum):
-    """Where a row is in its life."""
+class Phase:
+    """Where a row is in its life: small integers, which arrays compare faster than an enumeration."""
 
     EMPTY = 0  # no episode: never begun, or given up after an error
     STALE = 1  # its tokens changed, its proposals are old
@@ -58,16 +56,6 @@ class RowStates:
     def load(self, row: int, saved: dict[str, Any]) -> None:
         for name, array in vars(self).items():
             array[row] = saved[name]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a step, for the B rows that acted."""
-
-    actions: npt.NDArray[np.int64]  # (B,) that were played: illegal ones are mapped
-    rewards: npt.NDArray[np.float64]  # (B,)
-    ended: npt.NDArray[np.bool_]  # (B,)
-    infos: list[dict[str, Any]]  # one a row, filled where the episode ended
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from gymnasium.vector.utils import batch_space
 
 from textgen_env.config import check_one_of
 from textgen_env.env import EpisodesMixin, TextGenEnv, chosen_prompt, open_episodes
+from textgen_env.episode import Outcome
 from textgen_env.errors import ConfigError, IllegalAction
 from textgen_env.models.base import Rows
 from textgen_env.observation import flatten, observation_space
 from textgen_env.prompts import as_prompt
 from textgen_env.render import describe, draw
-from textgen_env.rows import Outcome, Phase
+from textgen_env.rows import Phase
 from textgen_env.spec import unwrap
 
 
@@ -168,7 +169,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
 
     def _begin(self, rows: Rows, given: Any) -> None:
         if given is None:
-            prompts = [self.episodes.draw(self._generator(row)) for row in rows]
+            prompts = [self.episodes.prompts.draw(self._generator(row)) for row in rows]
         elif not isinstance(given, list | tuple):
             prompts = [as_prompt(given, "options['prompt']")] * len(rows)
         elif len(given) == self.num_envs:

@@ -289,7 +289,7 @@ def ended(**arguments):
 
 
 def phases(episodes):
-    return [Phase(phase) for phase in episodes.phases]
+    return episodes.phases.tolist()
 
 
 def test_begin_makes_rows_stale_and_observe_makes_them_ready():

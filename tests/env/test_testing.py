@@ -361,7 +361,8 @@ def shared(env):
 def unseeded(env):
     """Draws its prompts by itself."""
     rng = np.random.default_rng()
-    env.episodes.draw = lambda _: env.episodes.prompts.draw(rng)
+    prompts = env.episodes.prompts
+    env.episodes.prompts = SimpleNamespace(draw=lambda _: prompts.draw(rng))
     return env
 
 

@@ -91,7 +91,7 @@ class HFSlots(Slots):
                 self._memo.put(keys[i], entry, sum(array.nbytes for array in entry) + len(keys[i]))
             if len(new) == len(rows):
                 return Proposals(*computed)
-        return Proposals(*(np.stack(column) for column in zip(*(found[i] for i in range(len(rows))), strict=True)))
+        return Proposals(*(np.array(column) for column in zip(*(found[i] for i in range(len(rows))), strict=True)))
 
     @torch.inference_mode()
     def _forward(self, rows: Rows, block_end: npt.NDArray[np.bool_]) -> Arrays:
