@@ -6,6 +6,7 @@ Heavy imports wait until a command needs them, so ``--help`` is quick.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -39,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Text generation as a reinforcement learning environment: train, generate, evaluate.",
 )
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "train": train_command,
     "generate": generate_command,
     "evaluate": evaluate_command,
