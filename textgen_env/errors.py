@@ -38,6 +38,10 @@ class RewardError(TextGenError, ValueError):
     """A reward raised, or answered something other than one finite number a text."""
 
 
+class DivergenceError(TextGenError, ArithmeticError):
+    """A loss, a gradient, a weight or a policy that is no finite number any more."""
+
+
 class DatasetError(TextGenError, ValueError):
     """A recorded dataset that cannot be read, or does not fit the agent that should learn from it."""
 

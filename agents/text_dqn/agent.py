@@ -215,6 +215,10 @@ class TextDQN(DQN):
         """Train for ``total_timesteps`` environment steps; as in SB3."""
         if self.env is not None:
             self.task = portable.task_of(self.env)
+        if self._vec_normalize_env is not None and self._vec_normalize_env.norm_obs:
+            raise ConfigError(
+                "VecNormalize normalises observations, among them token ids and masks: give it norm_obs=False"
+            )
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> RolloutReturn:
@@ -233,6 +237,8 @@ class TextDQN(DQN):
         if not callback.on_step():
             return RolloutReturn(env.num_envs, 0, continue_training=False)
         self._update_info_buffer(infos, dones)
+        if self._vec_normalize_env is not None:  # the replay keeps rewards as they are paid, as SB3's does
+            rewards = self._vec_normalize_env.get_original_reward()
         add_step(self.learner, observation, new_obs, acted, rewards, dones, infos)
         self._last_obs = new_obs  # type: ignore[assignment]  # Dict observations
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
@@ -392,6 +398,7 @@ class TextDQN(DQN):
                 path, device=device, load_data=False, print_system_info=print_system_info
             )
             agent.set_parameters(parameters, exact_match=True, device=device)
+            portable.check_finite(agent.policy.state_dict())
         return agent
 
     def save_pretrained(self, folder: Any) -> None:
@@ -420,6 +427,7 @@ class TextDQN(DQN):
         agent = cls._restored(stored, {}, env, model, device, repr(str(folder)))
         with portable.reporting_damage(folder):
             agent.policy.load_state_dict(weights)
+            portable.check_finite(weights)
         return agent
 
     @classmethod

@@ -25,7 +25,7 @@ from agents.text_dqn.networks import CandidateQNetwork, Tensors, prior
 from agents.text_dqn.replay import EpisodeReplay
 from agents.text_dqn.settings import COUNT, NATS, Range
 from agents.text_dqn.targets import OBJECTIVES, ObjectiveSettings, log_policy
-from textgen_env.errors import ConfigError
+from textgen_env.errors import ConfigError, DivergenceError
 from textgen_env.policies import Floats, kl_to, renormalise, sample
 
 FIRST_SAMPLE = 256
@@ -132,6 +132,11 @@ class Learner:
         """Return log pi at temperature ``beta``, (B, k) nats."""
         with torch.inference_mode():
             logprobs = log_policy(prior(observation), self.slow_network(observation), beta)
+        if not bool(torch.isfinite(logprobs).all()):
+            raise DivergenceError(
+                f"the policy after {self.updates:,} updates is not finite: Q / beta overflows at beta={beta:g}; raise "
+                "beta, or lower the learning rate or the scale of the reward"
+            )
         return logprobs.double().cpu().numpy()
 
     def draw(self, policy: Floats) -> npt.NDArray[np.int64]:
@@ -214,13 +219,26 @@ class Learner:
         loss = OBJECTIVES[self.target](self.network, self.slow_network, batch, self.objective)
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+        weights = list(self.network.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm)
+        self._check_finite(loss=loss, **{"gradient norm": norm})
         self.optimizer.step()
+        self._check_finite(weights=torch.stack(torch._foreach_norm([weight.detach() for weight in weights])))
         with torch.no_grad():
             for own, slow in zip(self.network.parameters(), self.slow_network.parameters(), strict=True):
                 slow.mul_(1 - self.tau)
                 torch.add(slow, own, alpha=self.tau, out=slow)
         return float(loss.detach())
+
+    def _check_finite(self, **found: torch.Tensor) -> None:
+        """Raise unless all numbers are finite; the slow network, which acts and is evaluated, still is."""
+        for name, value in found.items():
+            if not bool(torch.isfinite(value).all()):
+                raise DivergenceError(
+                    f"{name} not finite in update {self.updates + 1:,}, after {self.steps:,} steps: the training has "
+                    "diverged. Lower the learning rate or the scale of the reward, or raise target_beta; the network "
+                    "that acts is that of the last finite update"
+                )
 
     # --- what stays
 

@@ -209,6 +209,7 @@ class CandidateQNetwork(nn.Module):
         )
         self.beta = beta
         self.register_buffer("support", torch.linspace(-1.0, 1.0, atoms) if atoms else None)
+        self.float()  # whatever torch's default is: features are float32
         # Held outside module registration: shared by online and target network, never saved.
         object.__setattr__(self, "_language_model", None)
 

@@ -209,6 +209,15 @@ def _kwargs_from(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs | {"optimizer_class": optimizer}
 
 
+def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise ``ConfigError`` where a weight is no finite number (says which)."""
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise ConfigError(
+                f"the agent's weights {name!r} are not all finite: the file is of a training that diverged"
+            )
+
+
 # --- the replay
 
 

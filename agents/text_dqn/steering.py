@@ -25,6 +25,7 @@ from textgen_env.config import check_at_least
 from textgen_env.errors import ConfigError, ModelError
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.candidates import top_candidates
+from textgen_env.models.device import forward_lock
 from textgen_env.observation import as_observation, budget_left, legal_candidates
 from textgen_env.rewards import RunningScore, ScoreState, make_reward
 
@@ -70,7 +71,7 @@ class Steering(LogitsProcessor):
         self._removable: list[Any] = []
         self._shadowed: Any = None
         self._hidden: torch.Tensor | None = None
-        self._mask: torch.Tensor | None = None
+        self._mask: Any = None
         self._seen: npt.NDArray[np.int64] | None = None  # (B, L) the ids of the step before
         self._width = 0  # columns that are prompt
         self._scores: list[ScoreState] = []
@@ -100,9 +101,10 @@ class Steering(LogitsProcessor):
         self._shadowed = self._model.__dict__.get("generate")  # that of another agent, around this one
 
         def checked_generate(*args: Any, **kwargs: Any) -> Any:
-            _refuse_beams(self._model, args, kwargs)
+            _refuse_other_forwards(self._model, args, kwargs)
             self._seen = None
-            return generate(*args, **kwargs)
+            with forward_lock(self._model):  # the hooks must not see the forwards of other threads
+                return generate(*args, **kwargs)
 
         self._removable = [
             self._model.register_forward_pre_hook(keep_mask, with_kwargs=True),
@@ -151,8 +153,7 @@ class Steering(LogitsProcessor):
 
     def _follow(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return how many columns of padding each row begins with, (B,), noticing when a text begins."""
-        mask = self._mask if self._mask is not None and self._mask.ndim == 2 else None
-        pad = np.zeros(len(ids), np.int64) if mask is None else mask.long().argmax(-1).cpu().numpy()
+        pad = _padding(self._mask, len(ids))
         if self._seen is None:
             self._width = ids.shape[1]
             self._scores = []
@@ -252,7 +253,25 @@ def _check_same(model: Any, own: LanguageModel) -> None:
         )
 
 
-def _refuse_beams(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _padding(mask: Any, rows: int) -> npt.NDArray[np.int64]:
+    """Return how many columns of padding each row begins with, (B,), by the attention mask of a forward.
+
+    Args:
+        mask: (B, T) with 1 for tokens; or (B, 1, Q, T), as static caches have it, True or 0 where a
+            token is seen; or one such for each kind of layer.
+    """
+    if isinstance(mask, dict):  # layers with a window see less than the text
+        mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()))
+    if mask is None:
+        return np.zeros(rows, np.int64)
+    if mask.ndim == 4:
+        last = mask[:, 0, -1]
+        mask = last if last.dtype == torch.bool else last == 0
+    found: npt.NDArray[np.int64] = mask.long().argmax(-1).cpu().numpy()
+    return np.broadcast_to(found, rows)
+
+
+def _refuse_other_forwards(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
 
     def setting(name: str) -> Any:
@@ -262,6 +281,11 @@ def _refuse_beams(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise ConfigError(
             f"num_beams={setting('num_beams')}: beam search looks for the likeliest text, and log pi is no score to "
             "sum over beams; sample, or decode greedily, with num_beams=1"
+        )
+    if setting("guidance_scale") not in (None, 1, 1.0):
+        raise ConfigError(
+            f"guidance_scale={setting('guidance_scale')} makes a second forward, whose hidden state is not that of the "
+            "text: leave it out"
         )
     if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
         raise ConfigError("assisted generation judges several tokens a forward, the agent one: leave the assistant out")

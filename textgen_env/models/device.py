@@ -7,7 +7,9 @@ chooses the same one and results stay reproducible.
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import psutil
 
@@ -17,6 +19,29 @@ if TYPE_CHECKING:
     import torch
 
 NARROW = 256  # hidden units
+
+_locks: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
+_making_locks = threading.Lock()
+
+
+def forward_lock(model: torch.nn.Module) -> threading.RLock:
+    """Return the lock under which ``model`` runs, the same for everybody who shares it.
+
+    Hooks on a shared module hand one thread's hidden states to another, so forwards take turns.
+    """
+    with _making_locks:
+        return _locks.setdefault(model, threading.RLock())
+
+
+def compute_alone_after_fork() -> None:
+    """Let processes that are forked from this one compute with one thread.
+
+    A fork copies the locks of torch's thread pool but not its threads, so a product on several
+    threads would wait for ever. On one thread it needs no pool.
+    """
+    import torch
+
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def own_cores() -> int:

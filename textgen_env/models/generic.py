@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from textgen_env.errors import ModelError
 from textgen_env.models.cache import CacheShape, KeyValues
+from textgen_env.models.device import forward_lock
 from textgen_env.models.packing import RaggedBatch
 
 
@@ -30,6 +31,7 @@ class GenericDecoder:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self.lock = forward_lock(model)
         self.shape = self._probe()
 
     def _probe(self) -> CacheShape:
@@ -68,6 +70,9 @@ class GenericDecoder:
             return (kept[0],)
 
         hook = head.register_forward_pre_hook(keep_last)
+        training = [module for module in self._model.modules() if module.training]
+        for module in training:  # its owner trains it: no dropout here, and none less there
+            module.training = False
         try:
             found = self._model(
                 input_ids=batch.ids[places],
@@ -78,6 +83,8 @@ class GenericDecoder:
             )
         finally:
             hook.remove()
+            for module in training:
+                module.training = True
         return found.logits[:, 0], kept[0][:, 0]
 
 

@@ -13,7 +13,7 @@ from textgen_env.config import check_at_least
 from textgen_env.errors import CapacityError, ConfigError, ModelError
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.cache import KeyValues
-from textgen_env.models.device import available_bytes
+from textgen_env.models.device import available_bytes, compute_alone_after_fork
 from textgen_env.models.generic import GenericDecoder
 from textgen_env.models.llama import LlamaDecoder
 from textgen_env.models.packing import Decoder
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 UNLIMITED = 1 << 30
+WINDOWS = ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size", "attention_window_size")
+"""Names under which configurations say how far a layer sees."""
+LONGROPE = "original_max_position_embeddings"
+
+compute_alone_after_fork()
 
 
 class HFModel(LanguageModel):
@@ -69,10 +74,12 @@ class HFModel(LanguageModel):
         self.end_ids = _end_ids(model, tokenizer, self.name)
         self._token_bytes = _byte_level_tokens(tokenizer, self.vocab_size)
         self._token_text = [_decoded(token) for token in self._token_bytes or []]
+        self._appends_end = _appends_end(tokenizer, self.end_ids)
         self.decoder = _agreeing_decoder(self)
 
     def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text)["input_ids"])
+        ids = list(self.tokenizer(text)["input_ids"])
+        return ids[:-1] if self._appends_end else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -130,9 +137,22 @@ class HFModel(LanguageModel):
 
 
 def _max_context(config: Any) -> int:
-    """Tokens that the model attends to from its last one: positions it knows, or its sliding window."""
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-    return min((limit for limit in limits if limit), default=UNLIMITED)
+    """Tokens that the model attends to from its last one: positions it knows, or the smallest window of a layer.
+
+    Beyond ``original_max_position_embeddings`` the factors of longrope change for the whole text,
+    those of cached keys included, so such a model stops there.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = [getattr(config, name, None) for name in WINDOWS]
+    if rope.get("rope_type") == "longrope":
+        limits += [rope.get(LONGROPE), getattr(config, LONGROPE, None)]
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=UNLIMITED)
+
+
+def _appends_end(tokenizer: Any, end_ids: Sequence[int]) -> bool:
+    """Return True if the tokenizer ends every text with an end token: a text that goes on must not have it."""
+    ids, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return len(ids) > len(plain) > 0 and ids[-1] in end_ids and plain[-1] not in end_ids
 
 
 def _head_weight(model: Any) -> torch.Tensor:

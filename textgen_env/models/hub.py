@@ -38,7 +38,7 @@ TINY = Path(__file__).with_name("tiny")
 CHECKSUMS = "checksums.json"
 
 _REINSTALL = "install textgen-env again, or make the model with scripts/build_tiny_lm.py"
-_loaded: dict[tuple[str, str, bool], LanguageModel] = {}
+_loaded: dict[tuple[Any, ...], LanguageModel] = {}
 _log = logging.getLogger(__name__)
 
 
@@ -73,10 +73,22 @@ def load_language_model(
         model, tokenizer = model
     if not isinstance(model, str | os.PathLike):
         return _from_objects(model, tokenizer, dtype)
-    key = (str(model), dtype, trust_remote_code)
+    key = (_identity(str(model)), dtype, trust_remote_code)
     if key not in _loaded:
+        for earlier in [known for known in _loaded if known[1:] == key[1:] and known[0][0] == key[0][0]]:
+            del _loaded[earlier]  # the folder was saved again
         _loaded[key] = _from_name(str(model), dtype, trust_remote_code)
     return _loaded[key]
+
+
+def _identity(name: str) -> tuple[Any, ...]:
+    """Return what tells a named model from others: of a folder or file, its place and its files' sizes and times."""
+    path = Path(name).expanduser()
+    if name in MODEL_NAMES or not path.exists():
+        return (name,)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    stats = [(file.name, file.stat()) for file in files if file.is_file()]
+    return (str(path.resolve()), *((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
 
 
 def model_folder(name: str) -> str:

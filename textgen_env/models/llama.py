@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from textgen_env.models.cache import CacheShape, KeyValues
-from textgen_env.models.device import available_bytes
+from textgen_env.models.device import available_bytes, forward_lock
 from textgen_env.models.one_row import OneRow
 from textgen_env.models.packing import AttentionGroup, RaggedBatch
 
@@ -30,6 +30,7 @@ class LlamaDecoder:
 
     def __init__(self, model: Any) -> None:
         config, body = model.config, model.model
+        self.lock = forward_lock(model)
         embed = body.embed_tokens.weight
         pack = can_pack(embed) and 2 * _nbytes(model) < available_bytes(embed.device)
         self._embed = embed

@@ -8,6 +8,7 @@ wastes work, and many small products cost more than one large one; ``pack`` choo
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,6 +53,7 @@ class Decoder(Protocol):
 
     shape: CacheShape
     splits: bool  # True: rows with one token and rows with several form groups of their own
+    lock: threading.RLock  # one forward of the model at a time, in all threads
     alone: bool  # True: a single token of a single row needs no group
 
     def __call__(self, batch: RaggedBatch, cache: KeyValues) -> tuple[Tensor, Tensor]:

@@ -96,6 +96,10 @@ class HFSlots(Slots):
     @torch.inference_mode()
     def _forward(self, rows: Rows, block_end: npt.NDArray[np.bool_]) -> Arrays:
         """Catch up with ``rows``; return ids (B, k), logprobs (B, k) and hidden (B, d)."""
+        with self.decoder.lock:
+            return self._forward_alone(rows, block_end)
+
+    def _forward_alone(self, rows: Rows, block_end: npt.NDArray[np.bool_]) -> Arrays:
         # A prefix whose last token is cached, but whose proposals are not, feeds that token again.
         self.cached[rows] = np.minimum(self.cached[rows], self.lengths[rows] - 1)
         leaders, leader_of = self._equal_starts(rows)

@@ -23,6 +23,9 @@ import numpy.typing as npt
 from textgen_env.errors import RewardError
 from textgen_env.registry import Registry
 
+LARGEST = 1e30
+"""Rewards beyond it, in size, are refused: sums of them leave float32, in which agents learn."""
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -141,11 +144,11 @@ def check_rewards(
             f"reward {name!r} answered shape {answer.shape} for {_texts(generations)}; "
             f"expected ({len(generations)},), one number a text"
         )
-    bad = np.flatnonzero(~np.isfinite(answer))
+    bad = np.flatnonzero(~(np.abs(answer.astype(np.float64)) <= LARGEST))
     if bad.size:
         raise RewardError(
             f"reward {name!r} answered {answer[bad[0]]} for the completion "
-            f"{shorten(generations[bad[0]].completion)}; rewards must be finite"
+            f"{shorten(generations[bad[0]].completion)}; rewards must be finite numbers within {LARGEST:g}"
         )
     return answer.astype(np.float64)
 
