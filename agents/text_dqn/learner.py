@@ -202,7 +202,7 @@ class Learner:
         Raises:
             ConfigError: the replay holds no finished text.
         """
-        if self.updates == 0:
+        if count and self.updates == 0:
             first = self.replay.sample(FIRST_SAMPLE)
             returns = (first.rewards * first.acted).sum(-1)
             self.network.start_at(returns)

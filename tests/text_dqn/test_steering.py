@@ -171,6 +171,30 @@ def test_another_budget_than_in_training_is_told_to_the_network(tiny_lm):
     assert texts[0] == texts[1]
 
 
+def sliding():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.3}
+    config = Gemma3TextConfig(
+        vocab_size=len(WORDS), num_key_value_heads=2, head_dim=8, sliding_window=32, **sizes, **ends
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["plain", "sliding"])
+def test_a_static_cache_writes_the_same_tokens(tiny_lm, kind):
+    pair = tiny_lm if kind == "plain" else (sliding(), tiny_lm[1])
+    agent = trained(vector_env(pair))
+    static = {"cache_implementation": "static", "disable_compile": True}
+    found, expected = (steered(agent, pair, do_sample=False, **cache)[0] for cache in (static, {}))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_classifier_free_guidance_is_refused(tiny_lm):
+    with pytest.raises(ConfigError, match=r"guidance_scale=2\.0 makes a second forward"):
+        steered(trained(vector_env(tiny_lm)), tiny_lm, guidance_scale=2.0)
+
+
 @pytest.mark.parametrize("how", ["argument", "config", "positional"])
 def test_beam_search_is_refused(tiny_lm, how):
     from transformers import GenerationConfig

@@ -13,7 +13,7 @@ from textgen_env.config import check_at_least
 from textgen_env.errors import CapacityError, ConfigError, ModelError
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.cache import KeyValues
-from textgen_env.models.device import available_bytes, compute_alone_after_fork
+from textgen_env.models.device import available_bytes, compute_alone_after_fork, forward_lock
 from textgen_env.models.generic import GenericDecoder
 from textgen_env.models.llama import LlamaDecoder
 from textgen_env.models.packing import Decoder
@@ -75,7 +75,8 @@ class HFModel(LanguageModel):
         self._token_bytes = _byte_level_tokens(tokenizer, self.vocab_size)
         self._token_text = [_decoded(token) for token in self._token_bytes or []]
         self._appends_end = _appends_end(tokenizer, self.end_ids)
-        self.decoder = _agreeing_decoder(self)
+        with forward_lock(model):
+            self.decoder = _agreeing_decoder(self)
 
     def encode(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text)["input_ids"])

@@ -1,0 +1,158 @@
+"""One model with several owners: threads, forks, somebody who trains it, a folder that is saved again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFast
+
+from textgen_env.errors import ConfigError
+from textgen_env.models import load_language_model
+from textgen_env.models.hf import HFModel
+
+PROMPTS = ["the film", "the long film was", "good"]
+SIZES = {"vocab_size": 10, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.6}
+
+
+def gpt2(seed=0, **settings):
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **SIZES, **settings)).eval()
+
+
+def make(model, **settings):
+    settings = {"prompts": PROMPTS, "reward": len, "top_k": 5, "max_new_tokens": 12, "max_prompt_tokens": 8} | settings
+    return gym.make("textgen_env:TextGen-v0", model=model, **settings)
+
+
+def course(model, seed, steps=40):
+    """The log-probabilities that one environment shows along random actions."""
+    env, rng = make(model), np.random.default_rng(seed)
+    observation, _ = env.reset(seed=seed)
+    seen = [observation["logprobs"]]
+    for _ in range(steps):
+        observation, _, ended, _, _ = env.step(int(rng.integers(5)))
+        if ended:
+            observation, _ = env.reset()
+        seen.append(observation["logprobs"])
+    return np.array(seen)
+
+
+@pytest.mark.parametrize("wrapped", ["once", "by each thread"])
+def test_two_threads_on_one_model_see_what_each_sees_alone(tiny_lm, wrapped):
+    pair = (gpt2(), tiny_lm[1])  # a hook on its head hands the hidden states over
+    shared = load_language_model(pair) if wrapped == "once" else pair
+    alone = [course(shared, seed) for seed in (0, 1)]
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda seed: course(shared, seed), (0, 1)))
+        for seed in (0, 1):
+            np.testing.assert_allclose(found[seed], alone[seed], atol=1e-4)
+
+
+def test_an_owner_who_trains_the_model_changes_no_environment_and_keeps_the_mode(tiny_lm):
+    model = gpt2(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    language_model = load_language_model((model, tiny_lm[1]))
+    before = course(language_model, 0)
+    model.train()
+    model.transformer.h[0].eval()  # a frozen part
+    np.testing.assert_array_equal(course(language_model, 0), before)
+    assert model.training
+    assert model.transformer.h[1].training
+    assert not model.transformer.h[0].training
+
+
+FORK = """
+import gymnasium as gym, numpy as np, torch
+torch.set_num_threads(2)
+env = gym.make_vec("textgen_env:TextGen-v0", num_envs=64, max_new_tokens=4)
+env.reset(seed=0)
+torch.randn(512, 512) @ torch.randn(512, 512)  # the pool of threads is up
+make = lambda: gym.make("textgen_env:TextGen-v0", max_new_tokens=4)
+forked = gym.vector.AsyncVectorEnv([make] * 2, context="fork")
+observation, _ = forked.reset(seed=0)
+for _ in range(3):
+    forked.step(np.zeros(2, int))
+forked.close()
+print(observation["tokens"].shape[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_forked_workers_step_after_a_forward_in_their_parent():
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    run = subprocess.run([sys.executable, "-c", FORK], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "2", run.stderr
+
+
+def test_a_folder_that_is_saved_again_and_a_relative_name_elsewhere_are_other_models(tiny_lm, tmp_path, monkeypatch):
+    def saved(folder: Path, seed: int) -> None:
+        gpt2(seed).save_pretrained(folder)
+        tiny_lm[1].save_pretrained(folder)
+
+    saved(tmp_path / "m", 1)
+    first = load_language_model(str(tmp_path / "m"))
+    assert load_language_model(tmp_path / "m") is first
+    saved(tmp_path / "m", 2)
+    again = load_language_model(str(tmp_path / "m"))
+    assert not np.allclose(first.embed(np.arange(10)), again.embed(np.arange(10)))
+    saved(tmp_path / "elsewhere" / "m", 3)
+    monkeypatch.chdir(tmp_path)
+    assert load_language_model("m") is again
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert not np.allclose(load_language_model("m").embed(np.arange(10)), again.embed(np.arange(10)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "longest"),
+    [
+        ({"sliding_window": 32}, 32),
+        ({"window_size": 8}, 8),
+        ({"attention_chunk_size": 16}, 16),
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 24}}, 24),
+        ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 24}}, 64),
+    ],
+)
+def test_a_context_ends_at_the_smallest_window_under_any_name(tiny_lm, settings, longest):
+    model = gpt2()
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    assert HFModel(model, tiny_lm[1]).max_context == longest
+
+
+def test_a_model_with_local_attention_is_exact_up_to_its_window_and_refused_beyond(tiny_lm):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "window_size": 8, "max_position_embeddings": 64}
+    layers = [[["global", "local"], 1]]
+    model = GPTNeoForCausalLM(GPTNeoConfig(attention_types=layers, intermediate_size=32, **sizes, **SIZES)).eval()
+    with pytest.raises(ConfigError, match="exceed the 8 tokens of context"):
+        make((model, tiny_lm[1]))
+    env = make((model, tiny_lm[1]), max_prompt_tokens=4, max_new_tokens=4, min_new_tokens=4, prompts=["the film"])
+    observation, _ = env.reset(seed=0)
+    for _ in range(3):
+        observation, *_ = env.step(0)
+        ids = observation["tokens"][: int(observation["length"][0])].astype(int).tolist()
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([ids])).logits[0, -1]
+        if len(ids) < 6:
+            expected[0] = -torch.inf  # the end token is blocked before the fourth token
+        expected = expected.log_softmax(-1).numpy()[observation["candidates"]]
+        np.testing.assert_allclose(observation["logprobs"], expected, atol=1e-4)
+
+
+def test_an_end_token_that_the_tokenizer_appends_does_not_end_the_prompt(tiny_lm):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_lm[1].backend_tokenizer, eos_token="<end>")
+    plain = HFModel(gpt2(), tokenizer).encode("the film")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
+    assert tokenizer("the film")["input_ids"] == [*plain, 0]
+    assert HFModel(gpt2(), tokenizer).encode("the film") == plain
+    tokenizer.backend_tokenizer.post_processor = None
