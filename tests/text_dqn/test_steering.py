@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import WORDS
 from toys import Worth
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.networks import NEEDED_KEYS
