@@ -75,6 +75,8 @@ class EnvConfig:
         stop = (self.stop,) if isinstance(self.stop, str) or not isinstance(self.stop, Iterable) else tuple(self.stop)
         if not all(isinstance(s, str) and s for s in stop):
             raise ConfigError(f"stop must be non-empty strings, got {self.stop!r}")
+        if not all(map(is_unicode, stop)):
+            raise ConfigError(f"stop must be Unicode text, got {self.stop!r} with a lone surrogate")
         object.__setattr__(self, "stop", stop)
         self._check_observation()
 
@@ -146,6 +148,11 @@ class EnvConfig:
         left_out |= {"candidates", "candidate_scores"} if self.top_k is None else set()
         left_out |= set() if scores_prefixes else {"candidate_scores"}
         return tuple(key for key in keys if key not in left_out)
+
+
+def is_unicode(text: str) -> bool:
+    """Return True if ``text`` can be encoded: half of a surrogate pair cannot, and no tokenizer takes it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def check_one_of(name: str, value: object, allowed: Sequence[object]) -> None:

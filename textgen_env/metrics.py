@@ -22,7 +22,7 @@ from textgen_env.errors import ConfigError
 from textgen_env.extras import require
 from textgen_env.registry import Registry
 from textgen_env.rewards.lexical import split_words
-from textgen_env.rewards.references import ROUGE_KINDS
+from textgen_env.rewards.references import ROUGE_KINDS, UnicodeWords
 
 METRIC_INPUTS = {
     "predictions": datasets.Value("string"),
@@ -124,7 +124,7 @@ class Rouge(TextMetric):
         require("rouge_score", extra="references", for_="metric 'rouge'")
         from rouge_score.rouge_scorer import RougeScorer
 
-        score = RougeScorer(list(ROUGE_KINDS), use_stemmer=False).score
+        score = RougeScorer(list(ROUGE_KINDS), use_stemmer=False, tokenizer=UnicodeWords()).score
         pairs = list(zip(references, predictions, strict=True))
         scores = [score(reference, prediction) for reference, prediction in pairs]
         return {kind: float(np.mean([one[kind].fmeasure for one in scores])) for kind in ROUGE_KINDS}

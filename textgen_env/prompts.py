@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from textgen_env.config import is_unicode
 from textgen_env.errors import PromptError
 from textgen_env.openings import OPENINGS
 from textgen_env.registry import unknown_name
@@ -44,7 +45,7 @@ class Prompt:
     ``metadata["template"]``, where it is given, names the prompts that a split keeps together.
 
     Raises:
-        PromptError: the text is empty or blank, or a part has the wrong type.
+        PromptError: the text is empty or blank, or a part has the wrong type or is no Unicode text.
     """
 
     text: str
@@ -58,6 +59,9 @@ class Prompt:
             raise PromptError(f"a prompt must not be empty, got {self.text!r}")
         if not isinstance(self.reference, str | None):
             raise PromptError(f"a reference must be a string or None, got {type(self.reference).__name__}")
+        for name, text in (("prompt", self.text), ("reference", self.reference or "")):
+            if not is_unicode(text):
+                raise PromptError(f"a {name} must be Unicode text, got {text!r} with a lone surrogate")
 
 
 class PromptSource(ABC):
@@ -248,13 +252,13 @@ class DatasetPrompts(PromptSource):
     """
 
     def __init__(self, dataset: Dataset, prompt: str = "prompt", reference: str = "reference") -> None:
+        if not hasattr(dataset, "__len__"):
+            raise PromptError("a streaming dataset has no length; load it without streaming=True")
         columns = list(dataset.column_names)
         if prompt not in columns:
             raise PromptError(f"the dataset has no column {prompt!r} of prompts; it has {', '.join(columns)}")
         if reference not in columns and reference != "reference":
             raise PromptError(f"the dataset has no column {reference!r}; it has {', '.join(columns)}")
-        if not hasattr(dataset, "__len__"):
-            raise PromptError("a streaming dataset has no length; load it without streaming=True")
         if not len(dataset):
             raise PromptError("the dataset of prompts has no rows")
         self._dataset = dataset

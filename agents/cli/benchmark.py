@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from agents.cli.options import Address, Engine, given, uses_ray
+from agents.cli.options import Address, Engine, given, open_console, uses_ray
 from textgen_env.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def benchmark_command(
 
     A folder belongs to one configuration. The same command goes on where it stopped: by Ctrl-C, a kill or a full disk.
     """
-    console = Console()
+    console = open_console()
     if compare is not None:
         _compare(compare, out, console)
         return
@@ -156,7 +155,7 @@ def _grid(table: PageTable) -> Table:
     """Return a table of a report for the terminal."""
     grid = Table(*table.headings, title=table.title or None, title_justify="left", box=None)
     for row in table.rows:
-        grid.add_row(*map(escape, row))
+        grid.add_row(*row)
     return grid
 
 

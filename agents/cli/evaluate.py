@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from agents.cli.options import AsJson, Prompts, Samples, Texts, Trust, change
+from agents.cli.options import AsJson, Prompts, Samples, Texts, Trust, change, open_console
 from textgen_env.files import write_file
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def evaluate_command(
     """
     from agents.runs.run import load_run
 
-    console = Console(stderr=as_json)
+    console = open_console(stderr=as_json)
     with console.status("loading"):
         opened = load_run(run, trust=trust)
     opened = replace(opened, config=change(opened.config, eval_texts=texts, eval_samples=samples, seed=seed))

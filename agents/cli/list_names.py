@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from agents.cli.options import open_console
 from textgen_env.registry import unknown_name
 
 Described = Iterator[tuple[str, str]]
@@ -23,7 +23,7 @@ def list_command(
     """List the names that the other commands take."""
     if what is not None and what not in KINDS:
         raise unknown_name("list", what, KINDS)
-    console = Console()
+    console = open_console()
     for kind in KINDS if what is None else (what,):
         grid = Table("name", "what it is", title=kind, title_justify="left", box=None)
         for name, about in KINDS[kind]():

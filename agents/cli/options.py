@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from textgen_env.errors import ConfigError
 from textgen_env.files import parse_json
@@ -86,3 +87,8 @@ def uses_ray(engine: str, **ray_options: Any) -> bool:
     if engine == "local" and extra:
         raise ConfigError(f"{' and '.join(extra)} belong to a cluster: add --engine ray")
     return engine == "ray"
+
+
+def open_console(stderr: bool = False) -> Console:
+    """Return a console that shows names, paths and texts as they are: square brackets are no markup."""
+    return Console(stderr=stderr, markup=False, emoji=False)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from agents.cli.options import open_console
 from textgen_env.files import read_text
 
 
@@ -39,4 +39,4 @@ def prune_command(
     chosen = [(method, amount)] if cuts is None else parse_pruning(cuts)
     texts = None if text is None else read_text(text).splitlines()
     report = prune_and_heal(model, out, chosen, heal, texts=texts, seed=seed)
-    Console().print(f"{report}. The model is in {out}/")
+    open_console().print(f"{report}. The model is in {out}/")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from agents.cli.options import (
     Greedy,
@@ -16,6 +15,7 @@ from agents.cli.options import (
     Seed,
     check_one_writer,
     given,
+    open_console,
     parse_reward,
 )
 from textgen_env.errors import ConfigError
@@ -66,7 +66,7 @@ def record_command(
     source = choose_prompts(env.episodes.prompts if prompts is None else make_prompts(prompts), episodes, seed)
     texts = [source[i % len(source)] for i in range(episodes)]
     dataset = record(agent, env, texts, out, seed=seed, deterministic=greedy, metadata={"algorithm_name": name})
-    Console().print(f"{dataset.total_episodes:,} texts of {dataset.total_steps:,} tokens are in {out}/")
+    open_console().print(f"{dataset.total_episodes:,} texts of {dataset.total_steps:,} tokens are in {out}/")
 
 
 def _trained(run: Path) -> tuple[Agent, Any, str]:

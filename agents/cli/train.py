@@ -11,7 +11,18 @@ import typer
 from click.core import ParameterSource
 from rich.console import Console
 
-from agents.cli.options import Address, Engine, Prompts, Samples, Texts, change, given, parse_reward, uses_ray
+from agents.cli.options import (
+    Address,
+    Engine,
+    Prompts,
+    Samples,
+    Texts,
+    change,
+    given,
+    open_console,
+    parse_reward,
+    uses_ray,
+)
 from textgen_env.errors import ConfigError
 from textgen_env.files import read_text
 
@@ -110,7 +121,7 @@ def train_command(
     """
     from agents.runs import run as runs
 
-    console = Console()
+    console = open_console()
     text_source = _text_source(engine, actors, address)
     if resume is not None:
         _check_only_where(ctx)

@@ -39,6 +39,9 @@ WRITTEN_ROWS = 512  # how much the teacher writes at most: about the time of 100
 
 _log = logging.getLogger(__name__)
 
+UNFINISHED = ".unfinished"
+"""Beside a model that is being written: a process that was killed left it, and the same command goes on."""
+
 
 def distil(
     student: PreTrainedModel | PrunedTransformerModel,
@@ -182,7 +185,8 @@ def prune_and_heal(
         ConfigError, ModelError: as ``PrunedTransformerModel`` and ``distil`` do.
     """
     folder, checkpoints = Path(out), Path(out) / "healing"
-    if (folder / "config.json").exists():
+    unfinished = folder / UNFINISHED
+    if (folder / "config.json").exists() and not unfinished.exists():
         raise RunFolderError(f"{str(folder)!r} holds a model already; choose another folder")
     (method, amount), *others = cuts
     student = PrunedTransformerModel(name, amount, method, calibration=texts, dtype=dtype, seed=seed)
@@ -191,7 +195,10 @@ def prune_and_heal(
     if steps:
         teacher, _ = load_transformer(name, dtype)
         distil(student, teacher, texts, steps, seed=seed, folder=checkpoints, progress=progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished.touch()
     student.save_pretrained(folder)
+    unfinished.unlink()
     if checkpoints.is_dir():
         shutil.rmtree(checkpoints)
     return student.report()

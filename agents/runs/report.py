@@ -309,7 +309,7 @@ def samples_page(before: Evaluation, after: Evaluation, notes: Sequence[str] = (
         "| prompt | before | reward | after | reward |",
         "|---|---|---:|---|---:|",
     ]
-    for i in range(before.num_prompts):
+    for i in range(min(before.num_prompts, len(before.completions), len(after.completions))):
         cells = [
             markdown_cell(before.prompts[i]),
             markdown_cell(before.completions[i]),

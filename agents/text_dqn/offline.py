@@ -74,7 +74,8 @@ def record(
             f"{type(agent).__name__} has no probabilities, so its texts would carry no log-probabilities: "
             "record it with deterministic=True (--greedy)"
         )
-    storage = _new_storage(Path(folder), env, metadata or {})
+    folder = Path(folder).resolve()  # Minari joins a relative path twice
+    storage = _new_storage(folder, env, metadata or {})
     waiting: list[tuple[Any, dict[str, str]]] = []
     for text in _texts(agent, env, prompts, seed, deterministic):
         waiting.append(text)

@@ -74,7 +74,7 @@ def test_generate_without_json_prints_a_line_a_text(run, folder):
     assert "the film|" in lines[0]
 
 
-def test_record_writes_a_dataset_of_a_run_or_of_a_language_model(run, folder):
+def test_record_writes_a_dataset_of_a_run_or_of_a_language_model(run, folder, monkeypatch):
     pytest.importorskip("minari", reason="recorded texts need minari[hdf5]")
     from agents.text_dqn.offline import BEHAVIOUR, open_dataset
 
@@ -89,6 +89,10 @@ def test_record_writes_a_dataset_of_a_run_or_of_a_language_model(run, folder):
         assert f"6 texts of {dataset.total_steps} tokens" in result.stdout
         assert all((episode.infos[BEHAVIOUR][1:] < 0).all() for episode in dataset)
         assert all(episode.observations["action_mask"].any(-1).all() for episode in dataset)
+    monkeypatch.chdir(folder)  # a relative folder, too
+    result = textgen("record", *options, "--out", "relative-v0", "--episodes", 2)
+    assert result.exit_code == 0, result.output
+    assert open_dataset("relative-v0").total_episodes == 2
     env = dataset.recover_environment()
     assert env.observation_space == dataset.observation_space
     observation, _ = env.reset(options={"prompt": "the film was"})

@@ -110,3 +110,8 @@ def test_a_registry_refuses_duplicates_and_suggests_names():
 @pytest.mark.parametrize("error", TextGenError.__subclasses__())
 def test_every_error_can_be_caught_without_knowing_this_package(error):
     assert any(base.__module__ in ("builtins", "gymnasium.error") for base in error.__bases__)
+
+
+def test_stop_strings_that_cannot_be_encoded_are_refused():
+    with pytest.raises(ConfigError, match="stop must be Unicode text"):
+        EnvConfig(stop=("\ud800",))

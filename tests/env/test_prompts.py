@@ -246,3 +246,35 @@ def test_a_file_that_changes_is_noticed(tmp_path):
     write(tmp_path / "p.txt", "three\n")
     with pytest.raises(PromptError, match="has changed since it was indexed"):
         source[0]
+
+
+HALF = "\ud800 a"
+
+
+@pytest.mark.parametrize(
+    "open_it",
+    [
+        lambda folder: make_prompts([HALF]),
+        lambda folder: make_prompts([{"prompt": "a", "reference": HALF}]),
+        lambda folder: make_prompts(folder / "p.jsonl"),
+        lambda folder: make_prompts(lambda rng: HALF).draw(np.random.default_rng(0)),
+    ],
+    ids=["list", "reference", "file", "function"],
+)
+def test_text_that_cannot_be_encoded_is_refused_when_it_comes_in(tmp_path, open_it):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "fine"}\n{"prompt": "\\ud800 a"}\n')
+    with pytest.raises(PromptError, match="must be Unicode text"):
+        open_it(tmp_path)
+
+
+def rows():
+    yield {"prompt": "x"}
+
+
+def test_streaming_datasets_are_refused_whether_their_columns_are_known_or_not():
+    import datasets
+
+    known = datasets.Dataset.from_list([{"prompt": "x"}]).to_iterable_dataset()
+    for dataset in (known, datasets.IterableDataset.from_generator(rows)):
+        with pytest.raises(PromptError, match="streaming dataset has no length"):
+            make_prompts(dataset)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from textgen_env.errors import ConfigError, RewardError
-from textgen_env.rewards import REWARDS, Generation
+from textgen_env.rewards import REWARDS, Generation, make_reward
 from textgen_env.rewards.classifier import main, read_examples, train_classifier
 from textgen_env.rewards.lexical import count_syllables, flesch_kincaid_grade
 from textgen_env.rewards.linear import WordClassifier
@@ -442,3 +442,10 @@ def test_lines_that_are_not_utf8_are_refused(tmp_path):
     (tmp_path / "lines.tsv").write_bytes(b"a\tb\nc\t\xff\n")
     with pytest.raises(ConfigError, match="not UTF-8"):
         read_examples(tmp_path / "lines.tsv")
+
+
+@pytest.mark.parametrize("text", ["映画 は とても 良かった", "Фильм был хороший", "फिल्म अच्छी थी", "Ça fait né"])
+def test_rouge_knows_words_of_every_script(text):
+    reward = make_reward("rouge")
+    assert reward([Generation("p", text, reference=text)]).tolist() == [1.0]
+    assert reward([Generation("p", "x y z", reference=text)]).tolist() == [0.0]

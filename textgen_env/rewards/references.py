@@ -7,6 +7,7 @@ as one bit vector (Hyyro 2004), so a word costs a few operations on an integer.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,7 +24,6 @@ from textgen_env.rewards.incremental import IncrementalScore
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
-    from rouge_score.tokenizers import Tokenizer
     from sacrebleu.metrics.base import Metric
 
 ROUGE_KINDS = ("rouge1", "rouge2", "rougeL")
@@ -160,19 +160,23 @@ class RougeLScore(IncrementalScore[Subsequence]):
 
 
 def _rouge_words(text: str) -> list[str]:
-    words: list[str] = _rouge_tokenizer().tokenize(text)
-    return words
+    return UnicodeWords().tokenize(text)
 
 
-@cache
-def _rouge_tokenizer() -> Tokenizer:
-    from rouge_score.tokenizers import DefaultTokenizer
+class UnicodeWords:
+    """Lower-case words of letters, digits and combining marks of any script, as rouge-score splits ASCII.
 
-    return DefaultTokenizer(use_stemmer=False)
+    rouge-score's own tokenizer drops whatever is not a-z or 0-9, so Russian or Hindi texts would have no words.
+    """
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the words of ``text``."""
+        kept = (c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in text.lower())
+        return "".join(kept).split()
 
 
 @cache
 def _rouge_scorer(kind: str) -> RougeScorer:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer([kind], use_stemmer=False)
+    return RougeScorer([kind], use_stemmer=False, tokenizer=UnicodeWords())
