@@ -49,6 +49,7 @@ def sources(monkeypatch, tmp_path):
             path.write_text(text)
         monkeypatch.setattr(house, "ROOT", tmp_path)
         monkeypatch.setattr(house, "MODULES", {house.module_name(tmp_path / name): tmp_path / name for name in files})
+        monkeypatch.setattr(house, "LONG_MODULES", {})
         house.parsed.cache_clear()
 
     yield write

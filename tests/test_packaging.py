@@ -185,6 +185,9 @@ WITHOUT = [
 ]
 
 
+OPTIONAL = sorted({package for _, package, _ in WITHOUT} - {"regex"} | {"tensorboard"})  # transformers needs regex
+
+
 @pytest.mark.parametrize(("extra", "package", "use"), WITHOUT)
 def test_a_feature_without_its_package_names_the_extra(hide, tmp_path, monkeypatch, extra, package, use):
     monkeypatch.setenv("TEXTGEN_CACHE", str(tmp_path / "cache"))
@@ -204,7 +207,7 @@ def test_the_lists_of_names_need_no_extra(hide):
 
     from agents.cli.app import app
 
-    hide(*(package for _, package, _ in WITHOUT))
+    hide(*OPTIONAL)
     listed = CliRunner().invoke(app, ["list"])
     assert listed.exit_code == 0, listed.output.splitlines()[-2:]
 
@@ -212,11 +215,10 @@ def test_the_lists_of_names_need_no_extra(hide):
 @pytest.mark.slow
 def test_a_run_needs_no_extra(tmp_path):
     """It trains, reports and draws; without TensorBoard it writes no events, and says so once."""
-    optional = sorted({package for _, package, _ in WITHOUT} - {"regex"} | {"tensorboard"})  # transformers needs regex
     program = f"""
 import sys
 from test_packaging import Hiding
-sys.meta_path[:] = [Hiding({optional!r})]
+sys.meta_path[:] = [Hiding({OPTIONAL!r})]
 from rich.console import Console
 from agents.runs.run import RunConfig, train
 train(RunConfig(steps=64, envs=4, eval_prompts=2, eval_texts=4, eval_samples=2), "run", console=Console())

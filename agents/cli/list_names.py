@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Annotated
 
 import typer
@@ -69,10 +70,10 @@ def _rewards() -> Described:
 
 
 def _tasks() -> Described:
-    from textgen_env.tasks import TASKS, make_task
+    from textgen_env.tasks import TASKS
 
-    for id in TASKS:
-        sizes = ", ".join(f"{name}={value}" for name, value in make_task(id).sizes.items())
+    for id in TASKS:  # not made: a task may need an optional package
+        sizes = ", ".join(f"{size.name}={size.default}" for size in signature(TASKS[id]).parameters.values())
         yield id, f"{_first_line(TASKS[id])} ({sizes})"
 
 
