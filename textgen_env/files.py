@@ -12,6 +12,7 @@ becomes an error that names the file.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -142,6 +143,10 @@ def read_text(path: str | os.PathLike[str], error: type[TextGenError] = ConfigEr
         raise error(f"cannot read {os.fspath(path)!r}: {cause}") from cause
 
 
+CONSTANTS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""One object each, so that what was read twice compares as equal."""
+
+
 def read_json(
     path: str | os.PathLike[str],
     keys: Sequence[str] | None = None,
@@ -180,7 +185,7 @@ def parse_json(
             ``DEEPEST`` levels.
     """
     try:
-        found = json.loads(text, parse_constant=float if allow_nan else _refuse_constant)
+        found = json.loads(text, parse_constant=CONSTANTS.__getitem__ if allow_nan else _refuse_constant)
         deep = _is_deeper(found, DEEPEST)
     except ValueError as cause:
         raise error(f"{source} must be JSON: {cause}") from cause

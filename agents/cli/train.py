@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from click.core import ParameterSource
 from rich.console import Console
 
 from agents.cli.options import (
@@ -150,7 +149,8 @@ def _text_source(engine: str, actors: int | None, address: str | None) -> TextSo
 
 def _check_only_where(ctx: typer.Context) -> None:
     """Raise ``ConfigError`` if an option that belongs to the configuration was given."""
-    typed = {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    # By name: typer may bring a copy of click, with an enumeration of its own.
+    typed = {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
     if typed - WHERE:
         options = ", ".join("--" + name.replace("_", "-") for name in sorted(typed - WHERE))
         raise ConfigError(f"a run is resumed with its own configuration: leave out {options}")

@@ -19,14 +19,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
-from torch.utils.tensorboard.writer import SummaryWriter
+from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
 
 from agents.runs.checkpoint import save_checkpoint
 from agents.runs.config import RunConfig
 from agents.runs.signals import Stopped
 from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import RunFolderError
+from textgen_env.extras import is_installed
 from textgen_env.files import check_keys, write_file
 
 CHECKPOINTS = "checkpoints"
@@ -165,15 +165,26 @@ class RunLog(BaseCallback):
     # --- SB3's hooks
 
     def _on_training_start(self) -> None:
-        events = TensorBoardOutputFormat(str(self._folder / EVENTS))
-        self.model.set_logger(Logger(None, [events]))
+        self.model.set_logger(Logger(None, self._event_writers()))
         self._started = time.perf_counter() - self.seconds
         self._learning = True
-        if self._gathered is not None:  # events after the checkpoint are written again: hide the first ones
-            events.writer.close()
-            events.writer = SummaryWriter(str(self._folder / EVENTS), purge_step=self.steps + 1)
+        if self._gathered is not None:
             for name, gathered in self._gathered.items():
                 getattr(self.logger, name).update(gathered)
+
+    def _event_writers(self) -> list[KVWriter]:
+        """Return the writer of TensorBoard events, or none if TensorBoard is not installed."""
+        if not is_installed("tensorboard"):
+            message = "no events for TensorBoard: pip install 'textgen-env[tensorboard]'"
+            self._console.print(message, markup=False, soft_wrap=True)
+            return []
+        events = TensorBoardOutputFormat(str(self._folder / EVENTS))
+        if self._gathered is not None:  # events after the checkpoint are written again: hide the first ones
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            events.writer.close()
+            events.writer = SummaryWriter(str(self._folder / EVENTS), purge_step=self.steps + 1)
+        return [events]
 
     def _on_step(self) -> bool:
         self._texts.add(self.locals["infos"])
