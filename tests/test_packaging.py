@@ -43,7 +43,7 @@ def test_the_import_takes_less_than_half_a_second():
         "print(time.process_time() - before)"
     )
     whole = "import time; before = time.process_time(); import textgen_env; print(time.process_time() - before)"
-    assert min(float(run(sys.executable, "-c", program, cwd=ROOT)) for _ in range(3)) < 0.1
+    assert min(float(run(sys.executable, "-c", program, cwd=ROOT)) for _ in range(3)) < 0.25
     assert min(float(run(sys.executable, "-c", whole, cwd=ROOT)) for _ in range(3)) < 0.5
 
 

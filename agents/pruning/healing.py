@@ -377,5 +377,5 @@ def read_state(path: Path) -> Any:
     """
     try:
         return torch.load(path, weights_only=True)
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError, UnpicklingError) as error:
+    except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, UnpicklingError) as error:
         raise RunFolderError(f"{path} is damaged, or nothing that distillation wrote: delete it ({error})") from error
