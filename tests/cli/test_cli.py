@@ -192,6 +192,8 @@ def test_a_stored_configuration_is_a_start_for_another_run(run, folder):
         (["prune", "{model}", "--out", "p", "--text", "nowhere.txt"], "cannot read 'nowhere.txt'"),
         (["prune", "{model}", "--out", "{model}"], "holds a model already"),
         (["train", "--prompts", "nowhere.txt", "--model", "{model}"], "no file of prompts at 'nowhere.txt'"),
+        (["train", "--resume", "{run}", "--steps", "3", "--candidate-scores"], "leave out --candidate-scores, --steps"),
+        (["train", "--resume", "{run}", "--engine", "local"], "a finished run"),
         (["train", "--config", "nowhere.json"], "cannot read 'nowhere.json'"),
         (["train", "--max-new-tokens", "4", "--min-new-tokens", "5"], "min_new_tokens must be at most"),
         (["train", "--model", "{model}", "--top-k", "4", "--max-prompt-tokens", "200"], "exceed the 128 tokens"),
