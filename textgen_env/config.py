@@ -152,7 +152,11 @@ class EnvConfig:
 
 def is_unicode(text: str) -> bool:
     """Return True if ``text`` can be encoded: half of a surrogate pair cannot, and no tokenizer takes it."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_one_of(name: str, value: object, allowed: Sequence[object]) -> None:

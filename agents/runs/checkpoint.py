@@ -24,9 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from agents.text_dqn.agent import TextDQN
-from textgen_env.errors import ConfigError, RunFolderError
-
-HALF_MADE = ".half-made"
+from textgen_env.errors import ConfigError, RunFolderError, TextGenError
+from textgen_env.files import whole_folder
 
 
 def save_checkpoint(folder: str | os.PathLike[str], agent: TextDQN, extra: dict[str, Any]) -> Path:
@@ -52,21 +51,14 @@ def save_checkpoint(folder: str | os.PathLike[str], agent: TextDQN, extra: dict[
         raise ConfigError(
             f"prompts and their metadata must be plain data to be kept in a checkpoint: {error}"
         ) from error
-    half_made = parent / HALF_MADE
     try:
-        shutil.rmtree(half_made, ignore_errors=True)  # a killed process left it
-        half_made.mkdir(parents=True)
-        save_file(tensors, half_made / "state.safetensors")
-        agent.save_replay_buffer(half_made / "replay.safetensors")
-        (half_made / "state.json").write_text(text, encoding="utf-8")
-        for path in (*half_made.iterdir(), half_made):
-            _flush(path)
-        half_made.rename(target)
-        _flush(parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(half_made, ignore_errors=True)
+        with whole_folder(target, (SafetensorError,)) as half_made:
+            save_file(tensors, half_made / "state.safetensors")
+            agent.save_replay_buffer(half_made / "replay.safetensors")
+            (half_made / "state.json").write_text(text, encoding="utf-8")
+    except RunFolderError as error:
         raise RunFolderError(f"no checkpoint could be written to {str(parent)!r}: {error}") from error
-    for older in _checkpoints(parent):
+    for older in (*_checkpoints(parent), *parent.glob(".*.half-made")):  # killed processes left the latter
         if older != target:
             shutil.rmtree(older, ignore_errors=True)
     return target
@@ -88,9 +80,9 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], agent: TextDQN) -> dict[
         plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
         extra = dict(plain["extra"])
         _restore(agent, tensors, plain)
+    except TextGenError:
+        raise
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        if isinstance(error, ConfigError) or type(error).__module__ == "textgen_env.errors":
-            raise
         raise RunFolderError(f"the checkpoint {str(path)!r} is damaged, or of another agent: {error}") from error
     agent.load_replay_buffer(path / "replay.safetensors")
     return extra
@@ -103,15 +95,6 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
 def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in folder.glob("[0-9]*") if path.is_dir()] if folder.is_dir() else []
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written to a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- what there is to store

@@ -31,7 +31,9 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from agents.text_dqn.replay import EpisodeReplay
 from agents.text_dqn.settings import COUNTERS, Range, check_settings
+from textgen_env.config import check_type
 from textgen_env.errors import ConfigError, ModelError, PromptError, TextGenError
+from textgen_env.files import whole_file, write_file
 from textgen_env.models.base import LanguageModel
 from textgen_env.rewards import reward_spec
 
@@ -106,6 +108,8 @@ def restored(stored: Any, given: Mapping[str, Any], policies: Mapping[str, type]
             f"custom_objects={{{', '.join(f'{name!r}: ...' for name in missing)}}}"
         )
     try:
+        check_type("model_name", stored["model_name"], str, type(None))
+        check_type("task", stored["task"], dict, type(None))
         boxes = {key: _box_from(**box) for key, box in stored["observation_space"].items()}
         policy, kwargs = stored["policy_class"], stored["policy_kwargs"] or {}
         return Restored(
@@ -116,8 +120,8 @@ def restored(stored: Any, given: Mapping[str, Any], policies: Mapping[str, type]
             n_envs=SPACE_SIZE.check("n_envs", stored["n_envs"]),
             settings=check_settings({**stored, **given}),
             counters=checked_counters(stored["counters"]),
-            model_name=_of_type("model_name", stored["model_name"], str),
-            task=_of_type("task", stored["task"], dict),
+            model_name=stored["model_name"],
+            task=stored["task"],
         )
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"the settings in {source} are damaged: {type(error).__name__}: {error}") from error
@@ -128,12 +132,6 @@ def checked_counters(stored: Mapping[str, Any]) -> dict[str, Any]:
     counters = {name: bounds.check(name, stored[name]) for name, bounds in COUNTERS.items()}
     np.random.default_rng().bit_generator.state = stored["learner"]["rng"]  # refuses what is no state
     return counters | {"learner": dict(stored["learner"])}
-
-
-def _of_type(name: str, value: Any, kind: type) -> Any:
-    if value is not None and not isinstance(value, kind):
-        raise ConfigError(f"{name} must be a {kind.__name__} or null, got {value!r}")
-    return value
 
 
 def _is_names(value: object) -> bool:
@@ -223,9 +221,9 @@ def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
 
 def write_replay(replay: EpisodeReplay, path: Path) -> None:
     """Write the steps as safetensors, with the counters and the random state as JSON in its header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     steps, state = replay.state_dict()
-    save_arrays(steps, path, metadata={"state": json.dumps(state)})
+    with whole_file(path, (SafetensorError,)) as half_made:
+        save_arrays(steps, half_made, metadata={"state": json.dumps(state)})
 
 
 def read_replay(replay: EpisodeReplay, path: Path) -> None:
@@ -317,10 +315,10 @@ def check_trained_on(task: Mapping[str, Any] | None, model: LanguageModel) -> No
 
 def save_pretrained(folder: Path, settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor], card: str) -> None:
     """Write weights, settings and a model card."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
-    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    with whole_file(folder / WEIGHTS_FILE, (SafetensorError,)) as half_made:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, half_made)
+    write_file(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+    write_file(folder / CARD_FILE, card)
 
 
 def read_pretrained(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:

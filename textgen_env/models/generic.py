@@ -31,6 +31,7 @@ class GenericDecoder:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self._modules = list(model.modules())
         self.lock = forward_lock(model)
         self.shape = self._probe()
 
@@ -70,7 +71,7 @@ class GenericDecoder:
             return (kept[0],)
 
         hook = head.register_forward_pre_hook(keep_last)
-        training = [module for module in self._model.modules() if module.training]
+        training = [module for module in self._modules if module.training]
         for module in training:  # its owner trains it: no dropout here, and none less there
             module.training = False
         try:

@@ -144,13 +144,14 @@ def check_rewards(
             f"reward {name!r} answered shape {answer.shape} for {_texts(generations)}; "
             f"expected ({len(generations)},), one number a text"
         )
-    bad = np.flatnonzero(~(np.abs(answer.astype(np.float64)) <= LARGEST))
+    values = answer.astype(np.float64)
+    bad = np.flatnonzero(~(np.abs(values) <= LARGEST))
     if bad.size:
         raise RewardError(
             f"reward {name!r} answered {answer[bad[0]]} for the completion "
             f"{shorten(generations[bad[0]].completion)}; rewards must be finite numbers within {LARGEST:g}"
         )
-    return answer.astype(np.float64)
+    return values
 
 
 def shorten(text: str, limit: int = 80) -> str:

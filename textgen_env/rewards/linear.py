@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from textgen_env.errors import ConfigError
+from textgen_env.files import write_file
 from textgen_env.rewards.base import REWARDS
 from textgen_env.rewards.incremental import IncrementalReward, IncrementalScore
 from textgen_env.rewards.lexical import split_words
@@ -37,7 +38,7 @@ class WordClassifier:
     def save(self, file: str | Path) -> None:
         """Write the classifier as JSON."""
         content = {"format": FORMAT, "label": self.label, "bias": self.bias, "weights": dict(self.weights)}
-        Path(file).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        write_file(file, json.dumps(content, ensure_ascii=False))
 
     @classmethod
     def load(cls, file: str | Path) -> WordClassifier:
