@@ -144,9 +144,9 @@ class TextScorer(nn.Module):
             folds: (B,) whose weights to use. None: the mean of all.
         """
         index, length, more, longer = self._parts(tokens, steps, candidates, folds)
-        done = (steps.unsqueeze(-1) == self.max_new_tokens - 1) | self.ends[candidates].bool()
+        done = (steps.unsqueeze(-1) >= self.max_new_tokens - 1) | _at(self.ends, candidates).bool()
         table = self._table(tokens, folds).view(-1, 1, 1)
-        more = more + torch.where(done, self.last[table, candidates], 0.0)
+        more = more + torch.where(done, _at(self.last, table * self.vocab_size + candidates), 0.0)
         after = torch.where(done, self.max_new_tokens, steps.unsqueeze(-1) + 1)
         score = self._look_up(steps, index, length).unsqueeze(-1)
         return score, self._look_up(after, index.unsqueeze(-1) + more, length.unsqueeze(-1) + longer)
@@ -160,39 +160,38 @@ class TextScorer(nn.Module):
         seen_from = _first_places(tokens)  # (B, RESIDUES)
         own = self._added(table, tokens.unsqueeze(-1), places, tokens, seen_from).squeeze(-1)
         index = self.bias[table].unsqueeze(-1) + _of_prefixes(own, steps)
-        length = _of_prefixes(self.characters[tokens], steps)
+        length = _of_prefixes(_at(self.characters, tokens), steps)
         more = self._added(table, candidates, steps, tokens, seen_from)
-        return index, length, more, self.characters[candidates]
+        return index, length, more, _at(self.characters, candidates)
 
     def _added(
         self, table: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor, tokens: torch.Tensor, seen: torch.Tensor
     ) -> torch.Tensor:
         """Return what ids (B, S, c) add to z after prefixes of ``steps`` (B, S) tokens."""
-        table = table.view(-1, 1, 1)
+        own = table.view(-1, 1, 1) * self.vocab_size + ids
         before = tokens.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1)
-        pairs = torch.where(steps.unsqueeze(-1) > 0, self.pair[table, pair_index(before, ids)], 0.0)
+        pairs = _at(self.pair, table.view(-1, 1, 1) * PAIRS + pair_index(before, ids))
+        pairs = torch.where(steps.unsqueeze(-1) > 0, pairs, 0.0)
         places = seen.gather(1, (ids % RESIDUES).flatten(1)).view(ids.shape)
-        fresh = torch.where(places < steps.unsqueeze(-1), 0.0, self.first[table, ids])
-        added: torch.Tensor = self.token[table, ids] + pairs + fresh
-        return added
+        fresh = torch.where(places < steps.unsqueeze(-1), 0.0, _at(self.first, own))
+        return _at(self.token, own) + pairs + fresh
 
     def _table(self, tokens: torch.Tensor, folds: torch.Tensor | None) -> torch.Tensor:
         return torch.full((len(tokens),), FOLDS, device=tokens.device) if folds is None else folds
 
     def _look_up(self, steps: torch.Tensor, index: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """Return the potential after ``steps`` tokens, bilinear in z and length; flat outside the table."""
-        values = self.potential[steps.flatten()]  # not kept: gathered below
-        rows = torch.arange(len(values), device=values.device)
         corners = []
         for axis, value in enumerate((index, length)):
-            low, step = self.grid[axis]
-            place = ((value + self.drift[axis][steps] - low) / step).flatten().clamp(0, GRID[axis] - 1)
+            low, step = self.grid[axis].tolist()
+            place = ((value + _at(self.drift[axis], steps) - low) / step).clamp(0, GRID[axis] - 1)
             floor = place.floor().long().clamp(max=GRID[axis] - 2)
             corners.append((floor, place - floor))
         (i, a), (j, b) = corners
-        found = (1 - a) * ((1 - b) * values[rows, i, j] + b * values[rows, i, j + 1])
-        found = found + a * ((1 - b) * values[rows, i + 1, j] + b * values[rows, i + 1, j + 1])
-        return found.view(steps.shape)
+        values, corner = self.potential.view(-1), (steps * GRID[0] + i) * GRID[1] + j
+        low_z = (1 - b) * _at(values, corner) + b * _at(values, corner + 1)
+        high_z = (1 - b) * _at(values, corner + GRID[1]) + b * _at(values, corner + GRID[1] + 1)
+        return (1 - a) * low_z + a * high_z
 
     # --- learning
 
@@ -317,6 +316,11 @@ def directions(language_model: LanguageModel) -> Floats:
 def pair_index(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Return the number in 0..PAIRS - 1 of each pair of ids."""
     return ((first * 0x9E3779B1 + second * 0x85EBCA77) >> 7) % PAIRS
+
+
+def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return the entries of ``values`` (n,) at any indices: several times as fast as plain indexing."""
+    return values.take(index)
 
 
 def _first_places(tokens: torch.Tensor) -> torch.Tensor:
