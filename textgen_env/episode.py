@@ -276,6 +276,16 @@ class Episodes:
         prompt, new = self.ids_of(row)
         return self.model.continuations(prompt, new[:-1], new[-1:])[0] if new else ""
 
+    def judged(self, rows: Rows) -> npt.NDArray[np.float64]:
+        """Return the reward that each row's text would get if it ended here, (B,). Nothing is paid.
+
+        Raises:
+            ResetNeeded: a row without an episode.
+            RewardError: see ``Reward.scored``.
+        """
+        self._check_begun(rows)
+        return self.reward.scored([self._generation(row, "length") for row in rows.tolist()]).total
+
     # --- phases
 
     def _check_ready(self, rows: Rows) -> None:

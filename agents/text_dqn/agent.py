@@ -36,16 +36,18 @@ from agents.text_dqn.replay import EpisodeReplay
 from agents.text_dqn.settings import check_settings
 from agents.text_dqn.sources import EpisodeSource, add_step
 from agents.text_dqn.steering import Steering
+from agents.text_dqn.validation import Validated, validate
 from textgen_env.errors import ConfigError
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.hub import load_language_model
+from textgen_env.vector_env import TextGenVectorEnv
 
 Self = TypeVar("Self", bound="TextDQN")
 
 SHELL_SETTINGS = ("score", "learning_rate", "learning_starts", "buffer_size", "stats_window_size", "seed")
 """Settings that the learner does not have."""
 
-LEARNER_SETTINGS = ("beta", "target_beta", "beta_start", "target", "score", "trace_lambda", "steps_per_update")
+LEARNER_SETTINGS = ("beta", "target_beta", "beta_start", "target", "score", "trace_lambda", "lm_share", "steps_per_update")
 """Settings that SB3 does not have."""
 
 
@@ -94,6 +96,7 @@ class TextDQN(DQN):
         target: str = "retrace",
         score: str | None = "auto",
         trace_lambda: float = 1.0,
+        lm_share: float | None = None,
         learning_rate: float | Any = 1e-3,
         learning_starts: int = 5_000,
         steps_per_update: int = 80,
@@ -119,6 +122,7 @@ class TextDQN(DQN):
                 "target": target,
                 "score": score,
                 "trace_lambda": trace_lambda,
+                "lm_share": lm_share,
                 "learning_rate": learning_rate,
                 "learning_starts": learning_starts,
                 "steps_per_update": steps_per_update,
@@ -241,7 +245,7 @@ class TextDQN(DQN):
         self._update_info_buffer(infos, dones)
         if self._vec_normalize_env is not None:  # the replay keeps rewards as they are paid, as SB3's does
             rewards = self._vec_normalize_env.get_original_reward()
-        add_step(self.learner, observation, new_obs, acted, rewards, dones, infos)
+        add_step(self.learner, observation, new_obs, acted, rewards, dones, infos, self._judged(env, dones))
         self._last_obs = new_obs  # type: ignore[assignment]  # Dict observations
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
         for _ in range(int(dones.sum())):
@@ -251,6 +255,16 @@ class TextDQN(DQN):
                 self.dump_logs()
         callback.on_rollout_end()
         return RolloutReturn(env.num_envs, int(dones.sum()), continue_training=True)
+
+    def _judged(self, env: VecEnv, dones: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64] | None:
+        """Return what the judge says of some prefixes, (N,), NaN where it is not asked; None if it never is."""
+        if self.settings["score"] != "judge":
+            return None
+        judged = np.full(len(dones), np.nan)
+        rows = self.learner.asks_about(~dones)
+        if rows.size:
+            judged[rows] = env.env_method("judge", indices=rows.tolist())
+        return judged
 
     def _collect_from(self, source: EpisodeSource, callback: BaseCallback) -> RolloutReturn:
         found = source.collect(self.learner, self.logger, self._progress, self._total_timesteps - self.num_timesteps)
@@ -295,6 +309,10 @@ class TextDQN(DQN):
         self._n_updates = self.learner.updates
         return losses
 
+    def choose_beta(self, env: TextGenVectorEnv, texts: int = 256, seed: int = 0) -> Validated:
+        """Act at the temperature that does best in ``env``, the language model itself included; see ``validation``."""
+        return validate(self, self.learner, env, texts, seed)
+
     @property
     def _progress(self) -> float:
         """Share of the current ``learn`` that is done, in [0, 1]."""
@@ -325,7 +343,8 @@ class TextDQN(DQN):
             self.q_net_target,
             self.policy.optimizer,
             self.replay_buffer,
-            **{name: value for name, value in self.settings.items() if name not in SHELL_SETTINGS},
+            **{name: value for name, value in self.settings.items() if name not in (*SHELL_SETTINGS, "lm_share")},
+            lm_share=self._share_of_language_model(),
             rng=np.random.default_rng(self.seed),
         )
 
@@ -341,7 +360,11 @@ class TextDQN(DQN):
 
     def _learns_scores(self) -> bool:
         has_scores = "score" in check_observation_space(self.observation_space).spaces
-        return self.settings["score"] == "learned" or (self.settings["score"] == "auto" and not has_scores)
+        return self.settings["score"] in ("learned", "judge") or (self.settings["score"] == "auto" and not has_scores)
+
+    def _share_of_language_model(self) -> float:
+        share = self.settings["lm_share"]
+        return (0.5 if self._learns_scores() else 0.0) if share is None else share
 
     def _find_language_model(self) -> LanguageModel:
         if self.env is not None:

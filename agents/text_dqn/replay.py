@@ -47,6 +47,7 @@ STEP_FIELDS = {
     "ended": np.bool_,
     "acted": np.bool_,
     "by_language_model": np.bool_,
+    "judged": np.float32,
 }
 """What a step holds beside its observation."""
 
@@ -137,6 +138,7 @@ class EpisodeReplay:
         truncated: Array,
         behaviour: Array,
         by_language_model: Array,
+        judged: Array | None = None,
     ) -> None:
         """Store one step of each environment.
 
@@ -147,6 +149,7 @@ class EpisodeReplay:
             truncated: (N,) True where an outside limit ended the episode, and not the text itself.
             behaviour: (N,) log-probability of each action when it was taken; nats.
             by_language_model: (N,) True where the language model itself chose.
+            judged: (N,) what the text after the step would get if it ended here; NaN where nobody asked.
         """
         envs = np.arange(self.n_envs)
         ended = done & ~truncated
@@ -166,6 +169,7 @@ class EpisodeReplay:
             by_language_model=by_language_model,
             ended=ended,
             acted=True,
+            judged=np.nan if judged is None else judged,
         )
         for env in np.flatnonzero(done).tolist():
             if truncated[env]:
@@ -212,6 +216,7 @@ class EpisodeReplay:
             by_language_model=by_language_model,
             ended=last & ended,
             acted=True,
+            judged=np.nan,
         )
         if not ended:
             self._store_last_state(env, {key: observations[key][-1] for key in self.keys})
@@ -284,7 +289,10 @@ class EpisodeReplay:
         )
 
     def texts(self) -> Texts:
-        """Return all finished texts that are kept, with their rewards; not those that an outside limit cut off."""
+        """Return the finished texts that are kept, and the prefixes of theirs that were judged, with their rewards.
+
+        Texts that an outside limit cut off are left out: nobody knows what they would have been worth.
+        """
         picks = [(env, *episode) for env, ring in enumerate(self.episodes) for episode in ring]
         envs, first, lengths = np.array(picks, np.int64).reshape(-1, 3).T
         ended = self.store["ended"][envs, (first + lengths - 1) % self.ring]
@@ -292,12 +300,15 @@ class EpisodeReplay:
         offset = np.arange(lengths.max(initial=1))
         at = (envs[:, None], (first[:, None] + np.minimum(offset, lengths[:, None] - 1)) % self.ring)
         inside = offset < lengths[:, None]
+        tokens, folds = self.store["token"][at].astype(np.int64), fold_of(envs, first)
+        texts, steps = np.nonzero(inside & np.isfinite(self.store["judged"][at]))  # prefixes that were judged
+        judged = self.store["judged"][at][texts, steps].astype(np.float64)
         return Texts(
-            tokens=self.store["token"][at].astype(np.int64),
-            lengths=lengths,
-            rewards=(self.store["reward"][at].astype(np.float64) * inside).sum(1),
-            folds=fold_of(envs, first),
-            finished=np.ones(len(lengths), np.bool_),
+            tokens=np.concatenate([tokens, tokens[texts]]),
+            lengths=np.concatenate([lengths, steps + 1]),
+            rewards=np.concatenate([(self.store["reward"][at].astype(np.float64) * inside).sum(1), judged]),
+            folds=np.concatenate([folds, folds[texts]]),
+            finished=np.arange(len(tokens) + len(texts)) < len(tokens),
         )
 
     def spread(self, count: int) -> EpisodeBatch:

@@ -19,7 +19,7 @@ from textgen_env.policies import Floats
 
 ITERATIONS = 60
 TOLERANCE = 1e-8  # of the squared gradient, relative to the first
-PENALTIES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 """Tried from the strongest on, until the error on left-out texts rises."""
 
 BIN = 40

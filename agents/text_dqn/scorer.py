@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from agents.text_dqn.ridge import Design, Fitted, cross_fit, rising_curve
+from agents.text_dqn.ridge import PENALTIES, Design, Fitted, cross_fit, rising_curve
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
@@ -89,6 +89,7 @@ class TextScorer(nn.Module):
 
     characters: torch.Tensor
     ends: torch.Tensor
+    penalty: torch.Tensor
     bias: torch.Tensor
     token: torch.Tensor
     first: torch.Tensor
@@ -104,6 +105,7 @@ class TextScorer(nn.Module):
         shapes = {
             "characters": (vocab_size,),  # of each token
             "ends": (vocab_size,),  # 1 for end tokens
+            "penalty": (),  # of the last fit, 0 before the first
             "bias": (FOLDS + 1,),
             "token": (FOLDS + 1, vocab_size),
             "first": (FOLDS + 1, vocab_size),
@@ -204,7 +206,9 @@ class TextScorer(nn.Module):
             visited: Some states, under the language model's own probabilities.
         """
         design, marks = self._design(texts, vectors)
-        fitted = cross_fit(design, texts.rewards, texts.folds)
+        strongest = 3 * float(self.penalty) or max(PENALTIES)
+        fitted = cross_fit(design, texts.rewards, texts.folds, [p for p in PENALTIES if p <= strongest * 1.01])
+        self.penalty.fill_(fitted.penalty)
         predicted, rewards = fitted.left_out[texts.finished], texts.rewards[texts.finished]
         if not _correlates(predicted, rewards):
             self.silence()
