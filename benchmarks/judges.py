@@ -34,7 +34,9 @@ SENTENCE = "The children laughed and played in the warm sun all day."
 
 JSON_TASK = "TextGen/Json-v0"
 
-JOY = frozenset("happy smiled friend friends love loved fun good great nice beautiful best".split())
+JOY = frozenset(
+    ["happy", "smiled", "friend", "friends", "love", "loved", "fun", "good", "great", "nice", "beautiful", "best"]
+)
 
 
 def _of_library(spec: Any) -> Judge:

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from agents.baselines.one_step import SampleAgent
 from agents.runs.optimum import best_of_n, estimated_optimum, share_of_optimal_gain
 from agents.text_dqn.agent import TextDQN
 from agents.zoo import OBSERVATION
-from benchmarks.judges import JSON_TASK, JUDGES, SEALED, Judge
-from textgen_env.evaluation import Evaluation, bootstrap_interval, choose_prompts, evaluate
+from benchmarks.judges import JSON_TASK, JUDGES, Judge
+from textgen_env.evaluation import bootstrap_interval, choose_prompts, evaluate
 from textgen_env.files import read_json, write_file
 from textgen_env.models import load_language_model
 from textgen_env.policies import Floats
@@ -78,7 +77,9 @@ class Yardstick:
         )
 
     def judge(self, name: str) -> Judge:
-        return JUDGES[name]([text.completion for text in self._written("validation", self.validation, 7, CLASSIFIED)], self.tokens)
+        return JUDGES[name](
+            [text.completion for text in self._written("validation", self.validation, 7, CLASSIFIED)], self.tokens
+        )
 
     def rewards(self, judge: Judge) -> Floats:
         """Return rewards of the language model's texts on the test prompts, (P, samples)."""
@@ -89,7 +90,9 @@ class Yardstick:
         """Return texts of the language model, one prompt's after another's."""
         path = self._folder / f"language-model-{self._kind}-{name}-{count}.json"
         if not path.is_file():
-            found = evaluate(SampleAgent(), self.env(256, prompts, "length", ("logprobs", "action_mask")), count, seed, prompts)
+            found = evaluate(
+                SampleAgent(), self.env(256, prompts, "length", ("logprobs", "action_mask")), count, seed, prompts
+            )
             texts = np.array(list(zip(found.prompts, found.completions, strict=True)), object)
             by_prompt = texts.reshape(-1, found.num_prompts, 2).transpose(1, 0, 2).reshape(-1, 2)
             write_file(path, json.dumps(by_prompt.tolist()))

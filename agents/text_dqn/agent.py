@@ -47,7 +47,16 @@ Self = TypeVar("Self", bound="TextDQN")
 SHELL_SETTINGS = ("score", "learning_rate", "learning_starts", "buffer_size", "stats_window_size", "seed")
 """Settings that the learner does not have."""
 
-LEARNER_SETTINGS = ("beta", "target_beta", "beta_start", "target", "score", "trace_lambda", "lm_share", "steps_per_update")
+LEARNER_SETTINGS = (
+    "beta",
+    "target_beta",
+    "beta_start",
+    "target",
+    "score",
+    "trace_lambda",
+    "lm_share",
+    "steps_per_update",
+)
 """Settings that SB3 does not have."""
 
 
@@ -226,6 +235,13 @@ class TextDQN(DQN):
                 "VecNormalize normalises observations, among them token ids and masks: give it norm_obs=False"
             )
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def _setup_learn(
+        self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any
+    ) -> tuple[int, BaseCallback]:
+        if reset_num_timesteps or self._last_obs is None:  # SB3 resets the environment: its texts do not go on
+            self.replay_buffer.give_up_open()
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args)
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> RolloutReturn:
         """Take one step in the environment, or texts from ``episode_source``; as in SB3."""

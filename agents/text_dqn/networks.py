@@ -290,6 +290,11 @@ class CandidateQNetwork(nn.Module):
         place = ((returns - self.support[0]) / step).clamp(0, len(self.support) - 1).unsqueeze(-1)
         return (1 - (place - torch.arange(len(self.support), device=place.device)).abs()).clamp(min=0)
 
+    @property
+    def reads_given_scores(self) -> bool:
+        """Whether the environment's running scores are an input, and not those of a scorer of its own."""
+        return self.uses_score and self.scorer is None
+
     def known(self, observations: Tensors) -> torch.Tensor:
         """Return the part of Q that is not learned, (..., k)."""
         known = known_advantage(observations) if self.uses_candidate_scores else None

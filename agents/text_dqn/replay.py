@@ -68,7 +68,7 @@ class EpisodeBatch:
     ended: torch.Tensor  # (B, T) bool
     acted: torch.Tensor  # (B, T) bool
     by_language_model: torch.Tensor  # (B, T) bool, the language model itself chose the action
-    folds: torch.Tensor  # (B,) int64, the part of the texts that each belongs to; see ``scorer``
+    folds: torch.Tensor | None = None  # (B,) int64, the part of the texts that each belongs to; see ``scorer``
 
 
 class EpisodeReplay:
@@ -176,6 +176,10 @@ class EpisodeReplay:
                 self._store_last_state(env, {key: next_observation[key][env] for key in self.keys})
             self._close(env)
 
+    def give_up_open(self) -> None:
+        """Forget the texts that environments have begun: they will not go on."""
+        self.written[:] = self.open
+
     def add_episode(
         self,
         observations: Mapping[str, Array],
@@ -240,7 +244,7 @@ class EpisodeReplay:
 
         An episode that an environment has begun here is given up: its steps would lie in between.
         """
-        self.written[:] = self.open
+        self.give_up_open()
         ends = np.cumsum(lengths)
         for first, end in zip(ends - lengths, ends, strict=True):
             env = int(self.written.argmin())

@@ -206,8 +206,10 @@ class TextScorer(nn.Module):
             visited: Some states, under the language model's own probabilities.
         """
         design, marks = self._design(texts, vectors)
+        if np.unique(texts.folds).size == 1:
+            return 0.0
         strongest = 3 * float(self.penalty) or max(PENALTIES)
-        fitted = cross_fit(design, texts.rewards, texts.folds, [p for p in PENALTIES if p <= strongest * 1.01])
+        fitted = cross_fit(design, texts.rewards, texts.folds, FOLDS, [p for p in PENALTIES if p <= strongest * 1.01])
         self.penalty.fill_(fitted.penalty)
         predicted, rewards = fitted.left_out[texts.finished], texts.rewards[texts.finished]
         if not _correlates(predicted, rewards):
@@ -220,7 +222,7 @@ class TextScorer(nn.Module):
 
     def _design(self, texts: Texts, vectors: Floats) -> tuple[Design, tuple[float, float]]:
         """Return the features of texts, and mean and deviation of their lengths in characters."""
-        vocabulary, columns = self.vocab_size, 3 * self.vocab_size + PAIRS
+        vocabulary, padding = self.vocab_size, 3 * self.vocab_size + PAIRS
         tokens, lengths = texts.tokens, texts.lengths
         inside = np.arange(tokens.shape[1]) < lengths[:, None]
         places = _first_places(torch.from_numpy(tokens)).gather(1, torch.from_numpy(tokens % RESIDUES)).numpy()
@@ -229,29 +231,31 @@ class TextScorer(nn.Module):
         ended = texts.finished[:, None]
         last = np.take_along_axis(tokens, lengths[:, None] - 1, 1)
         sparse = {
-            "token": np.where(inside, tokens, columns),
-            "first": np.where(fresh, vocabulary + tokens, columns),
-            "last": np.where(ended, 2 * vocabulary + last, columns),
-            "pair": np.where(inside[:, 1:], 3 * vocabulary + pairs, columns),
+            "token": np.where(inside, tokens, padding),
+            "first": np.where(fresh, vocabulary + tokens, padding),
+            "last": np.where(ended, 2 * vocabulary + last, padding),
+            "pair": np.where(inside[:, 1:], 3 * vocabulary + pairs, padding),
         }
         length = (self.characters.cpu().numpy()[tokens] * inside).sum(1)
         marks = (float(length.mean()), float(length.std()) + 1e-6)
         means = (vectors[tokens] * inside[..., None]).sum(1)
-        return Design.of(sparse, {"vector": means, "length": _hats(length, marks)}, columns), marks
+        return Design.of(sparse, {"vector": means, "length": _hats(length, marks)}, padding), marks
 
     def _take_weights(self, design: Design, fitted: Fitted, vectors: Floats) -> Floats:
         """Fill the tables of contributions; return the weights of the marks, their mean over the folds."""
         vocabulary, scales = self.vocab_size, design.scales
         weights = np.concatenate([fitted.weights, fitted.weights.mean(0, keepdims=True)])
         biases = np.append(fitted.biases, fitted.biases.mean())
-        token, first, last = (weights[:, i * vocabulary : (i + 1) * vocabulary] for i in range(3))
-        dense = weights[:, design.columns + 1 :]
+        occurring, dense = design.parts(weights)
+        sparse = np.zeros((FOLDS + 1, 3 * vocabulary + PAIRS))
+        sparse[:, design.used] = occurring[:, :-1]
+        token, first, last = (sparse[:, i * vocabulary : (i + 1) * vocabulary] for i in range(3))
         of_vectors = dense[:, : vectors.shape[1]] @ vectors.T
         for table, values in (
             (self.token, token * scales["token"] + of_vectors * scales["vector"]),
             (self.first, first * scales["first"]),
             (self.last, last * scales["last"]),
-            (self.pair, weights[:, 3 * vocabulary : design.columns] * scales["pair"]),
+            (self.pair, sparse[:, 3 * vocabulary :] * scales["pair"]),
             (self.bias, biases),
         ):
             table.copy_(torch.from_numpy(values))

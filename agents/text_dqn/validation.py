@@ -1,7 +1,7 @@
 """The temperature to act at, chosen on prompts that were kept back: no trained agent is worse than the language model.
 
-    agent, environment with validation prompts  ->  texts at each temperature, on the same luck
-                                                ->  the one with the most E[R] - target_beta KL
+agent, environment with validation prompts  ->  texts at each temperature, on the same luck
+                                            ->  the one with the most E[R] - target_beta KL
 """
 
 from __future__ import annotations
