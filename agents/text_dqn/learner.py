@@ -139,6 +139,16 @@ class Learner:
             )
         return logprobs.double().cpu().numpy()
 
+    def q(self, observation: Mapping[str, Any]) -> Floats:
+        """Return Q of the slow network, (B, k): with ``score`` observed what is gained from here on, else the reward.
+
+        Args:
+            observation: (B, ...) a key, arrays or tensors.
+        """
+        tensors = {key: torch.as_tensor(value, device=self.network.device) for key, value in observation.items()}
+        with torch.inference_mode():
+            return self.slow_network(tensors).double().cpu().numpy()
+
     def draw(self, policy: Floats) -> npt.NDArray[np.int64]:
         """Return one action a row, each drawn with a random number of its own."""
         return sample(policy, self.rng.random(len(policy)))
