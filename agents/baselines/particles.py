@@ -4,9 +4,9 @@ Each row draws from the language model tilted by Q, and has a weight. A step mul
 
     exp((r + V' - Q) / beta)
 
-which a perfect Q makes 1. Where the weights of a text's rows are too uneven, rows are drawn anew by
-weight (forked); when all have ended, one is drawn. The last step uses the true reward, so the text
-follows the best possible policy, mu(text) exp(R / beta) / Z, as n grows, whatever Q is. With Q = 0
+which a perfect Q makes 1. Where the weights of a text's unfinished rows are too uneven, these are drawn
+anew by weight (forked); when all have ended, one is drawn. The last step uses the true reward, so the
+text follows the best possible policy, mu(text) exp(R / beta) / Z, as n grows, whatever Q is. With Q = 0
 nothing happens before the end, which is best-of-n with weights in place of the maximum.
 
     prompts (P)  ->  P n rows, one forward a step  ->  weights (n,), log Z  ->  a text a prompt
@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from agents.baselines.planning import PLANNING_AGENTS, ROWS, Ids
 from agents.baselines.values import Tilted, ValuePlanner
+from textgen_env.config import check_at_least
 from textgen_env.errors import ConfigError
 from textgen_env.models.base import Rows
 from textgen_env.policies import Floats, sample
@@ -40,7 +41,7 @@ TRUSTS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 """Factors on Q that ``temper`` tries; 0 is weighted best-of-n."""
 
 THRESHOLDS = (0.5, 0.9, 0.25, 0.0)
-"""Shares of n that ``temper`` tries, below which the effective number of rows causes a resampling."""
+"""Thresholds of resampling that ``temper`` tries."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,16 @@ class WeightedTexts:
 
 @dataclass(frozen=True)
 class Tempering:
-    """Settings that were tried on validation prompts, and what they are worth there."""
+    """A setting that was tried on validation prompts, and what it is worth there."""
 
     trust: float
     threshold: float
-    value_at_least: float  # beta E[log Z], reward units
+    values: Floats  # (repeats, prompts) beta log Z, reward units
+
+    @property
+    def value_at_least(self) -> float:
+        """beta E[log Z], reward units."""
+        return float(self.values.mean())
 
 
 @dataclass
@@ -84,8 +90,7 @@ class _Cloud:
     """G groups of n rows: row ``g n + i`` is row ``i`` of the text ``g``. N = G n."""
 
     generators: list[np.random.Generator]  # G
-    log_weights: Floats  # (G, n), since the last resampling
-    log_z: Floats  # (G,), of the resamplings so far
+    log_weights: Floats  # (G, n)
     tilted: Tilted  # of all N rows; what ended rows have is not read
     prefix: npt.NDArray[np.int64]  # (N,) equal for rows of a group that hold the same text
     worth: Floats  # (N,) of the whole text: expected, or the reward of an ended one
@@ -110,8 +115,8 @@ class ParticlesAgent(ValuePlanner):
     Args:
         n: Rows a text, at least 1; each costs its tokens. With 1 it is the tilted policy itself.
         values, beta, trust, rows: See ``ValuePlanner``.
-        threshold: Rows are resampled where their effective number is below this share of n, in [0, 1];
-            0: never.
+        threshold: Unfinished rows are resampled where their effective number is below this share of them,
+            in [0, 1]; 0: never.
         judge: Ask the reward about finished texts. Without it the last weight is left out: the texts
             follow the values alone, and nothing is certified.
 
@@ -137,17 +142,17 @@ class ParticlesAgent(ValuePlanner):
         self.threshold = threshold
         self.judge = judge
         if not judge:
-            self._episodes.reward = _Unjudged(env.episodes.reward)
+            self._episodes.reward = _Unjudged()
 
     @property
     def threshold(self) -> float:
-        """The share of n below which the effective number of rows causes a resampling."""
+        """The share of unfinished rows below which their effective number causes a resampling."""
         return self._threshold
 
     @threshold.setter
     def threshold(self, threshold: float) -> None:
         if not 0 <= threshold <= 1:
-            raise ConfigError(f"threshold must be in [0, 1] (a share of n), got {threshold}")
+            raise ConfigError(f"threshold must be in [0, 1] (a share of the rows), got {threshold}")
         self._threshold = float(threshold)
 
     def write(self, prompts: Sequence[str | Prompt]) -> list[WeightedTexts]:
@@ -159,34 +164,43 @@ class ParticlesAgent(ValuePlanner):
         """
         return self._weigh([(as_prompt(prompt, f"prompts[{i}]"), ()) for i, prompt in enumerate(prompts)])
 
-    def temper(self, prompts: Sequence[str | Prompt], repeats: int = 2, seed: int = 0) -> list[Tempering]:
+    def temper(self, prompts: Sequence[str | Prompt], repeats: int = 4, seed: int = 0) -> list[Tempering]:
         """Set ``trust`` and ``threshold`` to those with the highest beta E[log Z] on ``prompts``.
 
-        First trust is chosen, then the threshold. Each setting writes ``repeats`` times n rows a
-        prompt, with the same random numbers, so a choice among settings is less noisy than they are.
+        First trust is chosen, then the threshold. Of settings that differ by less than two standard
+        errors the one is taken whose log Z varies least: E[log Z] falls short of log E[Z] by about half
+        its variance.
 
         Args:
             prompts: Others than those that the result is measured on.
+            repeats: Texts a prompt and setting, each of n rows, at least 2; their random numbers are
+                the same for all settings.
 
         Returns:
-            What was tried, best first.
+            Everything that was tried, the chosen setting first.
+
+        Raises:
+            ConfigError: without a judge, prompts, or enough repeats.
         """
         if not self.judge:
             raise ConfigError("tempering compares true rewards: it needs judge=True")
+        check_at_least("repeats", repeats, 2)
+        check_at_least("the number of prompts", len(prompts), 1)
         own, drawn = self.threshold, self._rng
-        tried = [self._tempered(trust, own, prompts, repeats, seed) for trust in TRUSTS]
-        trust = max(tried, key=lambda found: found.value_at_least).trust
-        tried += [self._tempered(trust, share, prompts, repeats, seed) for share in THRESHOLDS if share != own]
-        tried.sort(key=lambda found: -found.value_at_least)
-        self.trust, self.threshold, self._rng = tried[0].trust, tried[0].threshold, drawn
-        return tried
+        repeated = list(prompts) * repeats
+        tried = [self._tempered(trust, own, repeated, repeats, seed) for trust in TRUSTS]
+        trust = _best(tried).trust
+        tried += [self._tempered(trust, share, repeated, repeats, seed) for share in THRESHOLDS if share != own]
+        best = _best(tried)
+        self.trust, self.threshold, self._rng = best.trust, best.threshold, drawn
+        return [best, *(found for found in tried if found is not best)]
 
     def _tempered(
         self, trust: float, threshold: float, prompts: Sequence[str | Prompt], repeats: int, seed: int
     ) -> Tempering:
         self.trust, self.threshold, self._rng = trust, threshold, np.random.default_rng(seed)
-        found = [text.log_z for text in self.write(list(prompts) * repeats)]
-        return Tempering(trust, threshold, self.beta * float(np.mean(found)))
+        found = self.beta * np.array([text.log_z for text in self.write(prompts)])
+        return Tempering(trust, threshold, found.reshape(repeats, -1))
 
     def _plan(self, texts: Sequence[tuple[Prompt, Ids]]) -> list[Ids]:
         found = self._weigh(texts)
@@ -208,8 +222,8 @@ class ParticlesAgent(ValuePlanner):
         while (live := rows[~cloud.ended]).size:
             self._advance(cloud, live)
             self._resample(cloud)
-        weights, log_mean = _normalised(cloud.log_weights)
-        log_z = cloud.log_z + log_mean
+        weights, log_sum = _normalised(cloud.log_weights)
+        log_z = log_sum - math.log(self.n)
         of_group = rows.reshape(groups, -1)
         return [self._result(cloud, g, of_group[g], weights[g], float(log_z[g])) for g in range(groups)]
 
@@ -219,7 +233,6 @@ class ParticlesAgent(ValuePlanner):
         return _Cloud(
             generators=generators,
             log_weights=tilted.worth.reshape(groups, -1) / self.beta,
-            log_z=np.zeros(groups),
             tilted=tilted,
             prefix=rows // self.n,
             worth=tilted.worth,
@@ -255,20 +268,26 @@ class ParticlesAgent(ValuePlanner):
         return actions
 
     def _resample(self, cloud: _Cloud) -> None:
-        """Draw rows anew, by weight, for the unfinished texts whose weights are too uneven."""
-        weights, log_mean = _normalised(cloud.log_weights)
-        effective = 1 / (weights**2).sum(-1)
-        unfinished = ~cloud.ended.reshape(weights.shape).all(-1)
-        # Equal weights differ in their last bits, which is no reason to resample.
-        uneven = unfinished & (effective < self.threshold * self.n * (1 - 1e-9))
+        """Draw the unfinished rows of a text anew, by weight, where their weights are too uneven.
+
+        Finished rows stay as they are: a value that is too low or too high would let one kind push out
+        the other.
+        """
+        live = ~cloud.ended.reshape(cloud.log_weights.shape)
+        count = live.sum(-1)
+        with np.errstate(invalid="ignore"):  # of texts without unfinished rows
+            weights, log_sum = _normalised(np.where(live, cloud.log_weights, -np.inf))
+            effective = 1 / (weights**2).sum(-1)
+            # Equal weights differ in their last bits, which is no reason to resample.
+            uneven = np.flatnonzero((count > 0) & (effective < self.threshold * count * (1 - 1e-9)))
         src, dst = [], []
-        for g in np.flatnonzero(uneven).tolist():
-            copies = systematic(weights[g], cloud.generators[g].random())
-            src.append(g * self.n + np.repeat(np.arange(self.n), np.maximum(copies - 1, 0)))
-            dst.append(g * self.n + np.flatnonzero(copies == 0))
-        cloud.log_z[uneven] += log_mean[uneven]
-        cloud.log_weights[uneven] = 0.0
-        cloud.resamplings += uneven
+        for g in uneven.tolist():
+            here = np.flatnonzero(live[g])
+            copies = systematic(weights[g, here], cloud.generators[g].random())
+            src.append(g * self.n + np.repeat(here, np.maximum(copies - 1, 0)))
+            dst.append(g * self.n + here[copies == 0])
+            cloud.log_weights[g, here] = log_sum[g] - math.log(len(here))
+            cloud.resamplings[g] += 1
         if src:
             self._episodes.fork(np.concatenate(src), np.concatenate(dst))
             cloud.copy_rows(np.concatenate(src), np.concatenate(dst))
@@ -289,6 +308,17 @@ class ParticlesAgent(ValuePlanner):
             judge_calls=int(cloud.judge_calls[group]),
             resamplings=int(cloud.resamplings[group]),
         )
+
+
+def _best(tried: Sequence[Tempering]) -> Tempering:
+    """Return the setting with the highest mean, or one as good but for noise whose values vary less."""
+    highest = max(tried, key=lambda found: found.value_at_least)
+
+    def is_as_good(found: Tempering) -> bool:
+        behind = highest.values - found.values
+        return bool(behind.mean() <= 2 * behind.std() / math.sqrt(behind.size))
+
+    return min(filter(is_as_good, tried), key=lambda found: float(found.values.var(axis=0).mean()))
 
 
 def systematic(weights: Floats, number: float) -> npt.NDArray[np.int64]:
@@ -327,9 +357,9 @@ def _spread(
 
 
 def _normalised(log_weights: Floats) -> tuple[Floats, Floats]:
-    """Return weights (G, n) that sum to 1, and the log of the mean of what they were, (G,)."""
+    """Return weights (G, n) that sum to 1, and the log of the sum of what they were, (G,)."""
     log_sum = np.logaddexp.reduce(log_weights, axis=-1)
-    return np.exp(log_weights - log_sum[:, None]), log_sum - math.log(log_weights.shape[-1])
+    return np.exp(log_weights - log_sum[:, None]), log_sum
 
 
 class _Unjudged(Reward):

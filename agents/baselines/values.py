@@ -113,7 +113,7 @@ def value_source(values: Any, env: TextGenVectorEnv) -> ValueSource:
     if not isinstance(values, ValueSource):
         raise ConfigError(
             f"values must come from a TextDQN, one of {', '.join(VALUE_SOURCES)}, or an object with needs and q, got "
-            f"{values if isinstance(values, str) else type(values).__name__!r}"
+            f"{(values if isinstance(values, str) else type(values).__name__)!r}"
         )
     return values
 
@@ -140,7 +140,7 @@ def tilt(log_mu: Floats, q: Floats, beta: float) -> tuple[Floats, Floats]:
         ConfigError: Q / beta is not finite.
     """
     tilted = log_mu + q / beta
-    log_sum = np.logaddexp.reduce(tilted, axis=-1)
+    log_sum = np.logaddexp.reduce(tilted, axis=-1) if np.isfinite(q).all() else np.full(1, np.nan)
     if not np.isfinite(log_sum).all():
         raise ConfigError(f"Q / beta is not finite at beta={beta:g}: raise beta, or look at where the values come from")
     return tilted - log_sum[:, None], beta * log_sum
