@@ -53,6 +53,7 @@ class WeightedTexts:
     ids: tuple[Ids, ...]  # n, of the completions
     rewards: Floats  # (n,), NaN where the texts were not judged
     weights: Floats  # (n,), sum to 1
+    logprobs: Floats  # (n,) nats, of the texts under the language model (whole vocabulary)
     chosen: int  # in 0..n-1
     log_z: float  # log of the estimate of E_mu[exp(R / beta)]
     value_at_least: float | None  # beta log Z, whose mean bounds J from below; None where nothing was judged
@@ -94,6 +95,7 @@ class _Cloud:
     tilted: Tilted  # of all N rows; what ended rows have is not read
     prefix: npt.NDArray[np.int64]  # (N,) equal for rows of a group that hold the same text
     worth: Floats  # (N,) of the whole text: expected, or the reward of an ended one
+    logprobs: Floats  # (N,) of ended texts
     ended: npt.NDArray[np.bool_]  # (N,)
     tokens: npt.NDArray[np.int64]  # (G,)
     judge_calls: npt.NDArray[np.int64]  # (G,)
@@ -236,6 +238,7 @@ class ParticlesAgent(ValuePlanner):
             tilted=tilted,
             prefix=rows // self.n,
             worth=tilted.worth,
+            logprobs=np.zeros(len(rows)),
             ended=np.zeros(len(rows), bool),
             tokens=counts[0],
             judge_calls=counts[1],
@@ -255,6 +258,7 @@ class ParticlesAgent(ValuePlanner):
                 array[going] = getattr(found, name)
             cloud.worth[going] = found.worth
         cloud.worth[over] = (outcome.rewards if self.judge else expected)[outcome.ended]
+        cloud.logprobs[over] = [info["logprob"] for info in outcome.infos if info.get("finish_reason")]
         cloud.ended[over] = True
         cloud.log_weights.ravel()[live] += (cloud.worth[live] - expected) / self.beta
         np.add.at(cloud.tokens, groups, 1)
@@ -301,6 +305,7 @@ class ParticlesAgent(ValuePlanner):
             ids=tuple(tuple(episodes.ids_of(row)[1]) for row in rows.tolist()),
             rewards=cloud.worth[rows] if self.judge else np.full(len(rows), math.nan),
             weights=weights,
+            logprobs=cloud.logprobs[rows],
             chosen=int(sample(weights[None], cloud.generators[group].random(1))[0]),
             log_z=log_z,
             value_at_least=self.beta * log_z if self.judge else None,

@@ -11,7 +11,6 @@ Three sources: a trained agent, a look one token ahead, and 0, under which pi is
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 import toys
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents.baselines.guided import GuidedBestOfNAgent
 from agents.baselines.particles import ParticlesAgent, systematic
@@ -172,8 +175,6 @@ def test_beta_log_z_is_a_lower_bound_of_the_value_and_equal_to_it_with_one_row(n
 
 def trained_agent(env):
     """A TextDQN whose Q depends on everything."""
-    import torch
-
     agent = TextDQN("CandidatePolicy", env, beta=0.3, seed=0)
     torch.manual_seed(0)
     for head in agent.q_net_target.heads:
@@ -201,7 +202,49 @@ def test_one_row_is_the_agent_itself(scores):
         completion = infos["final_info"]["completion"][0]
         assert found.completion == completion
         assert found.reward == pytest.approx(reward[0])
+        assert found.logprobs[0] == pytest.approx(infos["final_info"]["logprob"][0])
         assert found.value_at_least == pytest.approx(reward[0] - 0.3 * log_ratio, abs=1e-5)
+
+
+@pytest.mark.parametrize("vector", [True, False])
+def test_an_agent_writes_with_particles_in_its_environment_and_without(vector, tmp_path):
+    env = open_env("length", observation=NEEDED_KEYS, max_new_tokens=4, stop=("b",))
+    made = env if vector else DummyVecEnv([lambda: gym.make("TextGen-v0", **settings_like(env))])
+    agent = trained_agent(made)
+    agent.beta = 0.4
+    found = agent.write(toys.PROMPTS, particles=4, seed=3, threshold=0.9)
+    expected = ParticlesAgent(env, 3, n=4, values=agent, threshold=0.9).write(toys.PROMPTS)
+    assert [text.ids for text in found] == [text.ids for text in expected]
+    assert all("b" not in text.completion[:-2] for text in found)  # "ab" is one token
+    assert [text.value_at_least for text in found] == [text.value_at_least for text in expected]
+    agent.save_pretrained(tmp_path)
+    loaded = TextDQN.from_pretrained(tmp_path, model=env.language_model)
+    assert [text.ids for text in loaded.write(toys.PROMPTS, 4, seed=3, threshold=0.9)] == [t.ids for t in expected]
+    assert loaded.write(["a"], 4)[0].value_at_least is not None
+    judged = loaded.write(["a"], 4, reward=lambda text: 5.0)[0]
+    np.testing.assert_array_equal(judged.rewards, 5.0)
+
+
+def settings_like(env):
+    config = env.episodes.config
+    names = ("top_k", "max_new_tokens", "max_prompt_tokens", "observation", "stop")
+    parts = {"model": env.language_model, "prompts": toys.PROMPTS, "reward": env.episodes.reward}
+    return parts | {name: getattr(config, name) for name in names}
+
+
+def test_a_reward_that_was_not_stored_leaves_texts_unjudged_and_scores_are_asked_for(tmp_path):
+    trained_agent(open_env(lambda text: 1.0, observation=NEEDED_KEYS)).save_pretrained(tmp_path / "end")
+    agent = TextDQN.from_pretrained(tmp_path / "end", model=toys.letters())
+    assert agent.write(["a"], 2)[0].value_at_least is None
+    keys = (*NEEDED_KEYS, "score", "candidate_scores")
+    trained_agent(open_env(toys.Worth(), observation=keys)).save_pretrained(tmp_path / "scores")
+    agent = TextDQN.from_pretrained(tmp_path / "scores", model=toys.letters())
+    with pytest.raises(ConfigError, match=r"sees running scores of reward 'worth'.*give it again"):
+        agent.write(["a"], 2)
+    assert agent.write(["a"], 2, reward=toys.Worth())[0].reward > -5
+    agent.task = None
+    with pytest.raises(ConfigError, match="does not know its task"):
+        agent.write(["a"])
 
 
 def test_a_seed_repeats_the_texts_whatever_else_is_written_beside_them():
@@ -284,7 +327,7 @@ def test_guided_best_of_n_in_one_block_is_best_of_n(texts):
 
 
 def test_the_kl_of_guided_best_of_n_is_within_its_bound(tree, texts):
-    ids, mu, rewards = texts
+    ids, mu, _ = texts
     agent = GuidedBestOfNAgent(open_env(), seed=0, n=4, block=1, values=Planted(tree, 0.5), beta=BETA)
     found = agent.write(["a"] * 1500)
     law = np.array([sum(text.ids == text_ids for text in found) for text_ids in ids]) / len(found)
@@ -330,7 +373,7 @@ def test_values_that_are_not_finite_are_refused():
         def q(self, observation):
             return np.full((len(observation["tokens"]), 3), np.nan)
 
-    with pytest.raises(ConfigError, match="not finite at beta=0.5"):
+    with pytest.raises(ConfigError, match=r"not finite at beta=0\.5"):
         ParticlesAgent(open_env(), values=Broken(), beta=BETA).write(["a"])
 
 

@@ -74,6 +74,43 @@ def test_generate_without_json_prints_a_line_a_text(run, folder):
     assert "the film|" in lines[0]
 
 
+def test_generate_draws_each_text_from_weighted_ones(run, folder):
+    command = ("generate", folder / "run", "--prompt", "the film", "--num", 3, "--particles", 5)
+    result = textgen(*command, "--json")
+    assert result.exit_code == 0, result.output
+    texts = json.loads(result.stdout)
+    assert len(texts) == 3
+    for text in texts:
+        assert len(text["particles"]) == 5
+        assert sum(particle["weight"] for particle in text["particles"]) == pytest.approx(1)
+        assert (text["completion"], text["reward"]) in [(p["completion"], p["reward"]) for p in text["particles"]]
+        assert text["tokens"] == 5 * 4
+        assert text["logprob"] < 0
+    value = sum(text["value_at_least"] for text in texts) / 3
+    shown = textgen(*command)
+    assert "Each drawn from 5 by weight, at 20 tokens" in shown.stderr
+    assert f"at least J = {value:.3f}" in shown.stderr
+    unjudged = textgen(*command, "--no-judge")
+    assert unjudged.stdout.count("unjudged  the film|") == 3
+    assert "the last weight is left out" in unjudged.stderr
+    of_model = ("generate", "--model", folder / "model", "--max-new-tokens", 3, "--particles", 4, "--beta", 0.05)
+    assert "Each drawn from 4 by weight, at 12 tokens" in textgen(*of_model, "--prompt", "the film").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--particles", "2", "--greedy"], "leave one out"),
+        (["--no-judge"], "a setting of --particles"),
+        (["--particles", "100000000000"], "memory"),
+    ],
+)
+def test_generate_says_which_particles_it_cannot_draw(arguments, message, run, folder):
+    result = textgen("generate", folder / "run", "--prompt", "the film", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
+
+
 def test_record_writes_a_dataset_of_a_run_or_of_a_language_model(run, folder, monkeypatch):
     pytest.importorskip("minari", reason="recorded texts need minari[hdf5]")
     from agents.text_dqn.offline import BEHAVIOUR, open_dataset
