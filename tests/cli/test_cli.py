@@ -179,6 +179,20 @@ def test_a_pruned_and_healed_model_writes(folder, tmp_path):
     assert written.output.count("the film|") == 2
 
 
+def test_evaluate_measures_what_more_tokens_buy(run, folder):
+    result = textgen("evaluate", folder / "run", "--particles", "1, 2", "--out", folder / "tokens")
+    assert result.exit_code == 0, result.output
+    assert "more tokens a text" in result.stdout
+    points = json.loads((folder / "tokens" / "summary.json").read_text())["spending"]
+    assert [(point["way"], point["n"]) for point in points if point["tokens"] == 8] == [
+        (way, 2) for way in ("best of n", "weighted best of n", "guided best of n", "particles")
+    ]
+    assert (folder / "tokens" / "tokens.png").is_file()
+    refused = textgen("evaluate", folder / "run", "--particles", "2,none")
+    assert refused.exit_code == 2
+    assert "like 1,2,4,8, got '2,none'" in refused.stderr
+
+
 def test_evaluate_repeats_the_table_and_draws_the_plane(run, folder):
     result = textgen("evaluate", folder / "run")
     assert result.exit_code == 0, result.output
