@@ -31,7 +31,7 @@ from textgen_env.vector_env import TextGenVectorEnv
 if TYPE_CHECKING:
     from rich.table import Table
 
-BEST = "best of n"
+MAXIMUM = "best of n"
 WEIGHTED = "weighted best of n"
 GUIDED = "guided best of n"
 PARTICLES = "particles"
@@ -95,7 +95,7 @@ def choices(rewards: Floats, n: int, beta: float, length: float) -> list[Spendin
     weighted = (np.exp(groups / beta - log_sum[..., None]) * groups).sum(-1)
     kl = math.log(n) - (n - 1) / n
     return [
-        Spending.of(BEST, n, n * length, n, best, best - beta * kl),
+        Spending.of(MAXIMUM, n, n * length, n, best, best - beta * kl),
         Spending.of(WEIGHTED, n, n * length, n, weighted, beta * (log_sum - math.log(n))),
     ]
 

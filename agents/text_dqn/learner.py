@@ -149,14 +149,19 @@ class Learner:
         return logprobs.double().cpu().numpy()
 
     def q(self, observation: Mapping[str, Any]) -> Floats:
-        """Return Q of the slow network, (B, k): with ``score`` observed what is gained from here on, else the reward.
+        """Return Q of the slow network, (B, k): the reward of the text, or what is left of it where ``score`` is seen.
 
         Args:
             observation: (B, ...) a key, arrays or tensors.
         """
-        tensors = {key: torch.as_tensor(value, device=self.network.device) for key, value in observation.items()}
+        seen: Tensors = {key: torch.as_tensor(value, device=self.network.device) for key, value in observation.items()}
         with torch.inference_mode():
-            return self.slow_network(tensors).double().cpu().numpy()
+            tensors = self.slow_network.scored(seen)
+            values = self.slow_network(tensors)
+            if tensors is not seen:  # its values count from the learned score
+                values = values + tensors["score"]
+        q: Floats = values.double().cpu().numpy()
+        return q
 
     def draw(self, policy: Floats) -> npt.NDArray[np.int64]:
         """Return one action a row, each drawn with a random number of its own."""

@@ -9,7 +9,7 @@ import pytest
 import toys
 
 from agents.runs.optimum import best_of_n
-from agents.runs.spending import BEST, GUIDED, PARTICLES, WEIGHTED, choices, draw_tokens, spend, spending_table
+from agents.runs.spending import GUIDED, MAXIMUM, PARTICLES, WEIGHTED, choices, draw_tokens, spend, spending_table
 from textgen_env.errors import ConfigError
 from textgen_env.prompts import Prompt
 from textgen_env.vector_env import TextGenVectorEnv
@@ -21,7 +21,7 @@ def test_choices_among_samples_are_worth_what_all_pairs_are():
     best, weighted = choices(rewards, 2, beta, length=5.0)
     pairs = np.array(list(itertools.product(values, repeat=2)))
     weights = np.exp(pairs / beta)
-    assert (best.way, best.n, best.tokens, best.judge_calls) == (BEST, 2, 10.0, 2)
+    assert (best.way, best.n, best.tokens, best.judge_calls) == (MAXIMUM, 2, 10.0, 2)
     assert best.reward == pytest.approx(pairs.max(1).mean(), abs=0.01)
     assert best.value == pytest.approx(best.reward - beta * best_of_n(rewards, 2).kl)
     assert weighted.way == WEIGHTED
