@@ -118,6 +118,9 @@ def _plain(agent: Agent, env: TextGenVectorEnv, prompt: str, num: int, seed: int
 def _weighted(env: TextGenVectorEnv, prompt: str, num: int, seed: int, **settings: Any) -> list[dict[str, Any]]:
     """Return ``num`` texts, each drawn from weighted ones, as plain data."""
     from agents.baselines.particles import ParticlesAgent
+    from agents.baselines.planning import ROWS
+
+    settings["rows"] = min(ROWS, num * settings["n"])
 
     def plain(numbers: npt.NDArray[np.float64]) -> list[float | None]:
         return [None if math.isnan(number) else number for number in numbers.tolist()]  # JSON knows no NaN

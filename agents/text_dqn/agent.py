@@ -28,6 +28,7 @@ from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.baselines.particles import ParticlesAgent, WeightedTexts
+from agents.baselines.planning import ROWS
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn import portable
 from agents.text_dqn.learner import Learner
@@ -221,7 +222,7 @@ class TextDQN(DQN):
         env, is_judged = portable.env_to_write_in(
             self.env, self.task, self.language_model, reward, sees_scores="score" in spaces
         )
-        settings = {"judge": is_judged, **settings}
+        settings = {"judge": is_judged, "rows": min(ROWS, particles * max(1, len(prompts))), **settings}
         return ParticlesAgent(env, seed, n=particles, values=self, **settings).write(prompts)
 
     def logits_processor(self, model: Any, *, max_new_tokens: int | None = None, reward: Any = None) -> Steering:

@@ -232,6 +232,27 @@ def settings_like(env):
     return parts | {name: getattr(config, name) for name in names}
 
 
+def test_values_of_an_agent_count_its_learned_scores_in():
+    """The network's values start at the learned score of the prefix; a text is worth both together."""
+
+    class Scores(torch.nn.Module):
+        def forward(self, tokens, steps, candidates, folds=None):
+            return 0.7 + 0.0 * candidates[..., :1].float(), 0.7 + 0.1 * candidates.float()
+
+    env = open_env(observation=NEEDED_KEYS)
+    agent = trained_agent(env)
+    agent.q_net_target.scorer = Scores()
+    observation, _ = env.reset(seed=0)
+    q = agent.learner.q(observation)
+    with torch.no_grad():
+        beyond = agent.q_net_target({key: torch.as_tensor(value) for key, value in observation.items()})
+    np.testing.assert_allclose(q, beyond.numpy() + 0.7, atol=1e-6)
+    assert np.ptp(q, axis=-1).min() > 0
+    log_mu, _ = env.episodes.log_prior(np.arange(3))
+    tilted = np.exp(log_mu + q / agent.beta)
+    np.testing.assert_allclose(tilted / tilted.sum(-1, keepdims=True), agent.probabilities(observation), atol=1e-6)
+
+
 def test_a_reward_that_was_not_stored_leaves_texts_unjudged_and_scores_are_asked_for(tmp_path):
     trained_agent(open_env(lambda text: 1.0, observation=NEEDED_KEYS)).save_pretrained(tmp_path / "end")
     agent = TextDQN.from_pretrained(tmp_path / "end", model=toys.letters())
