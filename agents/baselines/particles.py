@@ -188,13 +188,17 @@ class ParticlesAgent(ValuePlanner):
             raise ConfigError("tempering compares true rewards: it needs judge=True")
         check_at_least("repeats", repeats, 2)
         check_at_least("the number of prompts", len(prompts), 1)
-        own, drawn = self.threshold, self._rng
-        repeated = list(prompts) * repeats
-        tried = [self._tempered(trust, own, repeated, repeats, seed) for trust in TRUSTS]
-        trust = _best(tried).trust
-        tried += [self._tempered(trust, share, repeated, repeats, seed) for share in THRESHOLDS if share != own]
-        best = _best(tried)
-        self.trust, self.threshold, self._rng = best.trust, best.threshold, drawn
+        trust, own, drawn = self.trust, self.threshold, self._rng
+        threshold, repeated = own, list(prompts) * repeats
+        try:
+            tried = [self._tempered(share, own, repeated, repeats, seed) for share in TRUSTS]
+            best = _best(tried)
+            others = [share for share in THRESHOLDS if share != own]
+            tried += [self._tempered(best.trust, share, repeated, repeats, seed) for share in others]
+            best = _best(tried)
+            trust, threshold = best.trust, best.threshold
+        finally:
+            self.trust, self.threshold, self._rng = trust, threshold, drawn
         return [best, *(found for found in tried if found is not best)]
 
     def _tempered(
