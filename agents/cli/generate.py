@@ -89,10 +89,8 @@ def generate_command(
     if particles is None:
         written = _plain(agent, env, prompt, num, seed, greedy)
     else:
-        values = None if run is None else agent
-        written = _weighted(
-            values, env, prompt, num, seed, n=particles, judge=judge, beta=beta if run is None else None
-        )
+        source: dict[str, Any] = {"values": None, "beta": beta} if run is None else {"values": agent}
+        written = _weighted(env, prompt, num, seed, n=particles, judge=judge, **source)
     if as_json:
         typer.echo(json.dumps(written, indent=2, ensure_ascii=False))
         return
