@@ -102,7 +102,7 @@ def test_generate_draws_each_text_from_weighted_ones(run, folder):
     [
         (["--particles", "2", "--greedy"], "leave one out"),
         (["--no-judge"], "a setting of --particles"),
-        (["--particles", "100000000000"], "memory"),
+        (["--particles", "100000000000"], "use fewer rows"),
     ],
 )
 def test_generate_says_which_particles_it_cannot_draw(arguments, message, run, folder):
