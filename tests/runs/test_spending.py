@@ -17,21 +17,21 @@ from textgen_env.vector_env import TextGenVectorEnv
 
 def test_choices_among_samples_are_worth_what_all_pairs_are():
     values, beta = np.array([0.0, 0.3, 1.0]), 0.25
-    rewards = np.random.default_rng(0).choice(values, (4, 20_000))
+    rewards = np.random.default_rng(0).choice(values, (4, 4_000))
     best, weighted = choices(rewards, 2, beta, length=5.0)
     pairs = np.array(list(itertools.product(values, repeat=2)))
     weights = np.exp(pairs / beta)
     assert (best.way, best.n, best.tokens, best.judge_calls) == (MAXIMUM, 2, 10.0, 2)
-    assert best.reward == pytest.approx(pairs.max(1).mean(), abs=0.01)
+    assert best.reward == pytest.approx(pairs.max(1).mean(), abs=0.02)
     assert best.value == pytest.approx(best.reward - beta * best_of_n(rewards, 2).kl)
     assert weighted.way == WEIGHTED
-    assert weighted.reward == pytest.approx(np.mean((pairs * weights).sum(1) / weights.sum(1)), abs=0.01)
-    assert weighted.value == pytest.approx(beta * np.log(weights.mean(1)).mean(), abs=0.01)
+    assert weighted.reward == pytest.approx(np.mean((pairs * weights).sum(1) / weights.sum(1)), abs=0.02)
+    assert weighted.value == pytest.approx(beta * np.log(weights.mean(1)).mean(), abs=0.02)
     assert weighted.value_low < weighted.value < weighted.value_high
     one = choices(rewards, 1, beta, length=5.0)
     assert [point.value for point in one] == pytest.approx([rewards.mean()] * 2)
-    with pytest.raises(ConfigError, match=r"n must be in 1\.\.20000 .*got 20001"):
-        choices(rewards, 20_001, beta, length=5.0)
+    with pytest.raises(ConfigError, match=r"n must be in 1\.\.4000 .*got 4001"):
+        choices(rewards, 4_001, beta, length=5.0)
 
 
 def test_ways_are_measured_tempered_and_shown(tmp_path):
