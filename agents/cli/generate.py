@@ -89,7 +89,7 @@ def generate_command(
     if particles is None:
         written = _plain(agent, env, prompt, num, seed, greedy)
     else:
-        source: dict[str, Any] = {"values": None, "beta": beta} if run is None else {"values": agent}
+        source: dict[str, Any] = {"values": None, "beta": beta} if run is None else _of_run(run, agent, particles)
         written = _weighted(env, prompt, num, seed, n=particles, judge=judge, **source)
     if as_json:
         typer.echo(json.dumps(written, indent=2, ensure_ascii=False))
@@ -139,6 +139,14 @@ def _weighted(env: TextGenVectorEnv, prompt: str, num: int, seed: int, **setting
             }
         )
     return written
+
+
+def _of_run(run: Path, agent: Agent, particles: int) -> dict[str, Any]:
+    """Return the settings of a run's particles: tempered, if its evaluation has measured so many."""
+    from agents.runs.run import SUMMARY_FILE
+    from agents.runs.spending import tempered_settings
+
+    return {"values": agent, **tempered_settings(run / "evaluation" / SUMMARY_FILE, particles)}
 
 
 def _cost(written: Sequence[Mapping[str, Any]], particles: int) -> str:

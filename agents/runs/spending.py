@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,10 @@ import numpy as np
 from agents.baselines.guided import GuidedBestOfNAgent
 from agents.baselines.particles import ParticlesAgent
 from agents.runs.optimum import share_of_optimal_gain
+from textgen_env.config import check_type
 from textgen_env.errors import ConfigError
 from textgen_env.evaluation import bootstrap_interval
-from textgen_env.files import whole_file
+from textgen_env.files import check_keys, read_json, whole_file
 from textgen_env.policies import Floats
 from textgen_env.prompts import Prompt
 from textgen_env.vector_env import TextGenVectorEnv
@@ -137,6 +138,28 @@ def spend(
     say(f"{n} {PARTICLES}")
     tempered = {"trust": particles.trust, "threshold": particles.threshold}
     return [*points, _measured(PARTICLES, n, particles.write(repeated), repeats, beta, **tempered)]
+
+
+def tempered_settings(summary: Path, n: int) -> dict[str, float]:
+    """Return trust and threshold of ``n`` particles as a stored evaluation chose them; nothing where it did not.
+
+    Args:
+        summary: The file of figures of ``textgen evaluate RUN --particles``.
+
+    Raises:
+        RunFolderError: no such figures in it.
+        ConfigError: a setting that is no number.
+    """
+    found = read_json(summary, allow_nan=True) if summary.is_file() else {}
+    points = found.get("spending", []) if isinstance(found, dict) else []
+    check_type("spending", points, list)
+    for point in points:
+        check_keys(point, [field.name for field in fields(Spending)], repr(str(summary)))
+        if (point["way"], point["n"]) == (PARTICLES, n):
+            for name in ("trust", "threshold"):
+                check_type(name, point[name], int, float)
+            return {"trust": point["trust"], "threshold": point["threshold"]}
+    return {}
 
 
 def _measured(way: str, n: int, found: Sequence[Any], repeats: int, beta: float, **tempered: float) -> Spending:

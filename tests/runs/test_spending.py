@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import json
+from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
 import toys
 
 from agents.runs.optimum import best_of_n
-from agents.runs.spending import GUIDED, MAXIMUM, PARTICLES, WEIGHTED, choices, draw_tokens, spend, spending_table
-from textgen_env.errors import ConfigError
+from agents.runs.spending import (
+    GUIDED,
+    MAXIMUM,
+    PARTICLES,
+    WEIGHTED,
+    Spending,
+    choices,
+    draw_tokens,
+    spend,
+    spending_table,
+    tempered_settings,
+)
+from textgen_env.errors import ConfigError, RunFolderError
 from textgen_env.prompts import Prompt
 from textgen_env.vector_env import TextGenVectorEnv
 
@@ -53,3 +66,23 @@ def test_ways_are_measured_tempered_and_shown(tmp_path):
     assert grid.row_count == 2
     draw_tokens(points, 1.0, 2.0, tmp_path / "tokens.png")
     assert (tmp_path / "tokens.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "summary.json").write_text(json.dumps({"spending": [asdict(point) for point in points]}))
+    found = tempered_settings(tmp_path / "summary.json", 4)
+    assert found == {"trust": particles.trust, "threshold": particles.threshold}
+    assert tempered_settings(tmp_path / "summary.json", 5) == {}
+    assert tempered_settings(tmp_path / "none.json", 4) == {}
+
+
+@pytest.mark.parametrize(("change", "error"), [({"trust": "much"}, "trust must be"), ({"n": None}, None)])
+def test_stored_settings_are_checked(change, error, tmp_path):
+    point = dict.fromkeys([field.name for field in fields(Spending)], 1.0) | {"way": PARTICLES, "n": 4} | change
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps({"spending": [point]}))
+    if error is None:
+        assert tempered_settings(path, 4) == {}
+    else:
+        with pytest.raises(ConfigError, match=error):
+            tempered_settings(path, 4)
+    path.write_text(json.dumps({"spending": [3]}))
+    with pytest.raises(RunFolderError):
+        tempered_settings(path, 4)
