@@ -21,7 +21,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,9 +35,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from agents.runs.checkpoint import load_checkpoint, newest_checkpoint
 from agents.runs.config import RunConfig
 from agents.runs.log import CHECKPOINTS, RunLog
-from agents.runs.parts import open_env, open_language_model, split_prompts
+from agents.runs.parts import open_env, open_language_model, split_prompts, validation_prompts
 from agents.runs.report import Report, Yardstick, draw_learning, draw_plane, evaluate_agent, samples_page
 from agents.runs.signals import Stopped, stop_signals
+from agents.runs.spending import Spending, choices, spend
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
 from agents.zoo import AGENTS, Budget, acts_greedily, make_agent
@@ -54,6 +55,7 @@ AGENT_FILE = "agent.zip"
 SUMMARY_FILE = "summary.json"
 SAMPLES_FILE = "samples.md"
 PLANE_FILE = "plane.png"
+TOKENS_FILE = "tokens.png"
 LEARNING_FILE = "learning.png"
 
 SUMMARY_PACKAGES = ("textgen-env", "torch", "transformers", "stable-baselines3", "gymnasium", "numpy")
@@ -105,6 +107,23 @@ class Run:
             deterministic=self.greedy,
             say=say,
         )
+
+    def spending(self, yardstick: Yardstick, counts: Sequence[int], say: Callable[[str], None]) -> list[Spending]:
+        """Measure what ``counts`` times the tokens of a text buy on the test prompts; nothing for no counts.
+
+        Raises:
+            ConfigError: an agent without Q, or more rows than the yardstick has samples a prompt.
+        """
+        if not counts:
+            return []
+        config, samples = self.config, yardstick.samples
+        rewards, length = samples.by_prompt(samples.rewards), float(samples.lengths.mean())
+        points = [point for n in counts for point in choices(rewards, n, config.beta, length)]
+        some = validation_prompts(self.env.episodes.prompts, config.seed)
+        settings: Any = {"beta": config.beta, "texts": config.eval_texts, "seed": config.seed, "say": say}
+        for n in counts:
+            points += spend(self.agent, self.env, list(self.test_prompts), some, n, **settings)
+        return points
 
     @property
     def agent_name(self) -> str:

@@ -10,7 +10,7 @@ language model (or score lookahead), which the policy is before the first update
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -27,6 +27,8 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Rollout
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 
+from agents.baselines.particles import ParticlesAgent, WeightedTexts
+from agents.baselines.planning import ROWS
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn import portable
 from agents.text_dqn.learner import Learner
@@ -40,6 +42,7 @@ from agents.text_dqn.validation import Validated, validate
 from textgen_env.errors import ConfigError
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.hub import load_language_model
+from textgen_env.prompts import Prompt
 from textgen_env.vector_env import TextGenVectorEnv
 
 Self = TypeVar("Self", bound="TextDQN")
@@ -198,6 +201,42 @@ class TextDQN(DQN):
         """Return log pi, (B, k), and whether the observation was a single one."""
         tensors, vectorized = self.policy.obs_to_tensor(observation)
         return self.learner.log_policy(tensors, self.beta), not vectorized  # type: ignore[arg-type]
+
+    def write(
+        self,
+        prompts: Sequence[str | Prompt],
+        particles: int = 8,
+        *,
+        reward: Any = None,
+        seed: int | None = None,
+        **settings: Any,
+    ) -> list[WeightedTexts]:
+        """Write a text for each prompt, each drawn from ``particles`` weighted ones.
+
+        It costs so many times the tokens of a text, and one call of the reward for each of them. With 1
+        the texts are the policy's own.
+
+        Args:
+            prompts: Texts, or ``Prompt`` objects.
+            particles: Texts to draw each text from, at least 1.
+            reward: What judges them. None: that of the agent's environment, or the stored one. Where it
+                was not stored the last weight is left out: the texts follow Q alone.
+            seed: Of the random numbers. None: goes on with the agent's own.
+            settings: ``threshold``, ``trust``, ``judge`` and ``rows`` of ``ParticlesAgent``.
+
+        Raises:
+            ConfigError: a value out of range, a task that the agent does not know, or scores that it needs
+                of a reward that was not stored.
+            CapacityError: the rows do not fit into memory.
+        """
+        if seed is None:
+            seed = int(self.learner.rng.integers(2**63))
+        spaces = check_observation_space(self.observation_space).spaces
+        env, is_judged = portable.env_to_write_in(
+            self.env, self.task, self.language_model, reward, sees_scores="score" in spaces
+        )
+        settings = {"judge": is_judged, "rows": min(ROWS, particles * max(1, len(prompts))), **settings}
+        return ParticlesAgent(env, seed, n=particles, values=self, **settings).write(prompts)
 
     def logits_processor(self, model: Any, *, max_new_tokens: int | None = None, reward: Any = None) -> Steering:
         """Return what steers ``model.generate`` with this agent: a context manager and logits processor in one.

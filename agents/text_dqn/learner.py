@@ -155,6 +155,21 @@ class Learner:
             )
         return logprobs.double().cpu().numpy()
 
+    def q(self, observation: Mapping[str, Any]) -> Floats:
+        """Return Q of the slow network, (B, k): the reward of the text, or what is left of it where ``score`` is seen.
+
+        Args:
+            observation: (B, ...) a key, arrays or tensors.
+        """
+        seen: Tensors = {key: torch.as_tensor(value, device=self.network.device) for key, value in observation.items()}
+        with torch.inference_mode():
+            tensors = self.slow_network.scored(seen)
+            values = self.slow_network(tensors)
+            if tensors is not seen:  # its values count from the learned score
+                values = values + tensors["score"]
+        q: Floats = values.double().cpu().numpy()
+        return q
+
     def draw(self, policy: Floats) -> npt.NDArray[np.int64]:
         """Return one action a row, each drawn with a random number of its own."""
         return sample(policy, self.rng.random(len(policy)))
