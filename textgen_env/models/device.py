@@ -44,6 +44,16 @@ def compute_alone_after_fork() -> None:
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
+def wait_passively() -> None:
+    """Let OpenMP's waiting threads sleep, unless the user has set ``OMP_WAIT_POLICY``.
+
+    By default they spin, which takes the cores from whoever would end the wait: on a busy machine two
+    threads are several times slower for it. OpenMP reads the variable when torch loads, so this is for
+    the beginning of a program; a library leaves its host's threads alone.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def own_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0))
