@@ -6,12 +6,18 @@ chooses the same one and results stay reproducible.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import psutil
+from threadpoolctl import ThreadpoolController
 
 from textgen_env.config import DTYPES, check_one_of
 
@@ -52,6 +58,35 @@ def wait_passively() -> None:
     the beginning of a program; a library leaves its host's threads alone.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@cache
+def numpy_blas() -> Sequence[Any]:
+    """Return the controllers of the OpenBLAS that NumPy multiplies with, none if it has another library."""
+    build: Any = np.show_config(mode="dicts")
+    if "openblas" not in str(build["Build Dependencies"]["blas"].get("name")):
+        return ()
+    return tuple(ThreadpoolController().select(internal_api="openblas").lib_controllers)
+
+
+@contextmanager
+def numpy_threads(most: int) -> Iterator[None]:
+    """Let NumPy's products use at most ``most`` threads within the context."""
+    above = [(library, found) for library in numpy_blas() if (found := library.get_num_threads()) > most]
+    for library, _ in above:
+        library.set_num_threads(most)
+    try:
+        yield
+    finally:
+        for library, found in above:
+            library.set_num_threads(found)
+
+
+def release_freed_memory() -> None:
+    """Give freed memory back to the system, where the C library has a call for that (GNU's)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def own_cores() -> int:
