@@ -22,11 +22,12 @@ from textgen_env.models import hf as hf_module
 from textgen_env.models import llama as llama_module
 from textgen_env.models.base import Proposals, Slots
 from textgen_env.models.candidates import top_candidates
-from textgen_env.models.device import NARROW, numpy_blas, numpy_threads, pick_dtype
+from textgen_env.models.device import NARROW, numpy_blas, one_blas_thread, pick_dtype
 from textgen_env.models.generic import GenericDecoder
 from textgen_env.models.hf import HFModel
 from textgen_env.models.llama import LlamaDecoder
 from textgen_env.models.one_row import OneRow
+from textgen_env.models.products import product
 from textgen_env.models.projections import ColumnProjection, PackedProjection, Projection, can_pack
 from textgen_env.models.slots import LRUCache
 
@@ -631,13 +632,25 @@ def test_a_decoder_of_each_kind_of_product_agrees_with_the_model(kind, monkeypat
             slots.advance(every(slots), np.full(3, token))
 
 
-def test_products_of_numpy_use_no_more_threads_than_torch_and_get_theirs_back():
+def test_numpy_gets_its_threads_back_after_a_forward():
     if not numpy_blas():
         pytest.skip("NumPy has no OpenBLAS")
     before = [library.get_num_threads() for library in numpy_blas()]
-    with numpy_threads(1):
+    with one_blas_thread():
         assert {library.get_num_threads() for library in numpy_blas()} == {1}
     assert [library.get_num_threads() for library in numpy_blas()] == before
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(600,), (1, 600), (5, 600)])
+def test_a_product_on_some_threads_is_the_product(shape, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    rng = np.random.default_rng(0)
+    x, columns = (rng.normal(size=size).astype(np.float32) for size in (shape, (600, 1001)))
+    found = product(x, columns)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, x.astype(np.float64) @ columns, atol=1e-3)
+    assert np.array_equal(found, product(x, columns))
 
 
 def test_precision_follows_the_hardware_unless_said(monkeypatch):

@@ -70,11 +70,11 @@ def numpy_blas() -> Sequence[Any]:
 
 
 @contextmanager
-def numpy_threads(most: int) -> Iterator[None]:
-    """Let NumPy's products use at most ``most`` threads within the context."""
-    above = [(library, found) for library in numpy_blas() if (found := library.get_num_threads()) > most]
+def one_blas_thread() -> Iterator[None]:
+    """Let NumPy's products use one thread within the context."""
+    above = [(library, found) for library in numpy_blas() if (found := library.get_num_threads()) > 1]
     for library, _ in above:
-        library.set_num_threads(most)
+        library.set_num_threads(1)
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from textgen_env.models.cache import CacheShape, KeyValues
-from textgen_env.models.device import forward_lock, numpy_threads
+from textgen_env.models.device import forward_lock, one_blas_thread
 from textgen_env.models.one_row import OneRow, column_layers
 from textgen_env.models.packing import AttentionGroup, RaggedBatch
 from textgen_env.models.projections import ColumnProjection, Projection, best_projection
@@ -31,7 +31,7 @@ class LlamaDecoder:
         self.lock = forward_lock(model)
         embed = body.embed_tokens.weight
         kind = best_projection(model, embed, relayout)
-        self._in_numpy, self._is_small = kind is ColumnProjection, OneRow.fits(model)
+        self._in_numpy = kind is ColumnProjection
         self._embed = embed
         self._layers = [_LlamaLayer(layer, kind, relayout) for layer in body.layers]
         self._norm = body.norm
@@ -52,7 +52,7 @@ class LlamaDecoder:
         products: Any = [(x.qkv, x.out, x.gate, x.up, x.down) for x in self._layers], self._head
         if self._in_numpy:
             return OneRow(model, *products)
-        return OneRow(model, *column_layers(model)) if self._is_small else None
+        return OneRow(model, *column_layers(model)) if OneRow.fits(model) else None
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -70,7 +70,7 @@ class LlamaDecoder:
         )
 
     def __call__(self, batch: RaggedBatch, cache: KeyValues) -> tuple[Tensor, Tensor]:
-        with numpy_threads(1 if self._is_small and not batch.groups else torch.get_num_threads()):
+        with one_blas_thread():
             return self._forward(batch, cache)
 
     def _forward(self, batch: RaggedBatch, cache: KeyValues) -> tuple[Tensor, Tensor]:

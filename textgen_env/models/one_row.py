@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from textgen_env.models.projections import Array, ColumnProjection, takes_columns
+from textgen_env.models.products import Float32s
+from textgen_env.models.projections import ColumnProjection, takes_columns
 
 Layer = tuple[ColumnProjection, ColumnProjection, ColumnProjection, ColumnProjection, ColumnProjection]
 """Queries, keys and values as one; output; gate; up; down."""
@@ -51,7 +52,7 @@ class OneRow:
 
     def __call__(
         self, token: int, row: int, position: int, rotation: tuple[Tensor, Tensor], keys: Tensor, values: Tensor
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Float32s, Float32s]:
         """Return logits (V,) and hidden (d,); ``keys`` and ``values`` are the cache's, all layers and rows."""
         x = self._embed[token]
         cos, sin = (factor.numpy() for factor in rotation)

@@ -16,14 +16,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from textgen_env.models.device import available_bytes, numpy_blas
-
-Array = npt.NDArray[np.float32]
+from textgen_env.models.products import Float32s, product
 
 
 class Projection:
@@ -114,20 +112,20 @@ class ColumnProjection(Projection):
     def __init__(self, linears: Sequence[nn.Linear], norm: Any = None, relayout: bool = False) -> None:
         columns = torch.cat([linear.weight.detach() for linear in linears]).t().contiguous()  # (d, outputs)
         self._eps = 0.0 if norm is None else norm.variance_epsilon
-        self._scale: Array | None = None
+        self._scale: Float32s | None = None
         if relayout and len(linears) == 1:
             linears[0].weight.data = columns.t()
             self._scale = None if norm is None else norm.weight.detach().numpy()
         elif norm is not None:
             columns *= norm.weight.detach()[:, None]
         bias = joined_bias(linears)
-        self._columns: Array = columns.numpy()
-        self._bias: Array | None = None if bias is None else bias.detach().numpy()
+        self._columns: Float32s = columns.numpy()
+        self._bias: Float32s | None = None if bias is None else bias.detach().numpy()
 
     def normed(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self.scaled(x.numpy()))
 
-    def scaled(self, x: Array) -> Array:
+    def scaled(self, x: Float32s) -> Float32s:
         """Return ``x``, (N, d) or (d,), as ``normed`` does."""
         if x.ndim == 1:
             found = x * np.float32((float(x @ x) / len(x) + self._eps) ** -0.5)
@@ -137,9 +135,9 @@ class ColumnProjection(Projection):
             found *= self._scale
         return found
 
-    def product(self, x: Array) -> Array:
+    def product(self, x: Float32s) -> Float32s:
         """Return the projection of ``x``, (N, d) or (d,)."""
-        found: Array = x @ self._columns
+        found = product(x, self._columns)
         if self._bias is not None:
             found += self._bias
         return found
