@@ -46,9 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for tokens in options.tokens:
         for rows in options.rows:
             hf, vec = (_in_a_process(name, options.model, rows, tokens) for name in CONTESTANTS)
-            times = (
-                f"{hf['milliseconds']:10.2f} {vec['milliseconds']:9.2f} {hf['milliseconds'] / vec['milliseconds']:6.2f}"
-            )
+            ms = [found["milliseconds"] for found in (hf, vec)]
+            times = f"{ms[0]:10.2f} {ms[1]:9.2f} {ms[0] / ms[1]:6.2f}"
             print(f"{rows:4}  {tokens:6}     {times} {hf['peak_mb']:13,.0f} {vec['peak_mb']:9,.0f}", flush=True)
 
 

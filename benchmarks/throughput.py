@@ -42,6 +42,7 @@ from textgen_env.models.hf import HFModel
 
 CANDIDATES = 16
 PROMPT_TOKENS = 8
+WIDEST = {"amx_tile": "AMX", "avx512f": "AVX512", "avx2": "AVX2"}  # flags of a CPU, the widest products first
 Step = Callable[[], object]
 Contestant = Callable[[list[str]], Step]  # prompts of all rows -> one step; starting is not timed
 
