@@ -223,13 +223,7 @@ def machine() -> dict[str, Any]:
     names = [line.split(":", 1)[1].strip() for line in _cpu_lines() if line.startswith("model name")]
     return {
         "machine": f"{names[0] if names else platform.processor() or platform.machine()}, {platform.system()}",
-        "flags": "AMX"
-        if "amx_tile" in flags
-        else "AVX512"
-        if "avx512f" in flags
-        else "AVX2"
-        if "avx2" in flags
-        else "",
+        "flags": next((name for flag, name in WIDEST.items() if flag in flags), ""),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
