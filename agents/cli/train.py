@@ -83,7 +83,7 @@ Minutes = Annotated[
     float | None,
     typer.Option(
         help="How long the whole should take: steps, texts and samples are chosen by the speed of this machine.",
-        show_default="as long as they take",
+        show_default="none",
     ),
 ]
 Resume = Annotated[
