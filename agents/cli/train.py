@@ -128,13 +128,14 @@ def train_command(
     """
     from agents.runs import run as runs
 
+    if resume is None:
+        _check_minutes(minutes, engine, {"--steps": steps, "--texts": texts, "--samples": samples})
     console = open_console()
     text_source = _text_source(engine, actors, address)
     if resume is not None:
         _check_only_where(ctx)
         _show(runs.resume(resume, text_source=text_source, console=console), console)
         return
-    _check_minutes(minutes, engine, {"--steps": steps, "--texts": texts, "--samples": samples})
     changes = {"agent": agent, "model": model, "prune": prune, "prompts": prompts, "reward": parse_reward(reward)}
     changes |= {"steps": steps, "envs": envs, "seed": seed, "beta": beta, "checkpoint_every": checkpoint_every}
     changes |= {"eval_texts": texts, "eval_samples": samples}
