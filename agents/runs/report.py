@@ -43,7 +43,7 @@ LOOKAHEAD = "score lookahead, no learning"
 Curve = list[tuple[float, float]]
 """Points (KL in nats a text, reward)."""
 
-Watch = Callable[[str, int, int], object]
+Watch = Callable[[str, int, int], None]
 """Called while a policy is measured: its name, the texts that have ended, their number."""
 
 

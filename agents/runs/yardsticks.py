@@ -109,7 +109,7 @@ def _plain(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _evaluation(plain: Mapping[str, Any]) -> Evaluation:
-    given = {field.name: plain.get(field.name) for field in fields(Evaluation)}
+    given: dict[str, Any] = {field.name: plain.get(field.name) for field in fields(Evaluation)}
     count = len(given["prompts"])
     for name in ("rewards", "lengths", "logprobs", "kl", "outside"):
         if given[name] is not None:
@@ -133,7 +133,7 @@ def _digest_of_weights(module: nn.Module) -> str:
 
 
 def _digest_of_tokens(model: LanguageModel) -> str:
-    vocabulary = getattr(getattr(model, "tokenizer", None), "get_vocab", dict)()
+    vocabulary: dict[str, int] = getattr(getattr(model, "tokenizer", None), "get_vocab", dict)()
     text = json.dumps([sorted(vocabulary.items()), list(model.end_ids)])
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -90,7 +90,7 @@ class HFSlots(Slots):
             return Proposals(*remembered)
         computed = self._forward(rows[new], block_end[new])
         self._memo.put([keys[i] for i in new.tolist()], computed)
-        found = [np.empty((len(rows), part.shape[1]), part.dtype) for part in computed]
+        found: list[Any] = [np.empty((len(rows), part.shape[1]), part.dtype) for part in computed]
         for whole, fresh, kept in zip(found, computed, remembered, strict=True):
             whole[new], whole[old] = fresh, kept
         return Proposals(*found)
