@@ -20,6 +20,7 @@ from agents.cli.prune import prune_command
 from agents.cli.record import record_command
 from agents.cli.train import train_command
 from textgen_env.errors import TextGenError
+from textgen_env.models.device import wait_passively
 
 
 class _Group(TyperGroup):
@@ -55,4 +56,5 @@ for name, command in COMMANDS.items():
 
 def main() -> None:
     """Run the command line: the console script ``textgen``."""
+    wait_passively()
     app()

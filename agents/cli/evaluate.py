@@ -79,14 +79,15 @@ def _on_prompts(run: Run, prompts: str) -> Run:
 
 def _measure(run: Run, counts: Sequence[int], folder: Path, console: Console, as_json: bool) -> None:
     """Measure the agent, write the figures into ``folder``, and print them."""
+    from agents.runs.progress import JobProgress
     from agents.runs.report import draw_plane, samples_page, table, text_metrics
     from agents.runs.run import PLANE_FILE, SAMPLES_FILE, SUMMARY_FILE, TOKENS_FILE
     from agents.runs.spending import draw_tokens, spending_table
 
-    with console.status("measuring") as status:
-        yardstick = run.yardstick(lambda policy: status.update(f"measuring: {policy}"))
-        evaluations = run.evaluate(lambda policy: status.update(f"measuring: {policy}"))
-        spending = run.spending(yardstick, counts, lambda way: status.update(f"measuring: {way}"))
+    with JobProgress(console, "texts") as progress:
+        yardstick = run.yardstick(progress.measuring)
+        evaluations = run.evaluate(progress.measuring)
+        spending = run.spending(yardstick, counts, lambda way: console.print(f"measuring: {way}"))
     bounds = (yardstick.samples.reward, float(yardstick.best.value.mean()))
     report = yardstick.report(run.agent_name, evaluations, run.notes)
     references = [prompt.reference for prompt in run.test_prompts]

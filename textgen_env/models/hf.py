@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from textgen_env.config import check_at_least
 from textgen_env.errors import CapacityError, ConfigError, ModelError
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.cache import KeyValues
-from textgen_env.models.device import available_bytes, compute_alone_after_fork, forward_lock
+from textgen_env.models.device import available_bytes, compute_alone_after_fork, forward_lock, release_freed_memory
 from textgen_env.models.generic import GenericDecoder
 from textgen_env.models.llama import LlamaDecoder
 from textgen_env.models.packing import Decoder
@@ -43,6 +44,8 @@ class HFModel(LanguageModel):
         name: Shown in error messages and logs.
         memo_bytes: Bound of the memory of each ``slots``: half for proposals of prefixes seen
             before, half for the keys and values of prompts. 0 remembers nothing.
+        relayout: The module's weights may be laid out anew in memory, which saves a copy of them. Its values
+            stay, and it goes on working; its forward may differ in the last bits.
 
     Memory of ``slots(rows, length, k)``, see ``slots_bytes``:
         rows * length * layers * kv_heads * (key_size + value_size) * bytes per number
@@ -60,6 +63,7 @@ class HFModel(LanguageModel):
         *,
         name: str | None = None,
         memo_bytes: int = 64 << 20,
+        relayout: bool = False,
     ) -> None:
         self.name = name or model.config.name_or_path or type(model).__name__
         if tokenizer is None:
@@ -76,7 +80,8 @@ class HFModel(LanguageModel):
         self._token_text = [_decoded(token) for token in self._token_bytes or []]
         self._appends_end = _appends_end(tokenizer, self.end_ids)
         with forward_lock(model):
-            self.decoder = _agreeing_decoder(self)
+            self.decoder = _agreeing_decoder(self, relayout)
+        release_freed_memory()
 
     def encode(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text)["input_ids"])
@@ -206,13 +211,15 @@ def _decoded(token: bytes) -> str | None:
         return None
 
 
-def _agreeing_decoder(model: HFModel) -> Decoder:
+def _agreeing_decoder(model: HFModel, relayout: bool) -> Decoder:
     """Return the fastest decoder that agrees with the model's own uncached forward.
 
     Raises:
         ModelError: none does.
     """
-    kinds = (LlamaDecoder, GenericDecoder) if LlamaDecoder.fits(model.model) else (GenericDecoder,)
+    kinds: list[Callable[[Any], Decoder]] = [GenericDecoder]
+    if LlamaDecoder.fits(model.model):
+        kinds.insert(0, partial(LlamaDecoder, relayout=relayout))
     allowed = 1e-3 if model.model.dtype in (torch.float32, torch.float64) else 0.15
     for kind in kinds:
         decoder = kind(model.model)
