@@ -24,6 +24,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -32,7 +33,7 @@ from agents.pruning.calibration import Linear, Text, self_written, token_batches
 from agents.pruning.methods import PruningReport
 from agents.pruning.model import PrunedTransformerModel, load_transformer
 from textgen_env.errors import ConfigError, ModelError, RunFolderError
-from textgen_env.files import check_keys, whole_file
+from textgen_env.files import check_keys, locked, reporting_full_disk, whole_file
 
 CHECKPOINT = "distil.pt"
 WRITTEN_ROWS = 512  # how much the teacher writes at most: about the time of 100 steps
@@ -181,12 +182,28 @@ def prune_and_heal(
         dtype, seed, progress: As for ``PrunedTransformerModel`` and ``distil``.
 
     Raises:
-        RunFolderError: ``out`` holds a model already, or the checkpoint of a different run.
+        RunFolderError: ``out`` holds a model already, or the checkpoint of a different run; another
+            process works in it; or it cannot be written to.
         ConfigError, ModelError: as ``PrunedTransformerModel`` and ``distil`` do.
     """
-    folder, checkpoints = Path(out), Path(out) / "healing"
-    unfinished = folder / UNFINISHED
+    with locked(out):
+        return _prune_and_heal(name, Path(out), cuts, steps, texts, dtype, seed, progress)
+
+
+def _prune_and_heal(
+    name: str | os.PathLike[str],
+    folder: Path,
+    cuts: Sequence[tuple[str, float]],
+    steps: int,
+    texts: Text | None,
+    dtype: torch.dtype,
+    seed: int,
+    progress: bool,
+) -> PruningReport:
+    checkpoints, unfinished = folder / "healing", folder / UNFINISHED
     if (folder / "config.json").exists() and not unfinished.exists():
+        if (checkpoints / CHECKPOINT).is_file():  # a kill at the very end left it
+            shutil.rmtree(checkpoints, ignore_errors=True)
         raise RunFolderError(f"{str(folder)!r} holds a model already; choose another folder")
     (method, amount), *others = cuts
     student = PrunedTransformerModel(name, amount, method, calibration=texts, dtype=dtype, seed=seed)
@@ -195,10 +212,10 @@ def prune_and_heal(
     if steps:
         teacher, _ = load_transformer(name, dtype)
         distil(student, teacher, texts, steps, seed=seed, folder=checkpoints, progress=progress)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished.touch()
-    student.save_pretrained(folder)
-    unfinished.unlink()
+    with reporting_full_disk(folder, (SafetensorError,)):
+        unfinished.touch()
+        student.save_pretrained(folder)
+        unfinished.unlink()
     if checkpoints.is_dir():
         shutil.rmtree(checkpoints)
     return student.report()

@@ -9,9 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,7 @@ class RunLog(BaseCallback):
         self._signum: int | None = None  # of a stop that was requested
         self._gathered: Mapping[str, Any] | None = None  # by the logger, at the checkpoint that the run goes on from
         self._progress = progress_bar(console)
+        self._exits = ExitStack()
         self._task = self._progress.add_task("", total=config.steps, reward="–")
 
     @property
@@ -153,13 +156,19 @@ class RunLog(BaseCallback):
         return self._texts.episodes
 
     def __enter__(self) -> RunLog:
+        self._exits.enter_context(quiet_event_threads())
         self._progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
-        if self.steps:
-            self._write_row()
+        with self._exits:
+            if self.steps:
+                self._exits.callback(self._close_events)
+                self._write_row()
+
+    def _close_events(self) -> None:
+        with self._writing_events():
             self.logger.close()
 
     # --- SB3's hooks
@@ -265,8 +274,33 @@ class RunLog(BaseCallback):
         row = {"steps": float(self.steps), "seconds": self.seconds, "episodes": float(self.episodes), **means}
         for name, value in _numbers(self.logger.name_to_value).items():
             row[name.rpartition("/")[2]] = value
-        self.logger.dump(self.steps)
+        with self._writing_events():
+            self.logger.dump(self.steps)
         self._metrics.append(row)
+
+    @contextmanager
+    def _writing_events(self) -> Iterator[None]:
+        """Turn what TensorBoard's writer raises on a full disk into ``RunFolderError``."""
+        try:
+            yield
+        except OSError as error:
+            raise RunFolderError(f"cannot write events to {str(self._folder / EVENTS)!r}: {error}") from error
+
+
+@contextmanager
+def quiet_event_threads() -> Iterator[None]:
+    """Within, no traceback of TensorBoard's threads on a full disk: its writer raises the error again."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def progress_bar(console: Console) -> Progress:
