@@ -31,6 +31,13 @@ FLAT_OBSERVATIONS = ("hidden", "tokens")
 """Observations that are one flat Box, for agents built on a plain MLP."""
 
 RENDER_MODES = ("ansi", "human", "rgb_array")
+MOST_TOKENS = 2**20
+"""Of a text, or candidates of a step: more than any model has. Larger numbers would exhaust memory."""
+
+MOST_ROWS = 2**16
+MOST_SEED = 2**32 - 1
+"""Numpy's legacy generator, which Stable-Baselines3 seeds, takes no more."""
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -61,11 +68,11 @@ class EnvConfig:
         check_one_of("dtype", self.dtype, DTYPES)
         check_one_of("trust_remote_code", self.trust_remote_code, (True, False))
         check_one_of("render_mode", self.render_mode, (None, *RENDER_MODES))
-        check_at_least("max_new_tokens", self.max_new_tokens, 1)
-        check_at_least("max_prompt_tokens", self.max_prompt_tokens, 1)
+        check_in_range("max_new_tokens", self.max_new_tokens, 1, MOST_TOKENS)
+        check_in_range("max_prompt_tokens", self.max_prompt_tokens, 1, MOST_TOKENS)
         check_at_least("min_new_tokens", self.min_new_tokens, 0)
         if self.top_k is not None:
-            check_at_least("top_k", self.top_k, 1)
+            check_in_range("top_k", self.top_k, 1, MOST_TOKENS)
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"min_new_tokens must be at most max_new_tokens={self.max_new_tokens}, got {self.min_new_tokens}"
@@ -169,6 +176,17 @@ def check_at_least(name: str, value: object, least: int) -> None:
     """Raise ``ConfigError`` unless ``value`` is an integer (no bool) from ``least`` on."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def check_in_range(name: str, value: object, least: int, most: int) -> None:
+    """Raise ``ConfigError`` unless ``value`` is an integer (no bool) in ``least..most``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+        raise ConfigError(f"{name} must be a whole number in {least}..{most}, got {value!r}")
+
+
+def check_seed(name: str, value: object) -> None:
+    """Raise ``ConfigError`` unless ``value`` can seed numpy, torch and Python alike."""
+    check_in_range(name, value, 0, MOST_SEED)
 
 
 def check_type(name: str, value: object, *allowed: type) -> None:

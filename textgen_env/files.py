@@ -90,13 +90,16 @@ def whole_folder(path: str | os.PathLike[str], failures: tuple[type[Exception], 
 
 
 @contextmanager
-def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+def locked(folder: str | os.PathLike[str], name: str = LOCK_FILE) -> Iterator[None]:
     """Hold ``folder`` for this process; make it if need be. A killed process holds nothing any more.
+
+    Args:
+        name: Of the lock file in it, which is deleted in the end.
 
     Raises:
         RunFolderError: another process holds it, or it cannot be written to.
     """
-    path = Path(folder) / LOCK_FILE
+    path = Path(folder) / name
     descriptor = _lock(path)
     try:
         yield
@@ -137,7 +140,21 @@ def refuse_links(folder: str | os.PathLike[str]) -> None:
     path = Path(folder)
     links = sorted(entry.name for entry in path.iterdir() if entry.is_symlink()) if path.is_dir() else []
     if links:
-        raise RunFolderError(f"{str(path / links[0])!r} is a link, and results are not written through links: delete it")
+        raise RunFolderError(
+            f"{str(path / links[0])!r} is a link, and results are not written through links: delete it"
+        )
+
+
+def is_free(folder: str | os.PathLike[str]) -> bool:
+    """Return True if ``folder`` does not exist, or holds nothing but what a killed process left."""
+    path = Path(folder)
+    if not path.is_dir():
+        return not (path.exists() or path.is_symlink())
+    return all(entry.name == LOCK_FILE or _is_half_made(entry) for entry in path.iterdir())
+
+
+def _is_half_made(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(HALF_MADE)
 
 
 def clear_half_made(folder: str | os.PathLike[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,9 @@ from agents.cli.options import (
     check_one_writer,
     parse_reward,
 )
+from agents.terminal import json_text
 from textgen_env.errors import ConfigError
+from textgen_env.terminal import printable
 
 if TYPE_CHECKING:
     from textgen_env.policies import Agent
@@ -73,10 +74,10 @@ def generate_command(
         for completion, value, logprob in zip(texts.completions, texts.rewards, texts.logprobs, strict=True)
     ]
     if as_json:
-        typer.echo(json.dumps(written, indent=2, ensure_ascii=False))
+        typer.echo(json_text(written))
         return
     for text in written:
-        typer.echo(f"{text['reward']:+.3f}  {text['prompt']}|{text['completion']}")
+        typer.echo(printable(f"{text['reward']:+.3f}  {text['prompt']}|{text['completion']}"))
 
 
 def _trained(run: Path, beta: float | None, trust: bool) -> tuple[Agent, TextGenVectorEnv, bool]:

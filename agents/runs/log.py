@@ -26,6 +26,7 @@ from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputF
 from agents.runs.checkpoint import save_checkpoint
 from agents.runs.config import RunConfig
 from agents.runs.signals import Stopped
+from agents.terminal import say
 from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import RunFolderError
 from textgen_env.extras import is_installed
@@ -185,7 +186,7 @@ class RunLog(BaseCallback):
         """Return the writer of TensorBoard events, or none if TensorBoard is not installed."""
         if not is_installed("tensorboard"):
             message = "no events for TensorBoard: pip install 'textgen-env[tensorboard]'"
-            self._console.print(message, markup=False, soft_wrap=True)
+            say(self._console, message)
             return []
         events = TensorBoardOutputFormat(str(self._folder / EVENTS))
         if self._gathered is not None:  # events after the checkpoint are written again: hide the first ones
@@ -235,7 +236,7 @@ class RunLog(BaseCallback):
             extra = {"config": json.loads(self._config.to_json()), "log": self._state_dict()}
             save_checkpoint(self._folder / CHECKPOINTS, self.model, extra)
         except RunFolderError as error:  # the run is worth more than its checkpoint
-            self._console.print(f"warning: {error}; the one before is still there")
+            say(self._console, f"warning: {error}; the one before is still there")
 
     def _state_dict(self) -> dict[str, Any]:
         logged = {name: dict(getattr(self.logger, name)) for name in LOGGER_DICTS}

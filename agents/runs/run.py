@@ -39,14 +39,15 @@ from agents.runs.parts import open_env, open_language_model, split_prompts
 from agents.runs.report import Report, Yardstick, draw_learning, draw_plane, evaluate_agent, samples_page
 from agents.runs.signals import Stopped, stop_signals
 from agents.sb3_vec import SB3VecEnv
+from agents.terminal import say, status_text
 from agents.text_dqn.agent import TextDQN
 from agents.zoo import AGENTS, Budget, acts_greedily, make_agent
 from textgen_env.errors import ConfigError, RunFolderError, TextGenError
 from textgen_env.evaluation import Evaluation
 from textgen_env.files import (
-    LOCK_FILE,
     check_keys,
     clear_half_made,
+    is_free,
     locked,
     read_json,
     read_text,
@@ -243,7 +244,7 @@ def train(
     check_free(folder)
     with console.status("loading the language model"):
         run = open_run(config, model=model, prompts=prompts, reward=reward)
-    with text_source(run, partial(console.print, markup=False)), locked(folder):
+    with text_source(run, partial(say, console)), locked(folder):
         check_free(folder)  # loading took a while
         stored = _storable(config, model=model, prompts=prompts, reward=reward)
         write_file(folder / CONFIG_FILE, stored.to_json())
@@ -286,9 +287,9 @@ def resume(
             run = open_run(config, model=model, prompts=prompts, reward=reward)
         log = _return_to_checkpoint(run, path)
         if log is None:
-            console.print("stopped before the first checkpoint: the run begins again")
+            say(console, "stopped before the first checkpoint: the run begins again")
             shutil.rmtree(path / EVENTS, ignore_errors=True)
-        with text_source(run, partial(console.print, markup=False)):
+        with text_source(run, partial(say, console)):
             return _carry_out(run, config, path, console, log)
 
 
@@ -339,7 +340,7 @@ def check_free(folder: Path) -> None:
     """Raise ``RunFolderError`` unless ``folder`` is new or empty."""
     if (folder / CONFIG_FILE).exists():
         raise RunFolderError(f"{str(folder)!r} already holds a run; choose another folder, or delete this one")
-    if folder.exists() and (not folder.is_dir() or any(path.name != LOCK_FILE for path in folder.iterdir())):
+    if not is_free(folder):
         raise RunFolderError(f"{str(folder)!r} exists and is not an empty folder; choose another one")
 
 
@@ -347,12 +348,11 @@ def _carry_out(
     run: Run, stored: RunConfig, folder: Path, console: Console, logged: Mapping[str, Any] | None = None
 ) -> RunResult:
     """Measure, learn, measure, from the start or from the checkpoint that holds ``logged``."""
-    for note in run.notes:
-        console.print(note)
+    say(console, *run.notes)
     log = RunLog(folder, stored, console)
     if logged is not None:
         log.restore(logged)
-        console.print(f"going on after {log.steps:,} steps")
+        say(console, f"going on after {log.steps:,} steps")
     report: Report | None = None
     signum: int | None = None
     try:
@@ -361,7 +361,7 @@ def _carry_out(
     except KeyboardInterrupt as stop:
         stopped = stop if isinstance(stop, Stopped) else Stopped()
         signum = stopped.signum
-        console.print(f"stopped by {stopped.name} after {log.steps:,} steps")
+        say(console, f"stopped by {stopped.name} after {log.steps:,} steps")
         _say_how_to_go_on(folder, console)
     except TextGenError:
         _say_how_to_go_on(folder, console)
@@ -376,17 +376,17 @@ def _carry_out(
 def _say_how_to_go_on(folder: Path, console: Console) -> None:
     checkpoint = newest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is not None:
-        console.print(f"the last checkpoint is of step {int(checkpoint.name):,}")
-        console.print(f"go on with: textgen train --resume {folder}", soft_wrap=True, markup=False)
+        say(console, f"the last checkpoint is of step {int(checkpoint.name):,}")
+        say(console, f"go on with: textgen train --resume {folder}")
 
 
 def _measure_and_learn(run: Run, log: RunLog, folder: Path, console: Console) -> Report:
     with console.status("measuring") as status:
-        yardstick = run.yardstick(lambda policy: status.update(f"measuring: {policy}"))
+        yardstick = run.yardstick(lambda policy: status.update(status_text(f"measuring: {policy}")))
     _learn(run, log, folder)
     draw_learning(log.rows, yardstick.samples.reward, folder / LEARNING_FILE)
     with console.status("measuring") as status:
-        evaluations = run.evaluate(lambda policy: status.update(f"measuring: {policy}"))
+        evaluations = run.evaluate(lambda policy: status.update(status_text(f"measuring: {policy}")))
     report = yardstick.report(run.agent_name, evaluations, run.notes)
     draw_plane(report, folder / PLANE_FILE)
     write_file(folder / SAMPLES_FILE, samples_page(yardstick.samples, evaluations[0], run.notes))
