@@ -43,7 +43,9 @@ def cell(text: object) -> Text:
 
 def table_of(headings: Iterable[object], rows: Iterable[Iterable[object]], title: str | None = None) -> Table:
     """Return a plain table: columns side by side without lines."""
-    grid = Table(*map(cell, headings), title=None if title is None else cell(title), title_justify="left", box=None)
+    grid = Table(title=None if title is None else cell(title), title_justify="left", box=None)
+    for heading in headings:
+        grid.add_column(cell(heading))
     for row in rows:
         grid.add_row(*map(cell, row))
     return grid
