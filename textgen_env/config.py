@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
-from textgen_env.errors import ConfigError, UnknownArgument
+from textgen_env.errors import ConfigError, TextGenError, UnknownArgument
 from textgen_env.registry import unknown_name
 
 OBSERVATION_KEYS = (
@@ -82,8 +82,7 @@ class EnvConfig:
         stop = (self.stop,) if isinstance(self.stop, str) or not isinstance(self.stop, Iterable) else tuple(self.stop)
         if not all(isinstance(s, str) and s for s in stop):
             raise ConfigError(f"stop must be non-empty strings, got {self.stop!r}")
-        if not all(map(is_unicode, stop)):
-            raise ConfigError(f"stop must be Unicode text, got {self.stop!r} with a lone surrogate")
+        check_unicode("stop", stop)
         object.__setattr__(self, "stop", stop)
         self._check_observation()
 
@@ -164,6 +163,19 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def check_unicode(name: str, value: object, error: type[TextGenError] = ConfigError) -> None:
+    """Raise ``error`` if a string in ``value``, at any depth of lists and mappings, cannot be encoded."""
+    if isinstance(value, str) and not is_unicode(value):
+        raise error(f"{name} must be Unicode text, got {value!r} with a lone surrogate")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            check_unicode(name, key, error)
+            check_unicode(name, item, error)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_unicode(name, item, error)
 
 
 def check_one_of(name: str, value: object, allowed: Sequence[object]) -> None:

@@ -129,7 +129,7 @@ def open_task(spec: str) -> Task:
             raise ConfigError(f"the size of a task is written name=value, got {size!r} in {spec!r}")
         try:
             given[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             given[name] = value
     return make_task(id, **given)
 

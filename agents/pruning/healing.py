@@ -36,6 +36,7 @@ from textgen_env.errors import ConfigError, ModelError, RunFolderError
 from textgen_env.files import check_keys, locked, reporting_full_disk, whole_file
 
 CHECKPOINT = "distil.pt"
+HEALING = "healing"  # the folder of the checkpoint
 WRITTEN_ROWS = 512  # how much the teacher writes at most: about the time of 100 steps
 
 _log = logging.getLogger(__name__)
@@ -186,39 +187,30 @@ def prune_and_heal(
             process works in it; or it cannot be written to.
         ConfigError, ModelError: as ``PrunedTransformerModel`` and ``distil`` do.
     """
-    with locked(out):
-        return _prune_and_heal(name, Path(out), cuts, steps, texts, dtype, seed, progress)
-
-
-def _prune_and_heal(
-    name: str | os.PathLike[str],
-    folder: Path,
-    cuts: Sequence[tuple[str, float]],
-    steps: int,
-    texts: Text | None,
-    dtype: torch.dtype,
-    seed: int,
-    progress: bool,
-) -> PruningReport:
-    checkpoints, unfinished = folder / "healing", folder / UNFINISHED
-    if (folder / "config.json").exists() and not unfinished.exists():
-        if (checkpoints / CHECKPOINT).is_file():  # a kill at the very end left it
-            shutil.rmtree(checkpoints, ignore_errors=True)
-        raise RunFolderError(f"{str(folder)!r} holds a model already; choose another folder")
+    folder = Path(out)
+    _check_no_model(folder)
     (method, amount), *others = cuts
     student = PrunedTransformerModel(name, amount, method, calibration=texts, dtype=dtype, seed=seed)
     for method, amount in others:
         student.prune(amount, method, calibration=texts, seed=seed)
-    if steps:
-        teacher, _ = load_transformer(name, dtype)
-        distil(student, teacher, texts, steps, seed=seed, folder=checkpoints, progress=progress)
-    with reporting_full_disk(folder, (SafetensorError,)):
-        unfinished.touch()
-        student.save_pretrained(folder)
-        unfinished.unlink()
-    if checkpoints.is_dir():
-        shutil.rmtree(checkpoints)
+    with locked(folder):
+        _check_no_model(folder)  # pruning took a while
+        if steps:
+            teacher, _ = load_transformer(name, dtype)
+            distil(student, teacher, texts, steps, seed=seed, folder=folder / HEALING, progress=progress)
+        with reporting_full_disk(folder, (SafetensorError,)):
+            (folder / UNFINISHED).touch()
+            student.save_pretrained(folder)
+            (folder / UNFINISHED).unlink()
+        shutil.rmtree(folder / HEALING, ignore_errors=True)
     return student.report()
+
+
+def _check_no_model(folder: Path) -> None:
+    if (folder / "config.json").exists() and not (folder / UNFINISHED).exists():
+        if (folder / HEALING / CHECKPOINT).is_file():  # a kill at the very end left it
+            shutil.rmtree(folder / HEALING, ignore_errors=True)
+        raise RunFolderError(f"{str(folder)!r} holds a model already; choose another folder")
 
 
 class _Run:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import ConfigError, RunFolderError, TextGenError
-from textgen_env.files import whole_folder
+from textgen_env.files import read_json, whole_folder
 
 
 def save_checkpoint(folder: str | os.PathLike[str], agent: TextDQN, extra: dict[str, Any]) -> Path:
@@ -77,7 +77,7 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], agent: TextDQN) -> dict[
     path = Path(checkpoint)
     try:
         tensors = load_file(path / "state.safetensors")
-        plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        plain = read_state(path / "state.json")
         extra = dict(plain["extra"])
         _restore(agent, tensors, plain)
     except TextGenError:
@@ -86,6 +86,18 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], agent: TextDQN) -> dict[
         raise RunFolderError(f"the checkpoint {str(path)!r} is damaged, or of another agent: {error}") from error
     agent.load_replay_buffer(path / "replay.safetensors")
     return extra
+
+
+def read_state(path: Path) -> Any:
+    """Return what ``state.json`` holds.
+
+    Raises:
+        ValueError: no JSON, too large or too deep.
+    """
+    try:
+        return read_json(path, allow_nan=True)
+    except RunFolderError as error:
+        raise ValueError(str(error)) from error
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from agents.text_dqn.settings import MANY
 from agents.zoo import AGENTS, MASK_AWARE, OBSERVATION
-from textgen_env.config import MOST_ROWS, EnvConfig, check_in_range, check_seed, check_type
+from textgen_env.config import MOST_ROWS, EnvConfig, check_in_range, check_seed, check_type, check_unicode
 from textgen_env.errors import ConfigError
 from textgen_env.files import check_keys, parse_json
 from textgen_env.registry import unknown_name
@@ -56,6 +56,8 @@ class RunConfig:
         check_type("agent", self.agent, str)
         AGENTS[self.agent]
         self._check_numbers()
+        for item in fields(self):
+            check_unicode(item.name, getattr(self, item.name))
         for name in ("model", "prune"):
             check_type(name, getattr(self, name), str, type(None))
         for name in ("agent_settings", "env"):

@@ -258,11 +258,17 @@ class RunLog(BaseCallback):
             RunFolderError: ``state`` is not the log of a checkpoint.
         """
         check_keys(state, LOG_KEYS, "the log in the checkpoint")
-        self.steps, self.seconds = state["steps"], state["seconds"]
-        self._metrics.rows[:] = state["rows"]
-        self._next_row, self._schedule.next = state["next_row"], state["next_checkpoint"]
+        try:
+            self._restore(state)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise RunFolderError(f"the log in the checkpoint is damaged: {error}") from error
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.steps, self.seconds = int(state["steps"]), float(state["seconds"])
+        self._metrics.rows[:] = [{name: float(value) for name, value in row.items()} for row in state["rows"]]
+        self._next_row, self._schedule.next = int(state["next_row"]), int(state["next_checkpoint"])
         self._texts.load_state_dict(state)
-        self._gathered = state["logged"]
+        self._gathered = {name: dict(state["logged"][name]) for name in LOGGER_DICTS}
 
     # --- rows
 

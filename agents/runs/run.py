@@ -301,7 +301,7 @@ def _return_to_checkpoint(run: Run, path: Path) -> Mapping[str, Any] | None:
     assert isinstance(run.agent, TextDQN)
     extra = load_checkpoint(checkpoint, run.agent)
     check_keys(extra, ("config", "log"), f"the checkpoint {str(checkpoint)!r}")
-    _check_unchanged(extra["config"], run.config)
+    _check_unchanged(check_keys(extra["config"], (), "the configuration in the checkpoint"), run.config)
     log: Mapping[str, Any] = extra["log"]
     return log
 

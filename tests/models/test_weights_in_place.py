@@ -148,7 +148,7 @@ def test_suppressed_tokens_are_proposed_neither_by_generate_nor_by_the_environme
     assert not {2, 3, 4, 5} & set(observation["candidates"].tolist())
     seen, done = set(), False
     while not done:
-        observation, _, done, _, info = env.step(0)
+        observation, _, done, _, _ = env.step(0)
         seen |= set(observation["candidates"].tolist()) if not done else set()
     assert not {2, 5} & seen
     assert seen & {3, 4}
