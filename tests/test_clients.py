@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from gymnasium.utils.env_checker import check_env, data_equivalence
-from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics, TimeLimit
+from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics, TimeLimit, vector
 from gymnasium.wrappers.vector import RecordEpisodeStatistics as RecordVectorStatistics
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -47,6 +47,35 @@ def test_flatten_observation_is_gymnasiums_flatten_and_passes_its_checker(observ
     check_env(
         FlattenObservation(make(observation=observation, on_illegal="last_legal").unwrapped), skip_render_check=True
     )
+
+
+@pytest.mark.parametrize("observation", ["default", "full", "hidden", "tokens"])
+def test_vector_flatten_observation_flattens_last_observations_of_the_same_step_too(observation):
+    def make_two():
+        settings = {
+            "observation": observation,
+            "max_new_tokens": 2,
+            "reward": worth,
+            "prompts": ["a", "ab"],
+            "top_k": 4,
+        }
+        return gym.make_vec("TextGen-v0", num_envs=2, model=letters(), **settings)
+
+    env, plain = vector.FlattenObservation(make_two()), make_two()
+
+    def flat(batch):
+        rows = [
+            {key: value[i] for key, value in batch.items()} if isinstance(batch, dict) else batch[i] for i in (0, 1)
+        ]
+        return [gym.spaces.flatten(plain.single_observation_space, row) for row in rows]
+
+    np.testing.assert_array_equal(env.reset(seed=2)[0], flat(plain.reset(seed=2)[0]))
+    for _ in range(6):
+        (found, *_, infos), (expected, *_, others) = env.step(np.zeros(2, np.int64)), plain.step(np.zeros(2, np.int64))
+        np.testing.assert_array_equal(found, flat(expected))
+        for row in np.flatnonzero(others.get("_final_obs", [])):
+            last = gym.spaces.flatten(plain.single_observation_space, others["final_obs"][row])
+            np.testing.assert_array_equal(infos["final_obs"][row], last)
 
 
 def test_recorded_statistics_are_the_texts_reward_and_length():
