@@ -151,45 +151,12 @@ NOWHERE = {  # each ends before a model loads
     "benchmark": ["--tasks", "Nowhere"],
     "list": ["nowhere"],
 }
-OPTIONS = [
-    "--steps",
-    "--envs",
-    "--seed",
-    "--seeds",
-    "--beta",
-    "--top-k",
-    "--max-new-tokens",
-    "--min-new-tokens",
-    "--texts",
-    "--samples",
-    "--prompts",
-    "--prompt",
-    "--reward",
-    "--agent",
-    "--agents",
-    "--prune",
-    "--config",
-    "--resume",
-    "--num",
-    "--engine",
-    "--address",
-    "--actors",
-    "--episodes",
-    "--amount",
-    "--method",
-    "--cuts",
-    "--heal",
-    "--text",
-    "--json",
-    "--greedy",
-    "--trust",
-    "--quick",
-    "--workers",
-    "--compare",
-    "--candidate-scores",
-    "--checkpoint-every",
-    "--nothing",
-]
+NAMES = """
+steps envs seed seeds beta top-k max-new-tokens min-new-tokens texts samples prompts prompt reward agent agents prune
+config resume num engine address actors episodes amount method cuts heal text json greedy trust quick workers compare
+candidate-scores checkpoint-every nothing
+"""
+OPTIONS = [f"--{name}" for name in NAMES.split()]
 NUMBERS = ["-1", "0", "1", "1e99", "nan", "inf", "9" * 5000]
 VALUES = [*NUMBERS, "", " ", "{", "[" * 2000, '{"name": 1}', "a:b", "é\ud800", "\x1b[2J"]
 OPTION = st.tuples(st.sampled_from(OPTIONS), st.sampled_from(VALUES) | TEXT) | st.tuples(st.sampled_from(OPTIONS))

@@ -77,7 +77,7 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], agent: TextDQN) -> dict[
     path = Path(checkpoint)
     try:
         tensors = load_file(path / "state.safetensors")
-        plain = read_state(path / "state.json")
+        plain = _read_state(path / "state.json")
         extra = dict(plain["extra"])
         _restore(agent, tensors, plain)
     except TextGenError:
@@ -88,7 +88,7 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], agent: TextDQN) -> dict[
     return extra
 
 
-def read_state(path: Path) -> Any:
+def _read_state(path: Path) -> Any:
     """Return what ``state.json`` holds.
 
     Raises:
