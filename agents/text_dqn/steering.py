@@ -150,7 +150,10 @@ class Steering(LogitsProcessor):
         """
         texts, ids = self._texts, input_ids.cpu().numpy()
         if texts.hidden is None or len(texts.hidden) != len(input_ids):
-            raise ConfigError("the model that generates is not the one given to logits_processor, or outside its with")
+            raise ConfigError(
+                "the model that generates is not the one given to logits_processor, or outside its with, or it judges "
+                "several tokens a forward, as in assisted generation"
+            )
         _check_plain_step(scores, texts.logits)
         hidden, texts.hidden = texts.hidden, None
         pad = self._follow(ids)

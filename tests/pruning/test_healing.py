@@ -224,7 +224,7 @@ def test_a_kill_while_the_model_is_saved_or_just_after_is_made_good_by_the_same_
             prune_and_heal(tmp_path / "dense", tmp_path / "out", **options)
     assert (tmp_path / "out" / "config.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("agents.pruning.healing.shutil.rmtree", stop)
+        patch.setattr("agents.pruning.healing.shutil.rmtree", lambda *_, **__: stop())
         with pytest.raises(Stopped):
             prune_and_heal(tmp_path / "dense", tmp_path / "out", **options)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -221,7 +221,7 @@ def test_beam_search_is_refused(tiny_lm, how):
 @pytest.mark.parametrize("how", ["assistant_model", "prompt_lookup_num_tokens"])
 def test_assisted_generation_is_refused(pair, how):
     model, tokenizer = pair
-    one = {name: tensor[:1] for name, tensor in batch(tokenizer).items()}
+    one = tokenizer(["the film was the film was the film"], return_tensors="pt", return_token_type_ids=False)
     assisted = {how: model if how == "assistant_model" else 2}
     with trained(vector_env(pair)).logits_processor(model) as steer, pytest.raises(ConfigError, match="assisted"):
         model.generate(**one, logits_processor=[steer], **steer.settings, **assisted, pad_token_id=0)
@@ -275,8 +275,16 @@ def test_a_forward_that_raises_leaves_no_lock(pair):
     with trained(vector_env(pair)).logits_processor(model):
         with pytest.raises((IndexError, RuntimeError, ValueError)):
             model(input_ids=torch.tensor([[10**6]]))
+
+        def takes_turns():
+            lock = forward_lock(model)
+            taken = lock.acquire(timeout=10)
+            if taken:
+                lock.release()
+            return taken
+
         with ThreadPoolExecutor(1) as thread:
-            assert thread.submit(lambda: forward_lock(model).acquire(timeout=10)).result()
+            assert thread.submit(takes_turns).result()
 
 
 def test_what_cannot_be_steered_is_refused_with_the_way_out(tiny_lm, tiny_gpt2):
