@@ -341,7 +341,7 @@ def chat(source: Any, tokenizer: PreTrainedTokenizerBase, system: str | None = N
         system: A system message in front.
 
     Raises:
-        PromptError: the tokenizer has no chat template.
+        PromptError: the tokenizer has no chat template, or one that fails.
     """
     if not tokenizer.chat_template:
         raise PromptError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template")
@@ -352,11 +352,17 @@ def chat(source: Any, tokenizer: PreTrainedTokenizerBase, system: str | None = N
 
     def in_template(prompt: Prompt) -> Prompt:
         turns = [*opening, {"role": "user", "content": prompt.text}]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # whatever the template does: it is a program of its author, in a sandbox
+            raise PromptError(
+                f"the chat template of tokenizer {tokenizer.name_or_path!r} fails: {type(error).__name__}: {error}"
+            ) from error
         if adds_begin:
             text = text.removeprefix(begin)
         return replace(prompt, text=text, metadata={**prompt.metadata, "prompt": prompt.text})
 
+    in_template(Prompt("Hello"))  # a template that fails is found now, and not in the middle of a run
     return _Mapped(make_prompts(source), in_template)
 
 
