@@ -185,7 +185,7 @@ class Learner:
         return float(self.beta_start * (self.beta / self.beta_start) ** share)
 
     def _chosen_by_lm(self, budget: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-        """Return the rows, (N,), where the language model writes: a share of the texts; for ``q_sharp`` the ends of all."""
+        """Return the rows, (N,), where the language model writes: some texts; for ``q_sharp`` the ends of all."""
         if self.target != "q_sharp" and not self.lm_share:
             return np.zeros(len(budget), bool)
         length = self.network.max_new_tokens
