@@ -23,7 +23,7 @@ from gymnasium import spaces
 from torch import nn
 from torch.nn import functional
 
-from agents.text_dqn.scorer import Texts, TextScorer, Visited, directions
+from agents.text_dqn.scorer import JudgedTexts, TextScorer, Visited, directions
 from textgen_env.errors import ConfigError, ModelError
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
@@ -246,13 +246,13 @@ class CandidateQNetwork(nn.Module):
         if self.scorer is not None:
             self.scorer.describe(language_model)
 
-    def fit_scorer(self, texts: Texts, visited: Visited) -> float:
+    def fit_scorer(self, texts: JudgedTexts, visited: Visited) -> float:
         """Fit the scorer; return R2 on texts that were left out. See ``TextScorer.fit``."""
         if self.scorer is None or self._language_model is None:
             raise ModelError("no scorer to fit, or no language model to read embeddings from: call bind")
-        if self._directions is None:
-            object.__setattr__(self, "_directions", directions(self._language_model))
-        return self.scorer.fit(texts, self._directions, visited)
+        known = directions(self._language_model) if self._directions is None else self._directions
+        object.__setattr__(self, "_directions", known)
+        return self.scorer.fit(texts, known, visited)
 
     def scored(self, observations: Tensors) -> Tensors:
         """Return observations of single states (B, ...) with the learned scores, where there is a scorer."""
