@@ -303,6 +303,10 @@ class CandidateQNetwork(nn.Module):
 
     def forward(self, observations: Tensors) -> torch.Tensor:
         """Return Q of single states, (B, k)."""
+        return self.head_values(observations).mean(0)
+
+    def head_values(self, observations: Tensors) -> torch.Tensor:
+        """Return Q of single states by each head, (heads, B, k)."""
         observations = self.scored(observations)
         tokens, length = observations["tokens"].long(), observations["length"].long()  # (B, T), (B, 1)
         generated = self._generated(observations)
@@ -315,7 +319,7 @@ class CandidateQNetwork(nn.Module):
             vectors = vectors * inside
             memory = (head.contributions(vectors, shifted(vectors)) * inside).sum(-2)
             outputs.append(self._head(head, observations, candidates, memory, vectors[:, -1]))
-        return self._q(torch.stack(outputs), observations).mean(0)
+        return self._q(torch.stack(outputs), observations)
 
     def episode_values(self, observations: Tensors, looked_up: LookedUp) -> torch.Tensor:
         """Return Q of every step of whole episodes, for each head: (heads, B, T, c); see ``episode_outputs``."""

@@ -295,7 +295,7 @@ class EpisodeReplay:
     def texts(self) -> JudgedTexts:
         """Return the finished texts that are kept, and the prefixes of theirs that were judged, with their rewards.
 
-        JudgedTexts that an outside limit cut off are left out: nobody knows what they would have been worth.
+        Texts that an outside limit cut off are left out: nobody knows what they would have been worth.
         """
         picks = [(env, *episode) for env, ring in enumerate(self.episodes) for episode in ring]
         envs, first, lengths = np.array(picks, np.int64).reshape(-1, 3).T
