@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ def alliteration(texts: Sequence[str], tokens: int) -> Judge:
 
     def score(text: str) -> float:
         firsts = [word[0].lower() for word in split_words(text)]
-        return sum(a == b for a, b in zip(firsts, firsts[1:], strict=False)) / max(1, len(firsts) - 1)
+        return sum(a == b for a, b in pairwise(firsts)) / max(1, len(firsts) - 1)
 
     return _one_by_one(score)
 

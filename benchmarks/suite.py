@@ -149,7 +149,8 @@ class Suite:
     def _measured(self, agent: TextDQN, stick: Yardstick, reward: Any, judge: Judge) -> dict[str, float]:
         found = evaluate(agent, stick.env(128, stick.test, reward), self.texts, 11, stick.test)
         rewards, values = stick.rewards(judge), found.values(BETA)
-        assert values is not None and found.mean_kl is not None  # its probabilities are known
+        assert values is not None
+        assert found.mean_kl is not None  # its probabilities are known
         best = float(estimated_optimum(rewards, BETA).value.mean())
         low, high = bootstrap_interval(found.by_prompt(values))
         before = float(rewards.mean())

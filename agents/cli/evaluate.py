@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from agents.cli.options import AsJson, Prompts, Samples, Texts, Trust, change, open_console
+from agents.cli.options import LARGEST_SEED, AsJson, Prompts, Samples, Texts, Trust, change
+from agents.terminal import json_text, open_console, say, table_of
 from textgen_env.errors import ConfigError
-from textgen_env.files import write_file
+from textgen_env.files import refuse_links, write_file
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from agents.runs.run import Run
 
 
@@ -26,7 +28,8 @@ def evaluate_command(
     texts: Texts = None,
     samples: Samples = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the evaluation's random numbers.", show_default="the run's")
+        int | None,
+        typer.Option(help="Of the evaluation's random numbers.", min=0, max=LARGEST_SEED, show_default="the run's"),
     ] = None,
     particles: Annotated[
         str | None,
@@ -79,14 +82,15 @@ def _on_prompts(run: Run, prompts: str) -> Run:
 
 def _measure(run: Run, counts: Sequence[int], folder: Path, console: Console, as_json: bool) -> None:
     """Measure the agent, write the figures into ``folder``, and print them."""
-    from agents.runs.report import draw_plane, samples_page, table, text_metrics
+    from agents.runs.progress import JobProgress
+    from agents.runs.report import draw_plane, samples_page, show, text_metrics
     from agents.runs.run import PLANE_FILE, SAMPLES_FILE, SUMMARY_FILE, TOKENS_FILE
     from agents.runs.spending import draw_tokens, spending_table
 
-    with console.status("measuring") as status:
-        yardstick = run.yardstick(lambda policy: status.update(f"measuring: {policy}"))
-        evaluations = run.evaluate(lambda policy: status.update(f"measuring: {policy}"))
-        spending = run.spending(yardstick, counts, lambda way: status.update(f"measuring: {way}"))
+    with JobProgress(console, "texts") as progress:
+        yardstick = run.yardstick(progress.measuring)
+        evaluations = run.evaluate(progress.measuring)
+        spending = run.spending(yardstick, counts, lambda way: say(console, f"measuring: {way}"))
     bounds = (yardstick.samples.reward, float(yardstick.best.value.mean()))
     report = yardstick.report(run.agent_name, evaluations, run.notes)
     references = [prompt.reference for prompt in run.test_prompts]
@@ -94,25 +98,23 @@ def _measure(run: Run, counts: Sequence[int], folder: Path, console: Console, as
         "language model": text_metrics(yardstick.samples, references),
         run.agent_name: text_metrics(evaluations[0], references),
     }
-    found = report.as_dict() | {"metrics": metrics, "spending": [asdict(point) for point in spending]}
-    figures = json.dumps(found, indent=2, ensure_ascii=False)
-    write_file(folder / SUMMARY_FILE, figures + "\n")
+    figures = report.as_dict() | {"metrics": metrics, "spending": [asdict(point) for point in spending]}
+    refuse_links(folder)
+    write_file(folder / SUMMARY_FILE, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     write_file(folder / SAMPLES_FILE, samples_page(yardstick.samples, evaluations[0], run.notes))
     draw_plane(report, folder / PLANE_FILE)
     if spending:
         draw_tokens(spending, *bounds, folder / TOKENS_FILE)
     if as_json:
-        typer.echo(figures)
+        typer.echo(json_text(figures))
         return
-    console.print(table(report))
+    show(report, console)
     if spending:
         console.print(spending_table(spending, *bounds))
     console.print(_metrics_table(*metrics.values()))
-    console.print(f"Figures, picture and texts are in {folder}/")
+    say(console, f"Figures, picture and texts are in {folder}/")
 
 
 def _metrics_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    grid = Table("metric", "language model", "trained agent", box=None)
-    for name in before:
-        grid.add_row(name, f"{before[name]:.3f}", f"{after[name]:.3f}")
-    return grid
+    rows = [(name, f"{before[name]:.3f}", f"{after[name]:.3f}") for name in before]
+    return table_of(("metric", "language model", "trained agent"), rows)

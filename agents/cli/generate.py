@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,9 @@ from agents.cli.options import (
     check_one_writer,
     parse_reward,
 )
+from agents.terminal import json_text
 from textgen_env.errors import ConfigError
+from textgen_env.terminal import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,11 +94,11 @@ def generate_command(
         source = {} if run is None else _of_run(run, agent, particles)
         written = _weighted(env, prompt, num, seed, n=particles, beta=beta, judge=judge, **source)
     if as_json:
-        typer.echo(json.dumps(written, indent=2, ensure_ascii=False))
+        typer.echo(json_text(written))
         return
     for text in written:
         reward_shown = "unjudged" if text["reward"] is None else f"{text['reward']:+.3f}"
-        typer.echo(f"{reward_shown}  {text['prompt']}|{text['completion']}")
+        typer.echo(printable(f"{reward_shown}  {text['prompt']}|{text['completion']}"))
     if particles is not None:
         typer.echo(_cost(written, particles), err=True)
 

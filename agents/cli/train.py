@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from agents.cli.options import (
+    LARGEST_SEED,
     Address,
     Engine,
     Prompts,
@@ -18,10 +19,10 @@ from agents.cli.options import (
     Texts,
     change,
     given,
-    open_console,
     parse_reward,
     uses_ray,
 )
+from agents.terminal import open_console, say
 from textgen_env.errors import ConfigError
 from textgen_env.files import read_text
 
@@ -58,7 +59,9 @@ Steps = Annotated[
     int | None, typer.Option(help="Environment steps to learn from, one token each.", min=1, show_default="70000")
 ]
 Envs = Annotated[int | None, typer.Option(help="Texts written at a time.", min=1, show_default="64")]
-RunSeed = Annotated[int | None, typer.Option(help="Of prompts, agent and evaluation.", show_default="0")]
+RunSeed = Annotated[
+    int | None, typer.Option(help="Of prompts, agent and evaluation.", min=0, max=LARGEST_SEED, show_default="0")
+]
 Beta = Annotated[float | None, typer.Option(help="Price of KL, in reward units a nat.", show_default="0.1")]
 TopK = Annotated[int | None, typer.Option(help="Candidates a step: the number of actions.", min=1, show_default="16")]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Length limit of a text, in tokens.", min=1, show_default="20")]
@@ -78,6 +81,13 @@ CheckpointEvery = Annotated[
 ]
 ConfigFile = Annotated[
     Path | None, typer.Option(help="Start from the config.json of another run; other options go over it.")
+]
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        help="How long the whole should take: steps, texts and samples are chosen by the speed of this machine.",
+        show_default="none",
+    ),
 ]
 Resume = Annotated[
     Path | None, typer.Option(help="Go on with the run in this folder, from its last checkpoint.", metavar="RUN")
@@ -108,6 +118,7 @@ def train_command(
     samples: Samples = None,
     checkpoint_every: CheckpointEvery = None,
     config: ConfigFile = None,
+    minutes: Minutes = None,
     resume: Resume = None,
     engine: Engine = "local",
     actors: Actors = None,
@@ -120,6 +131,8 @@ def train_command(
     """
     from agents.runs import run as runs
 
+    if resume is None:
+        _check_minutes(minutes, engine, {"--steps": steps, "--texts": texts, "--samples": samples})
     console = open_console()
     text_source = _text_source(engine, actors, address)
     if resume is not None:
@@ -133,7 +146,7 @@ def train_command(
     env["min_new_tokens"] = max_new_tokens if min_new_tokens is None else min_new_tokens
     settings = _settings(config, changes, env, candidate_scores)
     folder = out or _free_folder(Path("runs"), settings.agent)
-    _show(runs.train(settings, folder, text_source=text_source, console=console), console)
+    _show(runs.train(settings, folder, text_source=text_source, console=console, minutes=minutes), console)
 
 
 def _text_source(engine: str, actors: int | None, address: str | None) -> TextSource:
@@ -154,6 +167,18 @@ def _check_only_where(ctx: typer.Context) -> None:
     if typed - WHERE:
         options = ", ".join("--" + name.replace("_", "-") for name in sorted(typed - WHERE))
         raise ConfigError(f"a run is resumed with its own configuration: leave out {options}")
+
+
+def _check_minutes(minutes: float | None, engine: str, sizes: dict[str, int | None]) -> None:
+    """Raise ``ConfigError`` if ``--minutes`` is no time, or stands beside an option that it would choose."""
+    if minutes is None:
+        return
+    if not 0 < minutes < float("inf"):
+        raise ConfigError(f"--minutes must be above 0 and finite, got {minutes:g}")
+    if clash := list(given(sizes)):
+        raise ConfigError(f"--minutes chooses {', '.join(clash)}: leave out one or the other")
+    if engine != "local":
+        raise ConfigError("--minutes times this machine alone: leave out --engine, or give --steps")
 
 
 def _settings(
@@ -178,14 +203,15 @@ def _free_folder(parent: Path, name: str) -> Path:
 
 def _show(result: RunResult, console: Console) -> None:
     """Print the table and the end of a run; one that was stopped exits with 128 + the signal's number."""
-    from agents.runs.report import table
+    from agents.runs.report import show
 
     if result.report is not None:
-        console.print(table(result.report))
+        show(result.report, console)
     state = "finished" if result.finished else "stopped early: what there is was saved"
-    console.print(
-        f"{state}. {result.steps:,} steps in {result.seconds:.0f} s of training. Everything is in {result.folder}/"
+    say(
+        console,
+        f"{state}. {result.steps:,} steps in {result.seconds:.0f} s of training. Everything is in {result.folder}/",
     )
     if not result.finished:
         raise typer.Exit(INTERRUPTED if result.signum is None else 128 + result.signum)
-    console.print(f'try: textgen generate {result.folder} --prompt "The movie was"')
+    say(console, f'try: textgen generate {result.folder} --prompt "The movie was"')

@@ -34,7 +34,7 @@ def open_language_model(config: RunConfig) -> tuple[LanguageModel, str | None]:
         model, report = prune_(model, method, amount, tokenizer=tokenizer, seed=config.seed)
         reports.append(str(report))
     model.to(pick_device())  # type: ignore[arg-type]  # transformers types it for itself
-    pruned = HFModel(model, tokenizer, name=f"{config.model}, {config.prune}")
+    pruned = HFModel(model, tokenizer, name=f"{config.model}, {config.prune}", relayout=True)
     return pruned, f"Language model {config.model}: {'; '.join(reports)}."
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +21,18 @@ import numpy as np
 
 from agents.baselines.one_step import GreedyAgent, LookaheadAgent, SampleAgent
 from agents.runs.optimum import Optimum, Point, best_of_n, estimated_optimum, share_of_optimal_gain
+from agents.terminal import cell, say
 from textgen_env.evaluation import Evaluation, evaluate
 from textgen_env.extras import is_installed
 from textgen_env.files import whole_file
 from textgen_env.policies import Agent
 from textgen_env.prompts import PromptSource
+from textgen_env.terminal import printable
 from textgen_env.vector_env import TextGenVectorEnv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console
     from rich.table import Table
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
@@ -42,6 +46,13 @@ LOOKAHEAD = "score lookahead, no learning"
 
 Curve = list[tuple[float, float]]
 """Points (KL in nats a text, reward)."""
+
+Watch = Callable[[str, int, int], None]
+"""Called while a policy is measured: its name, the texts that have ended, their number."""
+
+
+def unwatched(policy: str, ended: int, texts: int) -> None:
+    """Watch nothing."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ class Yardstick:
         texts: int,
         samples: int,
         seed: int,
-        say: Callable[[str], None] = lambda policy: None,
+        watch: Watch = unwatched,
     ) -> Yardstick:
         """Roll out the agents without learning.
 
@@ -106,16 +117,17 @@ class Yardstick:
             texts: For each agent, rounded up to a whole number a prompt.
             samples: Texts of the language model a prompt, from which the optimum is estimated.
             seed: Of the evaluation's random numbers.
-            say: Called with the name of each policy before it is measured.
+            watch: Told of each policy while it is measured.
         """
-        say("language model")
-        sampled = evaluate(SampleAgent(), env, max(texts, samples * len(prompts)), seed, prompts)
-        say("language model, greedy")
-        greedy = evaluate(GreedyAgent(), env, len(prompts), seed, prompts)  # once a prompt: it has no other
+        count = max(texts, samples * len(prompts))
+        sampled = evaluate(SampleAgent(), env, count, seed, prompts, watch=partial(watch, "language model"))
+        named = partial(watch, "language model, greedy")
+        # Once a prompt: it has no other text.
+        greedy = evaluate(GreedyAgent(), env, len(prompts), seed, prompts, watch=named)
         lookahead = []
         if "candidate_scores" in env.episodes.keys:
-            say("score lookahead")
-            lookahead = evaluate_agent(LookaheadAgent(), env, prompts, texts=texts, seed=seed)
+            agent, name = LookaheadAgent(), "score lookahead"
+            lookahead = evaluate_agent(agent, env, prompts, texts=texts, seed=seed, watch=watch, name=name)
         return cls(beta, sampled, greedy, lookahead)
 
     def optimum(self, beta: float) -> Optimum:
@@ -195,33 +207,39 @@ def evaluate_agent(
     texts: int,
     seed: int,
     deterministic: bool = False,
-    say: Callable[[str], None] = lambda policy: None,
+    watch: Watch = unwatched,
+    name: str = "agent",
 ) -> list[Evaluation]:
     """Return the agent's evaluation and, where it has a temperature ``beta``, those at others (half the texts)."""
-    say("agent")
-    evaluations = [evaluate(agent, env, texts, seed, prompts, deterministic)]
+    evaluations = [evaluate(agent, env, texts, seed, prompts, deterministic, partial(watch, name))]
     if hasattr(agent, "beta"):
         for factor in ACTING_FACTORS:
             acting = factor * agent.beta
-            say(f"agent at {acting:g}")
+            named, half = partial(watch, f"{name} at beta {acting:g}"), max(texts // 2, 1)
             with _acting_at(agent, acting):
-                evaluations.append(evaluate(agent, env, max(texts // 2, 1), seed, prompts, deterministic))
+                evaluations.append(evaluate(agent, env, half, seed, prompts, deterministic, named))
     return evaluations
 
 
 def table(report: Report) -> Table:
-    """Return the rows as a ``rich`` table."""
+    """Return the rows as a ``rich`` table; ``show`` prints the notes as well."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    units = "± is half of the 95% interval; KL in nats a text, log-likelihood a token; distinct-2."
-    grid = Table(caption="\n".join((units, *report.notes)), caption_justify="left", box=SIMPLE_HEAD)
+    grid = Table(box=SIMPLE_HEAD)
     grid.add_column("policy", min_width=20)  # it wraps; figures never do
     for heading in ("reward", "KL", "loglik", "distinct", "J", "share"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
-        grid.add_row(row.name, *_figures(row), style="bold" if row.name == report.agent else None)
+        grid.add_row(cell(row.name), *_figures(row), style="bold" if row.name == report.agent else None)
     return grid
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the table and the notes."""
+    console.print(table(report))
+    units = "± is half of the 95% interval; KL in nats a text, log-likelihood a token; distinct-2."
+    say(console, units, *report.notes)
 
 
 def _figures(row: ReportLine) -> tuple[str, ...]:
@@ -341,10 +359,15 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Return ``text`` as one cell of a Markdown table: generated text is not Markdown, nor HTML."""
-    for old, new in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "\\`"), ("*", "\\*"), ("_", "\\_")):
-        text = text.replace(old, new)
-    return " ".join(text.split("\n")).strip()
+    """Return ``text`` as one cell of a Markdown table: generated text is not Markdown, HTML, nor a link."""
+    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+    text = re.sub(r"(?i)(https?|ftp|mailto|xmpp):|(www)\.|@", _without_link, text)
+    return printable(" ".join(text.split("\n"))).strip()
+
+
+def _without_link(found: re.Match[str]) -> str:
+    """Return an address so that Markdown makes no link of it: its sign as an entity."""
+    return f"{found[0][:-1]}&#{ord(found[0][-1])};"
 
 
 def _figure(width: float, height: float) -> Figure:

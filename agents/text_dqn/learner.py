@@ -185,7 +185,7 @@ class Learner:
         return float(self.beta_start * (self.beta / self.beta_start) ** share)
 
     def _chosen_by_lm(self, budget: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-        """Return the rows, (N,), where the language model writes: a share of the texts; for ``q_sharp`` the ends of all."""
+        """Return the rows, (N,), where the language model writes: some texts; for ``q_sharp`` the ends of all."""
         if self.target != "q_sharp" and not self.lm_share:
             return np.zeros(len(budget), bool)
         length = self.network.max_new_tokens
@@ -267,7 +267,11 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm)
         self._check_finite(loss=loss, **{"gradient norm": norm})
         self.optimizer.step()
-        self._check_finite(weights=torch.stack(torch._foreach_norm([weight.detach() for weight in weights])))
+        try:
+            self._check_finite(weights=torch.stack(torch._foreach_norm([weight.detach() for weight in weights])))
+        except DivergenceError:
+            self.network.load_state_dict(self.slow_network.state_dict())  # both are saved, and must be readable
+            raise
         with torch.no_grad():
             for own, slow in zip(self.network.parameters(), self.slow_network.parameters(), strict=True):
                 slow.mul_(1 - self.tau)

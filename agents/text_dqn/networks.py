@@ -248,7 +248,8 @@ class CandidateQNetwork(nn.Module):
 
     def fit_scorer(self, texts: Texts, visited: Visited) -> float:
         """Fit the scorer; return R2 on texts that were left out. See ``TextScorer.fit``."""
-        assert self.scorer is not None and self._language_model is not None  # the learner has checked
+        if self.scorer is None or self._language_model is None:
+            raise ModelError("no scorer to fit, or no language model to read embeddings from: call bind")
         if self._directions is None:
             object.__setattr__(self, "_directions", directions(self._language_model))
         return self.scorer.fit(texts, self._directions, visited)

@@ -98,7 +98,7 @@ class Fitted:
 def cross_fit(
     design: Design, rewards: Floats, folds: npt.NDArray[np.int64], count: int, penalties: Sequence[float] = PENALTIES
 ) -> Fitted:
-    """Fit the weights of each of ``count`` folds to the others, with the penalty that predicts left-out rewards best."""
+    """Fit weights for each of ``count`` folds to the others, with the penalty that predicts left-out rewards best."""
     parts = [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in range(count)]
     designs = [(design.rows(kept), design.rows(left)) for kept, left in parts]
     weights = np.zeros((count, len(design.used) + 1 + design.dense.shape[1]))

@@ -74,9 +74,7 @@ def test_more_tokens_a_text_are_measured_and_summed_up(tmp_path, capsys):
     summary = bench._summary(contestant, [{"points": points, "course": [], **run}] * 2)
 
     ways = ("best of n", "weighted best of n", "guided best of n", "particles")
-    assert list(summary["spending"]) == [
-        f"{way}, n = {n}" for n in (1, 2) for way in ways
-    ]  # a quick run leaves 16 out
+    assert list(summary["spending"]) == [f"{way}, n = {n}" for n in (1, 2) for way in ways]  # a quick run leaves 16 out
     single = summary["spending"]["best of n, n = 1"]
     assert single["share_at_least"] == pytest.approx(0, abs=1e-6)
     assert single["tokens"] == 20

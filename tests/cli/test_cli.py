@@ -23,6 +23,15 @@ def textgen(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "160"})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _cache_of_its_own(tmp_path_factory):
+    """Yardsticks of these runs stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setattr("agents.runs.yardsticks.cache_folder", lambda: cache)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_lm, tmp_path_factory):
     """The tiny model, its prompts, and a run on them."""
@@ -246,6 +255,10 @@ def test_a_stored_configuration_is_a_start_for_another_run(run, folder):
         (["train", "--resume", "{run}", "--steps", "3", "--candidate-scores"], "leave out --candidate-scores, --steps"),
         (["train", "--resume", "{run}", "--engine", "local"], "a finished run"),
         (["train", "--config", "nowhere.json"], "cannot read 'nowhere.json'"),
+        (["train", "--minutes", "0"], "--minutes must be above 0"),
+        (["train", "--minutes", "3", "--steps", "9", "--texts", "9"], "--minutes chooses --steps, --texts"),
+        (["train", "--minutes", "3", "--engine", "ray"], "--minutes times this machine alone"),
+        (["train", "--resume", "{run}", "--minutes", "3"], "leave out --minutes"),
         (["train", "--max-new-tokens", "4", "--min-new-tokens", "5"], "min_new_tokens must be at most"),
         (["train", "--model", "{model}", "--top-k", "4", "--max-prompt-tokens", "200"], "exceed the 128 tokens"),
         (["generate"], "give either the folder of a run, or --model"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -50,7 +52,7 @@ def finished_scores(scorer, found):
 JUDGES = {
     "a token": lambda row: float((row == 3).sum()),
     "a token at all": lambda row: float(3 in row),
-    "a pair": lambda row: float(sum(a == 3 and b == 5 for a, b in zip(row, row[1:], strict=False))),
+    "a pair": lambda row: float(sum(a == 3 and b == 5 for a, b in pairwise(row))),
     "the last token": lambda row: float(row[-1] in (2, 7)),
     "a length": lambda row: -abs(float((row % 4 + 1).sum()) - 15) / 10,
     "different tokens": lambda row: float(len(set(row.tolist()))),
@@ -78,7 +80,8 @@ def test_a_random_judge_is_scored_alike_everywhere():
 def test_a_constant_judge_is_scored_alike_everywhere():
     scorer, held_out = fitted(texts(lambda row: 0.5))
     score, candidates = scorer(*arguments(texts(JUDGES["a token"])))
-    assert held_out == 0 and bool((candidates == score).all())
+    assert held_out == 0
+    assert bool((candidates == score).all())
 
 
 def arguments(found, count=50):
