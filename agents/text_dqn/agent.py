@@ -214,7 +214,8 @@ class TextDQN(DQN):
         """Write a text for each prompt, each drawn from ``particles`` weighted ones.
 
         It costs so many times the tokens of a text, and one call of the reward for each of them. With 1
-        the texts are the policy's own.
+        the texts are the policy's own; as there are more, they follow the best policy at ``target_beta``,
+        at whatever temperature the agent acts.
 
         Args:
             prompts: Texts, or ``Prompt`` objects.
@@ -222,7 +223,7 @@ class TextDQN(DQN):
             reward: What judges them. None: that of the agent's environment, or the stored one. Where it
                 was not stored the last weight is left out: the texts follow Q alone.
             seed: Of the random numbers. None: goes on with the agent's own.
-            settings: ``threshold``, ``trust``, ``judge`` and ``rows`` of ``ParticlesAgent``.
+            settings: ``beta``, ``threshold``, ``trust``, ``judge`` and ``rows`` of ``ParticlesAgent``.
 
         Raises:
             ConfigError: a value out of range, a task that the agent does not know, or scores that it needs
