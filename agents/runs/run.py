@@ -21,7 +21,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,11 +36,24 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from agents.runs.checkpoint import load_checkpoint, newest_checkpoint
 from agents.runs.config import RunConfig
 from agents.runs.log import CHECKPOINTS, EVENTS, RunLog
-from agents.runs.parts import open_env, open_language_model, split_prompts
-from agents.runs.report import Report, Yardstick, draw_learning, draw_plane, evaluate_agent, samples_page
+from agents.runs.parts import open_env, open_language_model, split_prompts, validation_prompts
+from agents.runs.progress import JobProgress
+from agents.runs.report import (
+    Report,
+    Watch,
+    Yardstick,
+    draw_learning,
+    draw_plane,
+    evaluate_agent,
+    samples_page,
+    unwatched,
+)
 from agents.runs.signals import Stopped, stop_signals
+from agents.runs.sizing import fit, measured_speed, work_of
+from agents.runs.spending import Spending, choices, spend
+from agents.runs.yardsticks import known_or_measured
 from agents.sb3_vec import SB3VecEnv
-from agents.terminal import say, status_text
+from agents.terminal import say
 from agents.text_dqn.agent import TextDQN
 from agents.zoo import AGENTS, Budget, acts_greedily, make_agent
 from textgen_env.errors import ConfigError, RunFolderError, TextGenError
@@ -65,6 +79,7 @@ AGENT_FILE = "agent.zip"
 SUMMARY_FILE = "summary.json"
 SAMPLES_FILE = "samples.md"
 PLANE_FILE = "plane.png"
+TOKENS_FILE = "tokens.png"
 LEARNING_FILE = "learning.png"
 
 SUMMARY_PACKAGES = ("textgen-env", "torch", "transformers", "stable-baselines3", "gymnasium", "numpy")
@@ -88,24 +103,22 @@ class Run:
     notes: tuple[str, ...]  # for readers of the results
     given: Mapping[str, Any]  # Python objects in place of configured names
 
-    def yardstick(self, say: Callable[[str], None]) -> Yardstick:
-        """Measure the policies without learning on the test prompts."""
+    def scoring_env(self) -> TextGenVectorEnv:
+        """Return an environment to measure policies without learning in, on the test prompts."""
         config, reward = self.env.episodes.config, self.env.episodes.reward
         keys = ["logprobs", "action_mask"]
         if reward.running() is not None and config.top_k is not None:
             keys += ["score", "candidate_scores"]
-        env = open_env(self.config, self.env.language_model, self.test_prompts, reward, tuple(keys))
-        return Yardstick.measure(
-            env,
-            self.test_prompts,
-            beta=self.config.beta,
-            texts=self.config.eval_texts,
-            samples=self.config.eval_samples,
-            seed=self.config.seed,
-            say=say,
-        )
+        return open_env(self.config, self.env.language_model, self.test_prompts, reward, tuple(keys))
 
-    def evaluate(self, say: Callable[[str], None]) -> list[Evaluation]:
+    def yardstick(self, watch: Watch = unwatched) -> Yardstick:
+        """Return the measures of the policies without learning on the test prompts, from the cache where they are."""
+        env, config = self.scoring_env(), self.config
+        settings: dict[str, Any] = {"beta": config.beta, "texts": config.eval_texts, "samples": config.eval_samples}
+        settings["seed"] = config.seed
+        return known_or_measured(env, self.test_prompts, watch, **settings)
+
+    def evaluate(self, watch: Watch = unwatched) -> list[Evaluation]:
         """Measure the agent on the test prompts: at its own temperature, then at others."""
         return evaluate_agent(
             self.agent,
@@ -114,8 +127,25 @@ class Run:
             texts=self.config.eval_texts,
             seed=self.config.seed,
             deterministic=self.greedy,
-            say=say,
+            watch=watch,
         )
+
+    def spending(self, yardstick: Yardstick, counts: Sequence[int], say: Callable[[str], None]) -> list[Spending]:
+        """Measure what ``counts`` times the tokens of a text buy on the test prompts; nothing for no counts.
+
+        Raises:
+            ConfigError: an agent without Q, or more rows than the yardstick has samples a prompt.
+        """
+        if not counts:
+            return []
+        config, samples = self.config, yardstick.samples
+        rewards, length = samples.by_prompt(samples.rewards), float(samples.lengths.mean())
+        points = [point for n in counts for point in choices(rewards, n, config.beta, length)]
+        some = validation_prompts(self.env.episodes.prompts, config.seed)
+        settings: Any = {"beta": config.beta, "texts": config.eval_texts, "seed": config.seed, "say": say}
+        for n in counts:
+            points += spend(self.agent, self.env, list(self.test_prompts), some, n, **settings)
+        return points
 
     @property
     def agent_name(self) -> str:
@@ -145,7 +175,7 @@ def open_run(
         config.prompts if prompts is None else prompts, config.eval_prompts, config.seed
     )
     env = open_env(config, language_model, train_prompts, config.reward if reward is None else reward)
-    budget = Budget(config.steps, config.envs, config.env_config().max_new_tokens, config.beta)
+    budget = _budget(config)
     if load is None:
         agent = make_agent(config.agent, env, config.seed, budget, config.agent_settings)
     else:
@@ -223,6 +253,7 @@ def train(
     reward: Any = None,
     text_source: TextSource = local,
     console: Console | None = None,
+    minutes: float | None = None,
 ) -> RunResult:
     """Train an agent, measure it, and leave everything in the folder ``out``.
 
@@ -235,6 +266,7 @@ def train(
         model, prompts, reward: Python objects in place of those that the configuration names.
         text_source: This process, or ``agents.distributed.actors.RayTextSource``.
         console: Shows progress. None: silence.
+        minutes: How long the whole should take: steps, texts and samples are chosen by the speed of this machine.
 
     Raises:
         RunFolderError: ``out`` holds something already (nothing is ever overwritten), or cannot be written to.
@@ -242,8 +274,14 @@ def train(
     """
     folder, console = Path(out), console or Console(quiet=True)
     check_free(folder)
+    started = time.perf_counter()
     with console.status("loading the language model"):
         run = open_run(config, model=model, prompts=prompts, reward=reward)
+    if minutes is not None:
+        with console.status("timing a few steps"):
+            run, estimate = sized(run, minutes, started)
+        config = run.config
+        say(console, estimate)
     with text_source(run, partial(say, console)), locked(folder):
         check_free(folder)  # loading took a while
         stored = _storable(config, model=model, prompts=prompts, reward=reward)
@@ -304,6 +342,35 @@ def _return_to_checkpoint(run: Run, path: Path) -> Mapping[str, Any] | None:
     _check_unchanged(check_keys(extra["config"], (), "the configuration in the checkpoint"), run.config)
     log: Mapping[str, Any] = extra["log"]
     return log
+
+
+def sized(run: Run, minutes: float, started: float) -> tuple[Run, str]:
+    """Return ``run`` with sizes for so many minutes since ``started``, and a line that says how long its parts take.
+
+    Raises:
+        ConfigError: too few minutes for the smallest run.
+    """
+    config, episodes = run.config, run.env.episodes
+    trial = open_env(config, run.env.language_model, episodes.prompts, episodes.reward)
+    work = work_of(config, run.env, run.test_prompts)
+    tried = sizes = None
+    for _ in range(2):  # an agent's settings follow its steps, and with them the cost of a step
+        budget = _budget(config if sizes is None else sizes.of(config))
+        settings = AGENTS[config.agent](budget)[1]
+        if settings == tried:
+            break
+        tried, timed = settings, replace(config, steps=budget.steps)
+        speed = measured_speed(timed, trial, run.scoring_env())
+        found = fit(minutes, time.perf_counter() - started, speed, work)
+        sizes = found if sizes is None else replace(found, steps=min(found.steps, sizes.steps))
+    assert sizes is not None
+    chosen = sizes.of(config)
+    agent = make_agent(chosen.agent, run.env, chosen.seed, _budget(chosen), chosen.agent_settings)
+    return replace(run, config=chosen, agent=agent, notes=(*run.notes, sizes.note(minutes))), sizes.estimate()
+
+
+def _budget(config: RunConfig) -> Budget:
+    return Budget(config.steps, config.envs, config.env_config().max_new_tokens, config.beta)
 
 
 def _stored_config(path: Path, trust: bool = False) -> RunConfig:
@@ -381,12 +448,12 @@ def _say_how_to_go_on(folder: Path, console: Console) -> None:
 
 
 def _measure_and_learn(run: Run, log: RunLog, folder: Path, console: Console) -> Report:
-    with console.status("measuring") as status:
-        yardstick = run.yardstick(lambda policy: status.update(status_text(f"measuring: {policy}")))
+    with JobProgress(console, "texts") as progress:
+        yardstick = run.yardstick(progress.measuring)
     _learn(run, log, folder)
     draw_learning(log.rows, yardstick.samples.reward, folder / LEARNING_FILE)
-    with console.status("measuring") as status:
-        evaluations = run.evaluate(lambda policy: status.update(status_text(f"measuring: {policy}")))
+    with JobProgress(console, "texts") as progress:
+        evaluations = run.evaluate(progress.measuring)
     report = yardstick.report(run.agent_name, evaluations, run.notes)
     draw_plane(report, folder / PLANE_FILE)
     write_file(folder / SAMPLES_FILE, samples_page(yardstick.samples, evaluations[0], run.notes))
