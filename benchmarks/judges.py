@@ -35,10 +35,6 @@ SENTENCE = "The children laughed and played in the warm sun all day."
 
 JSON_TASK = "TextGen/Json-v0"
 
-JOY = frozenset(
-    ["happy", "smiled", "friend", "friends", "love", "loved", "fun", "good", "great", "nice", "beautiful", "best"]
-)
-
 
 def _of_library(spec: Any) -> Judge:
     reward = make_reward(spec)
@@ -88,11 +84,12 @@ def sentence(texts: Sequence[str], tokens: int) -> Judge:
 
 @JUDGES.register("sparse")
 def sparse(texts: Sequence[str], tokens: int) -> Judge:
-    """1 for a text that ends as a sentence does, has a word of ``JOY`` and 0.6 words a token; else 0."""
+    """1 for a text that ends as a sentence does, has a word of six letters and 0.6 words a token; else 0."""
 
     def score(text: str) -> float:
-        words = [word.lower() for word in split_words(text)]
-        return float(text.rstrip().endswith((".", "!", "?")) and len(words) >= 0.6 * tokens and bool(JOY & set(words)))
+        words = split_words(text)
+        ends = text.rstrip().endswith((".", "!", "?"))
+        return float(ends and len(words) >= 0.6 * tokens and max(map(len, words)) >= 6)
 
     return _one_by_one(score)
 
