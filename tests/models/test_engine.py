@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import textgen_env
 from textgen_env.errors import CapacityError, ConfigError, ModelError, PromptError, ResetNeeded
-from textgen_env.models import hf as hf_module
+from textgen_env.models import agreement
 from textgen_env.models.base import Proposals, Slots
 from textgen_env.models.candidates import top_candidates
 from textgen_env.models.device import NARROW, pick_dtype
@@ -26,6 +26,7 @@ from textgen_env.models.hf import HFModel
 from textgen_env.models.llama import LlamaDecoder, Projection, can_pack
 from textgen_env.models.one_row import OneRow
 from textgen_env.models.slots import LRUCache
+from textgen_env.models.stateful import StatefulDecoder
 
 VOCAB = 99
 SIZE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -501,21 +502,28 @@ def test_slots_out_of_range_are_refused(arguments, message):
         engine().slots(*arguments)
 
 
-def test_a_sliding_window_bounds_the_context():
-    assert engine("mistral").max_context == 40
-    assert engine("llama").max_context == 48
+def test_a_sliding_window_bounds_the_lean_path_and_not_the_context():
+    model = engine("mistral")
+    assert model.max_context == engine("llama").max_context == 48
+    assert isinstance(model.decoder_for(40), LlamaDecoder)
+    assert isinstance(model.decoder_for(41), StatefulDecoder)
 
 
 # --- which models
 
 
-def test_models_without_a_cache_of_keys_and_values_are_refused():
+def test_models_with_states_and_with_biased_attention_run_on_their_own_cache():
     mamba = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1))
-    with pytest.raises(ModelError, match="MambaForCausalLM does not cache keys and values"):
-        HFModel(mamba.eval(), word_tokenizer())
     bloom = hf.BloomForCausalLM(hf.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2))
-    with pytest.raises(ModelError, match="BloomForCausalLM cannot run"):
-        HFModel(bloom.eval(), word_tokenizer())
+    for model in (mamba, bloom):
+        assert HFModel(model.eval(), word_tokenizer()).decoder.name.startswith("own cache")
+
+
+def test_a_model_that_sees_later_tokens_is_refused_with_the_reasons():
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = hf.BertLMHeadModel(hf.BertConfig(**sizes, intermediate_size=16, is_decoder=False))
+    with pytest.raises(ModelError, match=r"BertLMHeadModel is not supported.*uncached: differs by"):
+        HFModel(bert.eval(), word_tokenizer())
 
 
 def test_a_forward_that_disagrees_with_the_model_is_not_used(monkeypatch):
@@ -528,9 +536,11 @@ def test_a_forward_that_disagrees_with_the_model_is_not_used(monkeypatch):
             logits, hidden = super().__call__(batch, cache)
             return 2 * logits, hidden
 
-    monkeypatch.setattr(hf_module, "GenericDecoder", Wrong)
+    monkeypatch.setattr(agreement, "GenericDecoder", Wrong)
     monkeypatch.setattr(LlamaDecoder, "fits", lambda model: False)
-    with pytest.raises(ModelError, match="differs from its own uncached one"):
+    assert isinstance(HFModel(model, word_tokenizer()).decoder, StatefulDecoder)
+    monkeypatch.setattr(agreement, "WAYS", ())
+    with pytest.raises(ModelError, match="no way to run it agrees with its own uncached forward"):
         HFModel(model, word_tokenizer())
 
 

@@ -11,19 +11,19 @@ import torch
 
 from textgen_env.config import check_at_least
 from textgen_env.errors import CapacityError, ConfigError, ModelError
+from textgen_env.models.agreement import agreeing_decoder
 from textgen_env.models.base import LanguageModel
-from textgen_env.models.cache import KeyValues
 from textgen_env.models.device import available_bytes, compute_alone_after_fork, forward_lock
-from textgen_env.models.generic import GenericDecoder
-from textgen_env.models.llama import LlamaDecoder
-from textgen_env.models.packing import Decoder
+from textgen_env.models.packing import Decoder, PackedDecoder
 from textgen_env.models.slots import HFSlots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 UNLIMITED = 1 << 30
-WINDOWS = ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size", "attention_window_size")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""Names under which configurations say how many positions a model knows."""
+WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "attention_window_size", "index_topk")
 """Names under which configurations say how far a layer sees."""
 LONGROPE = "original_max_position_embeddings"
 
@@ -70,13 +70,15 @@ class HFModel(LanguageModel):
         embedding: Any = model.get_input_embeddings()
         self._embeddings: torch.Tensor = embedding.weight
         self.embedding_size = self._embeddings.shape[-1]
-        self.max_context = _max_context(model.config.get_text_config())
+        config = model.config.get_text_config(decoder=True)
+        self.max_context, self._window = _max_context(model, config), _smallest_window(config)
         self.end_ids = _end_ids(model, tokenizer, self.name)
         self._token_bytes = _byte_level_tokens(tokenizer, self.vocab_size)
         self._token_text = [_decoded(token) for token in self._token_bytes or []]
         self._appends_end = _appends_end(tokenizer, self.end_ids)
         with forward_lock(model):
-            self.decoder = _agreeing_decoder(self)
+            self.decoder = agreeing_decoder(self, model, self._window)
+        self._far: Decoder | None = None
 
     def encode(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text)["input_ids"])
@@ -119,35 +121,58 @@ class HFModel(LanguageModel):
             raise ConfigError(f"rows must be at least 1, got {rows}")
         if not 1 <= length <= self.max_context:
             raise ConfigError(f"a row of model {self.name!r} holds 1..{self.max_context} tokens, got length={length}")
-        needed, free = self.slots_bytes(rows, length), available_bytes(self.decoder.shape.device)
+        needed, free = self.slots_bytes(rows, length), available_bytes(self.decoder.device)
         if needed > free:
             raise CapacityError(
                 f"{rows} rows of {length} tokens need {needed:,} bytes and {free:,} are free: "
                 "use fewer rows or shorter texts"
             )
-        return HFSlots(self, self.decoder, rows, length, k, self.memo_bytes)
+        return HFSlots(self, self.decoder_for(length), rows, length, k, self.memo_bytes)
+
+    def decoder_for(self, length: int) -> Decoder:
+        """Return the decoder for texts of up to ``length`` tokens: beyond the smallest window one that sees windows.
+
+        Raises:
+            ModelError: none agrees with the model there.
+        """
+        if self._window is None or length <= self._window or not isinstance(self.decoder, PackedDecoder):
+            return self.decoder
+        if self._far is None:
+            with forward_lock(self.model):
+                self._far = agreeing_decoder(self, self.model, self._window, far=True)
+        return self._far
 
     def slots_bytes(self, rows: int, length: int) -> int:
         """Return the bytes that ``slots(rows, length, k)`` takes at most."""
-        shape = self.decoder.shape
-        logits = rows * self.vocab_size * shape.dtype.itemsize
-        return rows * KeyValues.rounded(length) * shape.token_bytes + logits + (8 << 20) + self.memo_bytes
+        decoder = self.decoder_for(length)
+        logits = rows * self.vocab_size * decoder.dtype.itemsize
+        return decoder.slots_bytes(rows, length) + logits + (8 << 20) + self.memo_bytes
 
 
 # --- properties of a model and a tokenizer
 
 
-def _max_context(config: Any) -> int:
-    """Tokens that the model attends to from its last one: positions it knows, or the smallest window of a layer.
+def _max_context(model: Any, config: Any) -> int:
+    """Return the positions that the model knows, in tokens."""
+    limits = [getattr(config, name, None) for name in POSITIONS]
+    found = min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=UNLIMITED)
+    for module in model.modules():  # a table of positions may begin behind a place for padding
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == found and module.padding_idx is not None:
+            return found - module.padding_idx - 1
+    return found
 
-    Beyond ``original_max_position_embeddings`` the factors of longrope change for the whole text,
-    those of cached keys included, so such a model stops there.
+
+def _smallest_window(config: Any) -> int | None:
+    """Return how many tokens the layer with the smallest window sees; None where all see the whole text.
+
+    Beyond ``original_max_position_embeddings`` the factors of longrope change for the whole text, those of cached
+    keys included: that counts as a window.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
     limits = [getattr(config, name, None) for name in WINDOWS]
+    rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         limits += [rope.get(LONGROPE), getattr(config, LONGROPE, None)]
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=UNLIMITED)
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 def _appends_end(tokenizer: Any, end_ids: Sequence[int]) -> bool:
@@ -204,60 +229,3 @@ def _decoded(token: bytes) -> str | None:
         return token.decode()
     except UnicodeDecodeError:
         return None
-
-
-def _agreeing_decoder(model: HFModel) -> Decoder:
-    """Return the fastest decoder that agrees with the model's own uncached forward.
-
-    Raises:
-        ModelError: none does.
-    """
-    kinds = (LlamaDecoder, GenericDecoder) if LlamaDecoder.fits(model.model) else (GenericDecoder,)
-    allowed = 1e-3 if model.model.dtype in (torch.float32, torch.float64) else 0.15
-    for kind in kinds:
-        decoder = kind(model.model)
-        gap = _disagreement(model, decoder)
-        if gap <= allowed:
-            return decoder
-    raise ModelError(
-        f"the cached forward of {type(model.model).__name__} differs from its own uncached one by {gap:.1%} "
-        f"(at most {allowed:.1%} is rounding): this architecture is not supported"
-    )
-
-
-@torch.inference_mode()
-def _disagreement(model: HFModel, decoder: Decoder) -> float:
-    """Return how far short texts, written in ragged rows, are from the uncached forward, relative to its spread.
-
-    A decoder with a forward of its own for single rows also writes a row alone. The texts are plain
-    language: on special tokens, half precision differs from itself.
-    """
-    ids = [*model.encode("The old man went down to the"), *range(8)][:6]
-    try:
-        # All texts are beginnings of one, so its forward gives the expected values of each.
-        uncached = model.model(input_ids=torch.tensor([ids], device=decoder.shape.device)).logits[0]
-        expected = uncached.float().log_softmax(-1).cpu().numpy()
-        courses = [(3, 1), (3,)] if decoder.alone else [(3, 1)]
-        return max(_largest_gap(model, decoder, ids, expected, lengths) for lengths in courses)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{type(model.model).__name__} cannot run on a cache with a row for each text: {error}"
-        ) from error
-
-
-def _largest_gap(
-    model: HFModel, decoder: Decoder, ids: Sequence[int], expected: npt.NDArray[np.float32], lengths: Sequence[int]
-) -> float:
-    """Return the largest gap to ``expected`` (T, V) of rows that begin with ``lengths`` of the ``ids`` (T,)."""
-    # Without a memo, which would answer where a prefix comes back.
-    slots = HFSlots(model, decoder, rows=len(lengths), length=len(ids), k=None, memo_bytes=0)
-    rows, gaps = np.arange(len(lengths)), []
-    slots.start(rows, [ids[:length] for length in lengths])
-    for step in range(3):
-        found = slots.propose(rows, np.zeros(len(rows), bool)).logprobs
-        for row, length in enumerate(lengths):
-            target = expected[length + step - 1]
-            spread = float(np.linalg.norm(target - target.mean()))
-            gaps.append(float(np.linalg.norm(found[row] - target)) / max(spread, 1e-6))
-        slots.advance(rows, np.array([ids[length + step] for length in lengths]))
-    return max(gaps)

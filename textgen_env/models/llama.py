@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from textgen_env.models.cache import CacheShape, KeyValues
 from textgen_env.models.device import available_bytes, forward_lock
 from textgen_env.models.one_row import OneRow
-from textgen_env.models.packing import AttentionGroup, RaggedBatch
+from textgen_env.models.packing import AttentionGroup, PackedDecoder, RaggedBatch
 
 
-class LlamaDecoder:
+class LlamaDecoder(PackedDecoder):
     """Llama, Mistral and Qwen2 with fused projections and weights laid out for oneDNN.
 
     On x86 CPUs the weights are copied once into oneDNN's blocked layout, which it would otherwise
@@ -25,6 +25,7 @@ class LlamaDecoder:
     module's own weights are used. Either way the module itself stays as it is.
     """
 
+    name = "lean"
     splits = True
     FUSED_HEADS = 96
 

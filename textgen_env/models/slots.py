@@ -12,24 +12,22 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from textgen_env.models.base import LanguageModel, Proposals, Rows, Slots
-from textgen_env.models.cache import KeyValues
 from textgen_env.models.candidates import top_candidates
-from textgen_env.models.packing import Decoder, pack
+from textgen_env.models.packing import Decoder, RowCache
 
 T = TypeVar("T")
 Arrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
 class HFSlots(Slots):
-    """Rows of text with a KV cache. See ``Slots`` for the contract.
+    """Rows of text with a cache. See ``Slots`` for the contract.
 
     Args:
         decoder: The forward.
         memo_bytes: Bound of the memory: half for proposals of prefixes seen before, half for
-            the keys and values of prompts.
+            the caches of prompts.
     """
 
     def __init__(
@@ -37,10 +35,10 @@ class HFSlots(Slots):
     ) -> None:
         super().__init__(model, rows, length, k)
         self.decoder = decoder
-        self.cache = KeyValues(decoder.shape, rows, length)
-        self.cached = np.zeros(rows, np.int64)  # how many tokens of each row have keys and values
+        self.cache: RowCache = decoder.new_cache(rows, length)
+        self.cached = np.zeros(rows, np.int64)  # how many tokens of each row are cached
         self._memo: LRUCache[Arrays] = LRUCache(memo_bytes // 2)
-        self._prompts: LRUCache[tuple[Tensor, Tensor]] = LRUCache(memo_bytes // 2)
+        self._prompts: LRUCache[Any] = LRUCache(memo_bytes // 2)
 
     # --- the cache
 
@@ -58,15 +56,14 @@ class HFSlots(Slots):
                 self._write_cache(row, known)
 
     def _copy_cache(self, src: Rows, dst: Rows) -> None:
-        self.cache.write(dst, self.cache.read(src, self.cached[src].max()))
+        self.cache.copy(src, dst, self.cached[src])
         self.cached[dst] = self.cached[src]
 
-    def _read_cache(self, row: int) -> tuple[Tensor, Tensor]:
-        return self.cache.read(row, self.cached[row])
+    def _read_cache(self, row: int) -> Any:
+        return self.cache.read(row, int(self.cached[row]))
 
-    def _write_cache(self, row: int, saved: tuple[Tensor, Tensor]) -> None:
-        self.cache.write(row, saved)
-        self.cached[row] = saved[0].shape[-2]
+    def _write_cache(self, row: int, saved: Any) -> None:
+        self.cached[row] = self.cache.write(row, saved)
 
     # --- proposals
 
@@ -100,13 +97,14 @@ class HFSlots(Slots):
             return self._forward_alone(rows, block_end)
 
     def _forward_alone(self, rows: Rows, block_end: npt.NDArray[np.bool_]) -> Arrays:
-        # A prefix whose last token is cached, but whose proposals are not, feeds that token again.
-        self.cached[rows] = np.minimum(self.cached[rows], self.lengths[rows] - 1)
+        if self.cache.recomputes_last:
+            # A prefix whose last token is cached, but whose proposals are not, feeds that token again.
+            self.cached[rows] = np.minimum(self.cached[rows], self.lengths[rows] - 1)
         leaders, leader_of = self._equal_starts(rows)
         fresh = leaders[self.cached[leaders] == 0]
         first, end = self.cached[leaders], self.lengths[leaders]
         self.cache.grow(int(end.max()))
-        logits, hidden = self.decoder(pack(self.tokens, leaders, first, end, self.cache, self.decoder), self.cache)
+        logits, hidden = self.decoder(self.decoder.batch(self.tokens, leaders, first, end, self.cache), self.cache)
         self.cached[leaders] = end
         for row in fresh:
             self._remember_prompt(row)
@@ -138,9 +136,11 @@ class HFSlots(Slots):
     def _remember_prompt(self, row: int) -> None:
         length = int(self.prompt_lengths[row])
         key = self._key(row, length)
-        size = len(key) + length * self.decoder.shape.token_bytes
+        size = len(key) + self.decoder.slots_bytes(1, length)
         if size <= self._prompts.limit and self._prompts.get(key) is None:
-            self._prompts.put(key, self.cache.read(row, length), size)
+            kept = self.cache.read(row, length)
+            if kept is not None:
+                self._prompts.put(key, kept, size)
 
     def _key(self, row: int, length: int) -> bytes:
         return self.tokens[row, :length].tobytes()
