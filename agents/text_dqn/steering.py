@@ -91,8 +91,11 @@ class Steering(LogitsProcessor):
     # --- the hooks
 
     def __enter__(self) -> Steering:
+        # An encoder-decoder's other mask is of what the encoder reads.
+        mask_name = "decoder_attention_mask" if self._model.config.is_encoder_decoder else "attention_mask"
+
         def keep_mask(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._mask = kwargs.get("attention_mask")
+            self._mask = kwargs.get(mask_name)
 
         def keep_hidden(_: Any, args: tuple[torch.Tensor, ...]) -> None:
             self._hidden = args[0][:, -1]
@@ -137,6 +140,8 @@ class Steering(LogitsProcessor):
         ids = input_ids.cpu().numpy()
         pad = self._follow(ids)
         steps = ids.shape[1] - self._width
+        if steps < 0:
+            return scores  # a first token that ``generate`` forces
         if steps >= self.max_new_tokens:
             raise ConfigError(
                 f"generation goes on after {steps} tokens: give generate and logits_processor the same max_new_tokens"
@@ -155,7 +160,7 @@ class Steering(LogitsProcessor):
         """Return how many columns of padding each row begins with, (B,), noticing when a text begins."""
         pad = _padding(self._mask, len(ids))
         if self._seen is None:
-            self._width = ids.shape[1]
+            self._width = max(ids.shape[1], len(self._language_model.begin))
             self._scores = []
         elif self._seen.shape[0] != len(ids) or not np.array_equal(ids[:, :-1], self._seen):
             raise ConfigError("rows changed places between two steps, as in beam search: sample, or decode greedily")

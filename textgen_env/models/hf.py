@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from textgen_env.config import check_at_least
 from textgen_env.errors import CapacityError, ConfigError, ModelError
-from textgen_env.models.agreement import agreeing_decoder
+from textgen_env.models.agreement import References, agreeing_decoder, causal_decoders
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.device import available_bytes, compute_alone_after_fork, forward_lock
 from textgen_env.models.packing import Decoder, PackedDecoder
@@ -46,11 +47,12 @@ class HFModel(LanguageModel):
 
     Memory of ``slots(rows, length, k)``, see ``slots_bytes``:
         rows * length * layers * kv_heads * (key_size + value_size) * bytes per number
+        (on a cache of the model's own: what it keeps, twice)
         + rows * vocabulary * bytes per number (logits) + 8 MB (scratch of the candidates) + memo_bytes.
 
     Raises:
-        ModelError: no tokenizer, no end-of-text token, or an architecture that caches something
-            other than keys and values for each token.
+        ModelError: no tokenizer, no end-of-text token, or no way to run the model agrees with its own uncached
+            forward: each way and its reason.
     """
 
     def __init__(
@@ -66,19 +68,23 @@ class HFModel(LanguageModel):
             raise ModelError(f"model {self.name!r} has no tokenizer; pass the one it was trained with")
         check_at_least("memo_bytes", memo_bytes, 0)
         self.model, self.tokenizer, self.memo_bytes = model.eval(), tokenizer, memo_bytes
-        self.vocab_size, self.hidden_size = _head_weight(model).shape
-        embedding: Any = model.get_input_embeddings()
+        self.vocab_size, self.hidden_size = _output_sizes(model)
+        embedding: Any = self._written_embedding(model)
         self._embeddings: torch.Tensor = embedding.weight
         self.embedding_size = self._embeddings.shape[-1]
         config = model.config.get_text_config(decoder=True)
-        self.max_context, self._window = _max_context(model, config), _smallest_window(config)
+        self.max_context, self._window = positions_of(model, config), _smallest_window(config)
         self.end_ids = _end_ids(model, tokenizer, self.name)
         self._token_bytes = _byte_level_tokens(tokenizer, self.vocab_size)
         self._token_text = [_decoded(token) for token in self._token_bytes or []]
         self._appends_end = _appends_end(tokenizer, self.end_ids)
         with forward_lock(model):
-            self.decoder = agreeing_decoder(self, model, self._window)
+            self.decoder = agreeing_decoder(self, self._window)
         self._far: Decoder | None = None
+
+    def _written_embedding(self, model: Any) -> Any:
+        """Return the module that embeds the tokens that are written."""
+        return model.get_input_embeddings()
 
     def encode(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text)["input_ids"])
@@ -127,7 +133,22 @@ class HFModel(LanguageModel):
                 f"{rows} rows of {length} tokens need {needed:,} bytes and {free:,} are free: "
                 "use fewer rows or shorter texts"
             )
-        return HFSlots(self, self.decoder_for(length), rows, length, k, self.memo_bytes)
+        return self.open_slots(self.decoder_for(length), rows, length, k, self.memo_bytes)
+
+    def open_slots(self, decoder: Decoder, rows: int, length: int, k: int | None, memo_bytes: int) -> HFSlots:
+        """Open rows on a decoder of this model, unchecked: ``slots`` chooses the decoder and checks the arguments."""
+        return HFSlots(self, decoder, rows, length, k, memo_bytes)
+
+    def candidate_decoders(self, far: bool) -> Iterator[partial[Any]]:
+        """Return functions that make decoders of this model, fastest first; ``far``: only those that see windows."""
+        return causal_decoders(self.model, far)
+
+    @torch.inference_mode()
+    def references(self, ids: Sequence[int], lengths: Sequence[int]) -> References:
+        """Return what the uncached forward says to texts of these ids, with prompts of these lengths."""
+        found = self.model(input_ids=torch.tensor([list(ids)], device=self.model.device)).logits[0]
+        logprobs = found.float().log_softmax(-1).cpu().numpy()
+        return References(list(ids), [list(ids[:length]) for length in lengths], [logprobs] * len(lengths))
 
     def decoder_for(self, length: int) -> Decoder:
         """Return the decoder for texts of up to ``length`` tokens: beyond the smallest window one that sees windows.
@@ -139,7 +160,7 @@ class HFModel(LanguageModel):
             return self.decoder
         if self._far is None:
             with forward_lock(self.model):
-                self._far = agreeing_decoder(self, self.model, self._window, far=True)
+                self._far = agreeing_decoder(self, self._window, far=True)
         return self._far
 
     def slots_bytes(self, rows: int, length: int) -> int:
@@ -152,7 +173,7 @@ class HFModel(LanguageModel):
 # --- properties of a model and a tokenizer
 
 
-def _max_context(model: Any, config: Any) -> int:
+def positions_of(model: Any, config: Any) -> int:
     """Return the positions that the model knows, in tokens."""
     limits = [getattr(config, name, None) for name in POSITIONS]
     found = min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=UNLIMITED)
@@ -181,12 +202,21 @@ def _appends_end(tokenizer: Any, end_ids: Sequence[int]) -> bool:
     return len(ids) > len(plain) > 0 and ids[-1] in end_ids and plain[-1] not in end_ids
 
 
-def _head_weight(model: Any) -> torch.Tensor:
+def _output_sizes(model: Any) -> tuple[int, int]:
+    """Return the numbers of logits and of hidden units behind them.
+
+    Raises:
+        ModelError: the model has no output over a vocabulary.
+    """
     head: Any = model.get_output_embeddings()
-    if head is None:
+    weight = getattr(head, "weight", None)
+    if weight is not None and weight.dim() == 2:
+        return len(weight), weight.shape[1]
+    config = model.config.get_text_config(decoder=True)
+    vocab, hidden = getattr(config, "vocab_size", None), getattr(config, "hidden_size", None)
+    if not isinstance(vocab, int) or not isinstance(hidden, int):
         raise ModelError(f"{type(model).__name__} has no output embedding: a causal language model is needed")
-    weight: torch.Tensor = head.weight
-    return weight
+    return vocab, hidden
 
 
 def _end_ids(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
@@ -197,7 +227,7 @@ def _end_ids(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
         found.update([ends] if isinstance(ends, int) else ends or [])
     if "<|endoftext|>" in tokenizer.all_special_tokens:
         found.add(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
-    known = tuple(sorted(i for i in found if 0 <= i < len(_head_weight(model))))
+    known = tuple(sorted(i for i in found if 0 <= i < _output_sizes(model)[0]))
     if not known:
         raise ModelError(
             f"model {name!r} has no end-of-text token: set tokenizer.eos_token or model.generation_config.eos_token_id"

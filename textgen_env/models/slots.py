@@ -53,7 +53,7 @@ class HFSlots(Slots):
             known = self._prompts.get(self._key(row, self.lengths[row]))
             self.cached[row] = 0
             if known is not None:
-                self._write_cache(row, known)
+                self._remembered(row, known)
 
     def _copy_cache(self, src: Rows, dst: Rows) -> None:
         self.cache.copy(src, dst, self.cached[src])
@@ -63,7 +63,15 @@ class HFSlots(Slots):
         return self.cache.read(row, int(self.cached[row]))
 
     def _write_cache(self, row: int, saved: Any) -> None:
-        self.cached[row] = self.cache.write(row, saved)
+        self._remembered(row, saved)
+
+    def _remembered(self, row: int, kept: Any) -> None:
+        """Write a row that the cache has read."""
+        self.cached[row] = self.cache.write(row, kept)
+
+    def _batch(self, rows: Rows, first: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> Any:
+        """Return the tokens of each row from ``first`` on, as the decoder takes them."""
+        return self.decoder.batch(self.tokens, rows, first, end, self.cache)
 
     # --- proposals
 
@@ -104,7 +112,7 @@ class HFSlots(Slots):
         fresh = leaders[self.cached[leaders] == 0]
         first, end = self.cached[leaders], self.lengths[leaders]
         self.cache.grow(int(end.max()))
-        logits, hidden = self.decoder(self.decoder.batch(self.tokens, leaders, first, end, self.cache), self.cache)
+        logits, hidden = self.decoder(self._batch(leaders, first, end), self.cache)
         self.cached[leaders] = end
         for row in fresh:
             self._remember_prompt(row)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,12 +52,14 @@ class Way:
     cached: Keep the model's own cache; else every token runs the whole text again.
     ragged: Rows of different lengths share a forward.
     batched: Rows share a forward; else one row at a time, for models whose rows change each other.
+    padded: Sources of different lengths share a forward of the decoder, padded on the right.
     """
 
     name: str
     cached: bool
     ragged: bool
     batched: bool
+    padded: bool = False
 
 
 WAYS = (
@@ -77,6 +79,7 @@ class RowsToRun:
     rows: Rows
     first: Lengths
     end: Lengths
+    sources: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # ids that an encoder reads, of each row
 
     @property
     def ids(self) -> npt.NDArray[np.int32]:
@@ -116,19 +119,22 @@ class StatefulDecoder:
     @torch.inference_mode()
     def _probe(self) -> None:
         """Run a few rows and tokens, and look at what grows."""
-        caches = [
-            self._keep(self._first_forward(torch.zeros(shape, dtype=torch.long, device=self.device))[2])
-            for shape in ((2, 2), (3, 2), (2, 3))
-        ]
-        self._axes = growing_axes(caches[0], caches[1], caches[2], caches[0])
+        caches = [self._keep(self._small_forward(*sizes)[2]) for sizes in ((2, 2, 2), (3, 2, 2), (2, 3, 2), (2, 2, 3))]
+        self._axes = growing_axes(*caches)
         sizes = [sum(t.nbytes for _, t in tensors_in(cache)) for cache in caches]
-        a_token = (sizes[2] - sizes[0]) // 2
+        a_token = (max(sizes[2], sizes[3]) - sizes[0]) // 2
         self._bytes = sizes[0] // 2 - 2 * a_token, a_token
         if not any(axes.rows is not None for axes in self._axes.values()):
             raise ModelError(f"the cache of {type(self.model).__name__} holds nothing of its rows")
-        layers = getattr(caches[0], "layers", None) or [caches[0]]
-        if self.way.ragged and not all(type(x) in PADDED_LAYERS for x in layers if list(tensors_in(x))):
+        if self.way.ragged and not all(type(x) in PADDED_LAYERS for x in self._layers(caches[0]) if [*tensors_in(x)]):
             raise ModelError(f"the cache of {type(self.model).__name__} has layers of its own kind")
+
+    def _small_forward(self, rows: int, tokens: int, source: int) -> tuple[Tensor, Tensor, Any]:
+        return self._first_forward(torch.zeros((rows, tokens), dtype=torch.long, device=self.device), None)
+
+    def _layers(self, kept: Any) -> list[Any]:
+        """Return the layers of what ``_keep`` returned."""
+        return list(getattr(kept, "layers", [kept]))
 
     def _keep(self, found: Any) -> Any:
         """Return the cache in an output of the model."""
@@ -159,23 +165,22 @@ class StatefulDecoder:
         known = np.array([cache.holds(int(r), int(n)) for r, n in zip(batch.rows, batch.first, strict=True)], bool)
         if not self.way.cached:
             known &= batch.first == batch.end
-        for places in self._groups(np.flatnonzero(~known), batch.end):
+        for places in self._groups(np.flatnonzero(~known), batch, batch.end, start=True):
             cache.place(self._started(batch, places))
         lengths = np.where(known, batch.first, batch.end)
         while len(behind := np.flatnonzero(lengths < batch.end)):
-            groups = [behind] if self.way.ragged else self._groups(behind, lengths)
-            for places in groups:
+            for places in self._groups(behind, batch, lengths):
                 self._step(batch, places, lengths, cache)
             lengths[behind] += 1
         return cache.answers(batch.rows.tolist())
 
-    def _groups(self, places: Rows, lengths: Lengths) -> list[Rows]:
-        """Return the places in groups that may share a forward: of equal lengths, or alone."""
-        if not self.way.batched:
-            return [np.array([place]) for place in places]
-        groups: dict[int, list[int]] = defaultdict(list)
+    def _groups(self, places: Rows, batch: RowsToRun, lengths: Lengths, start: bool = False) -> list[Rows]:
+        """Return the places in groups that may share a forward, by ``lengths`` (B,); none is padded at its start."""
+        way, groups = self.way, defaultdict(list)
         for place in places.tolist():
-            groups[int(lengths[place])].append(place)
+            length = 0 if way.ragged and not start else int(lengths[place])
+            source = 0 if way.padded and not start else len(batch.sources.get(int(batch.rows[place]), ()))
+            groups[length, source, 0 if way.batched else place].append(place)
         return [np.array(group) for group in groups.values()]
 
     # --- forwards
@@ -184,32 +189,36 @@ class StatefulDecoder:
         """Return the batch of rows of equal length, run from their first token on."""
         rows, length = batch.rows[places], int(batch.end[places[0]])
         ids = torch.from_numpy(batch.tokens[rows, :length].astype(np.int64)).to(self.device)
-        logits, hidden, found = self._first_forward(ids)
+        sources = [batch.sources.get(row, ()) for row in rows.tolist()]
+        read = torch.tensor(sources, device=self.device) if len(sources[0]) else None
+        logits, hidden, found = self._first_forward(ids, read)
         kept = self._keep(found) if self.way.cached else None
-        none = np.zeros(len(rows), np.int64)
-        return OwnBatch(rows.tolist(), np.full(len(rows), length), none, kept, logits, hidden)
-
-    def _first_forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Any]:
-        return self.forward(
-            {"input_ids": ids, "use_cache": True} if self.way.cached else {"input_ids": ids} | self._no_cache()
+        return OwnBatch(
+            rows.tolist(), np.full(len(rows), length), np.array(list(map(len, sources))), kept, logits, hidden
         )
 
-    def _no_cache(self) -> dict[str, Any]:
-        return {"use_cache": False} if "use_cache" in self.forward.accepts else {}
+    def _first_forward(self, ids: Tensor, sources: Tensor | None) -> tuple[Tensor, Tensor, Any]:
+        return self.forward({"input_ids": ids, **self._use_cache()})
+
+    def _use_cache(self) -> dict[str, Any]:
+        return {"use_cache": self.way.cached} if self.way.cached or "use_cache" in self.forward.accepts else {}
 
     def _step(self, batch: RowsToRun, places: Rows, lengths: Lengths, cache: OwnCaches) -> None:
         """Run the next token of rows that are cached up to ``lengths``."""
         next_ids = {int(batch.rows[p]): int(batch.tokens[batch.rows[p], lengths[p]]) for p in places}
         own = cache.together(list(next_ids))
         ids = torch.tensor([[next_ids[row]] for row in own.rows], device=self.device)
-        inputs = {"input_ids": ids, "use_cache": True, self._name: own.cache, **self._padding(own.lengths)}
         try:
-            own.logits, own.hidden, found = self.forward(inputs)
+            own.logits, own.hidden, found = self.forward(self._next_inputs(ids, own))
         except BaseException:
             cache.forget(own.rows)  # the model may have written half of a token
             raise
         own.cache = self._keep(found)
         own.lengths = own.lengths + 1
+
+    def _next_inputs(self, ids: Tensor, own: OwnBatch) -> dict[str, Any]:
+        """Return the model's inputs for the next token (B, 1) of each row."""
+        return {"input_ids": ids, "use_cache": True, self._name: own.cache, **self._padding(own.lengths)}
 
     def _padding(self, lengths: Lengths) -> dict[str, Tensor]:
         """Return mask and positions of the next token of rows that are padded on the left."""
