@@ -444,10 +444,5 @@ class Episodes:
 
 
 def _last_info(generation: Generation) -> dict[str, Any]:
-    return {
-        "prompt": generation.prompt,
-        "completion": generation.completion,
-        "text": generation.text,
-        "finish_reason": generation.finish_reason,
-        "logprob": float(np.sum(generation.logprobs)),
-    }
+    names = ("prompt", "completion", "text", "finish_reason")
+    return {name: getattr(generation, name) for name in names} | {"logprob": float(np.sum(generation.logprobs))}

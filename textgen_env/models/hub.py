@@ -148,7 +148,8 @@ def _from_objects(model: Any, tokenizer: Any, dtype: str) -> LanguageModel:
 
     if not callable(getattr(model, "get_output_embeddings", None)):
         raise ModelError(
-            f"model must be a name, a path, a LanguageModel, or a Hugging Face causal LM or encoder-decoder, got {type(model).__name__}"
+            "model must be a name, a path, a LanguageModel, or a Hugging Face causal LM or encoder-decoder, "
+            f"got {type(model).__name__}"
         )
     if tokenizer is None:
         raise ModelError("a loaded model needs its tokenizer: pass model=(model, tokenizer)")
