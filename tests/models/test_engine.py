@@ -46,6 +46,7 @@ LEAN = {
     "llama with scaled positions": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, rope_parameters=LLAMA3)),
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPED, sliding_window=40)),
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**GROUPED)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, head_dim=8)),
 }
 GENERIC = {
     "gpt2": lambda: hf.GPT2LMHeadModel(
@@ -260,7 +261,7 @@ def test_a_row_does_not_depend_on_its_neighbours(name):
             crowd.advance(np.array([row]), step[row : row + 1])
 
 
-@pytest.mark.parametrize("name", LEAN)
+@pytest.mark.parametrize("name", sorted(LEAN.keys() - {"qwen3"}))  # whose queries have norms
 def test_a_single_token_of_a_single_row_equals_the_forward_of_many(name):
     model, ids = engine(name, memo_bytes=0), np.random.default_rng(2).integers(2, VOCAB, 30)
     assert model.decoder.alone

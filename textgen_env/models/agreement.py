@@ -112,7 +112,7 @@ def _disagreement(model: CheckedModel, decoder: Decoder, window: int | None) -> 
     """
     packed = isinstance(decoder, PackedDecoder)
     most = 3 if packed else min(window + 2 if window and window <= SMALL_WINDOW else 12, model.max_context - STEPS)
-    courses = [(most, 1)] if packed else [(most, max(1, most // 2), 1, most)]
+    courses: list[tuple[int, ...]] = [(most, 1)] if packed else [(most, max(1, most // 2), 1, most)]
     if decoder.alone:
         courses.append((most,))
     ids = plain_ids(model, most + STEPS)

@@ -70,3 +70,8 @@ def _without_cache(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state", "past_buckets_states", "mems")
 """Names under which models take and return what they keep of earlier tokens."""
+
+
+def no_cache(model: Any) -> dict[str, Any]:
+    """Return the arguments with which a model's forward keeps nothing."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}

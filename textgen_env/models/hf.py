@@ -15,6 +15,7 @@ from textgen_env.errors import CapacityError, ConfigError, ModelError
 from textgen_env.models.agreement import References, agreeing_decoder, causal_decoders
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.device import available_bytes, compute_alone_after_fork, forward_lock
+from textgen_env.models.forward import no_cache
 from textgen_env.models.packing import Decoder, PackedDecoder
 from textgen_env.models.slots import HFSlots
 
@@ -146,7 +147,8 @@ class HFModel(LanguageModel):
     @torch.inference_mode()
     def references(self, ids: Sequence[int], lengths: Sequence[int]) -> References:
         """Return what the uncached forward says to texts of these ids, with prompts of these lengths."""
-        found = self.model(input_ids=torch.tensor([list(ids)], device=self.model.device)).logits[0]
+        given = torch.tensor([list(ids)], device=self.model.device)
+        found = self.model(input_ids=given, **no_cache(self.model)).logits[0]
         logprobs = found.float().log_softmax(-1).cpu().numpy()
         return References(list(ids), [list(ids[:length]) for length in lengths], [logprobs] * len(lengths))
 

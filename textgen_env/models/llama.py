@@ -17,7 +17,7 @@ from textgen_env.models.packing import AttentionGroup, PackedDecoder, RaggedBatc
 
 
 class LlamaDecoder(PackedDecoder):
-    """Llama, Mistral and Qwen2 with fused projections and weights laid out for oneDNN.
+    """Llama, Mistral, Qwen2 and Qwen3 with fused projections and weights laid out for oneDNN.
 
     On x86 CPUs the weights are copied once into oneDNN's blocked layout, which it would otherwise
     produce again in every call: 1.3 to 2.5 times as fast as ``F.linear``. That copy is as large as
@@ -52,7 +52,12 @@ class LlamaDecoder(PackedDecoder):
     @staticmethod
     def fits(model: Any) -> bool:
         """Return True if this class implements every part of ``model``."""
-        if type(model).__name__ not in {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}:
+        if type(model).__name__ not in {
+            "LlamaForCausalLM",
+            "MistralForCausalLM",
+            "Qwen2ForCausalLM",
+            "Qwen3ForCausalLM",
+        }:
             return False
         rope = getattr(model.config, "rope_parameters", None) or {}
         linears = [m for name, m in model.named_modules() if name.endswith(("_proj", "lm_head"))]
@@ -77,6 +82,8 @@ class LlamaDecoder(PackedDecoder):
         for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
             qkv = layer.qkv(layer.qkv.normed(x)).view(len(x), turned + heads, size)
             qk = qkv[:, :turned]
+            if layer.turned_norm is not None:
+                qk = F.rms_norm(qk, (size,), None, layer.turned_eps) * layer.turned_norm
             qk = torch.addcmul(qk * cos, qk.roll(size // 2, -1), sin)  # (N, Hq + Hk, D)
             keys[batch.rows, :, batch.positions] = qk[:, -heads:]
             values[batch.rows, :, batch.positions] = qkv[:, turned:]
@@ -135,6 +142,7 @@ class LlamaDecoder(PackedDecoder):
 class _LlamaLayer:
     def __init__(self, layer: Any, pack: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
+        self.turned_norm, self.turned_eps = _turned_norm(attention)
         self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], pack, layer.input_layernorm)
         self.out = Projection([attention.o_proj], pack)
         self._gate = Projection([mlp.gate_proj], pack, layer.post_attention_layernorm)
@@ -145,6 +153,16 @@ class _LlamaLayer:
         """Return ``x`` plus the feed-forward block's output."""
         normed = self._gate.normed(x)  # as ``_up`` wants it too
         return self._down.added_to(x, self._up.multiplied(normed, self._gate.silu(normed)))
+
+
+def _turned_norm(attention: Any) -> tuple[Tensor | None, float]:
+    """Return the weights (Hq + Hk, D) and epsilon of the norms of queries and keys, None without such norms."""
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    if norms[0] is None:
+        return None, 0.0
+    heads = [linear.out_features // attention.head_dim for linear in (attention.q_proj, attention.k_proj)]
+    weights = [norm.weight.detach().expand(count, -1) for norm, count in zip(norms, heads, strict=True)]
+    return torch.cat(weights), float(norms[0].variance_epsilon)
 
 
 class Projection:

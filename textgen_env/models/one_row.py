@@ -51,7 +51,9 @@ class OneRow:
 
     @classmethod
     def fits(cls, model: Any) -> bool:
-        """Return True if ``model``, a Llama, is in float32, on the CPU, and small."""
+        """Return True if ``model``, a Llama, is in float32, on the CPU, small, and without norms of its queries."""
+        if hasattr(model.model.layers[0].self_attn, "q_norm"):
+            return False
         weights = list(model.parameters())
         plain = all(w.dtype == torch.float32 and w.device.type == "cpu" for w in weights)
         return plain and sum(w.nbytes for w in weights) <= cls.LIMIT

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from textgen_env.errors import CapacityError, ModelError, PromptError
 from textgen_env.models.agreement import References
 from textgen_env.models.base import LanguageModel, Rows
+from textgen_env.models.forward import no_cache
 from textgen_env.models.hf import HFModel, positions_of
 from textgen_env.models.own_cache import Lengths, OwnBatch
 from textgen_env.models.packing import Decoder
@@ -148,7 +149,9 @@ class Seq2SeqModel(HFModel):
         self.max_source = positions_of(model, model.config.get_text_config(encoder=True))
 
     def _written_embedding(self, model: Any) -> Any:
-        return model.get_decoder().get_input_embeddings()
+        decoder = model.get_decoder()
+        found = getattr(decoder, "embed_tokens", None)  # not all decoders have the method
+        return decoder.get_input_embeddings() if found is None else found
 
     def open_slots(self, decoder: Decoder, rows: int, length: int, k: int | None, memo_bytes: int) -> SourceSlots:
         longest = getattr(self, "max_source", 1 << 30)
@@ -166,7 +169,9 @@ class Seq2SeqModel(HFModel):
         for source in sources:
             inputs = {"input_ids": torch.tensor([source], device=device)}
             inputs["decoder_input_ids"] = torch.tensor([text], device=device)
-            logprobs.append(self.model(**inputs).logits[0].float().log_softmax(-1).cpu().numpy())
+            logprobs.append(
+                self.model(**inputs, **no_cache(self.model)).logits[0].float().log_softmax(-1).cpu().numpy()
+            )
         return References(text, sources, logprobs)
 
 

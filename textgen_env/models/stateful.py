@@ -31,7 +31,7 @@ from transformers.cache_utils import (
 
 from textgen_env.errors import ModelError
 from textgen_env.models.base import Rows
-from textgen_env.models.forward import CACHE_NAMES, Forward
+from textgen_env.models.forward import CACHE_NAMES, Forward, no_cache
 from textgen_env.models.own_cache import Axes, Lengths, OwnBatch, OwnCaches, Path, growing_axes, tensors_in
 
 PADDED_LAYERS = (
@@ -201,7 +201,7 @@ class StatefulDecoder:
         return self.forward({"input_ids": ids, **self._use_cache()})
 
     def _use_cache(self) -> dict[str, Any]:
-        return {"use_cache": self.way.cached} if self.way.cached or "use_cache" in self.forward.accepts else {}
+        return {"use_cache": True} if self.way.cached else no_cache(self.model)
 
     def _step(self, batch: RowsToRun, places: Rows, lengths: Lengths, cache: OwnCaches) -> None:
         """Run the next token of rows that are cached up to ``lengths``."""
