@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import Any, Protocol
 
@@ -32,6 +33,14 @@ SMALL_WINDOW = 64  # windows up to this one are passed by a check
 _log = logging.getLogger(__name__)
 
 
+class Reach(Enum):
+    """How far texts go: within the smallest window, beyond it, or where cached tokens no longer fit."""
+
+    NEAR = "near"
+    WINDOWS = "windows"
+    UNCACHED = "uncached"
+
+
 class CheckedModel(Protocol):
     """A language model, as a check uses it."""
 
@@ -43,7 +52,7 @@ class CheckedModel(Protocol):
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
 
-    def candidate_decoders(self, far: bool) -> Iterable[partial[Any]]:
+    def candidate_decoders(self, reach: Reach) -> Iterable[partial[Any]]:
         """Return functions that make decoders, fastest first."""
 
     def open_slots(self, decoder: Decoder, rows: int, length: int, k: int | None, memo_bytes: int) -> Slots:
@@ -62,13 +71,13 @@ class References:
     logprobs: list[npt.NDArray[np.float32]]  # (T, V) of each row
 
 
-def agreeing_decoder(model: CheckedModel, window: int | None, far: bool = False) -> Decoder:
+def agreeing_decoder(model: CheckedModel, windows: Sequence[int], reach: Reach | None = None) -> Decoder:
     """Return the fastest decoder that agrees with the model's own uncached forward.
 
     Args:
         model: What is to be run.
-        window: The smallest window of a layer in tokens; None where each layer sees the whole text.
-        far: The texts are to be longer than the window.
+        windows: Of layers that do not see the whole text, in tokens; texts of a check are longer than small ones.
+        reach: How far the texts go; ``Reach.NEAR`` unless said.
 
     Raises:
         ModelError: none does, with the reason of each.
@@ -76,10 +85,10 @@ def agreeing_decoder(model: CheckedModel, window: int | None, far: bool = False)
     kind = type(model.model).__name__
     allowed = EXACT if model.model.dtype in (torch.float32, torch.float64) else HALF
     reasons = []
-    for make in model.candidate_decoders(far):
+    for make in model.candidate_decoders(reach or Reach.NEAR):
         try:
             decoder = make()
-            gap = _disagreement(model, decoder, window)
+            gap = _disagreement(model, decoder, windows)
         except FAILURES as error:
             name = make.args[1].name if len(make.args) > 1 else make.func.name  # type: ignore[attr-defined]
             reasons.append(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
@@ -94,24 +103,26 @@ def agreeing_decoder(model: CheckedModel, window: int | None, far: bool = False)
     )
 
 
-def causal_decoders(module: Any, far: bool) -> Iterator[partial[Any]]:
-    """Yield functions that make decoders of a causal LM, fastest first; ``far``: only those that see windows."""
-    if not far and LlamaDecoder.fits(module):
+def causal_decoders(module: Any, reach: Reach) -> Iterator[partial[Any]]:
+    """Yield functions that make decoders of a causal LM that reach so far, fastest first."""
+    if reach is Reach.NEAR and LlamaDecoder.fits(module):
         yield partial(LlamaDecoder, module)
-    if not far:
+    if reach is Reach.NEAR:
         yield partial(GenericDecoder, module)
     for way in WAYS:
-        yield partial(StatefulDecoder, module, way)
+        if reach is not Reach.UNCACHED or not way.cached:
+            yield partial(StatefulDecoder, module, way)
 
 
 @torch.inference_mode()
-def _disagreement(model: CheckedModel, decoder: Decoder, window: int | None) -> float:
+def _disagreement(model: CheckedModel, decoder: Decoder, windows: Sequence[int]) -> float:
     """Return how far texts, written in ragged rows, are from the uncached forward, relative to its spread.
 
     A decoder with a forward of its own for single rows also writes a row alone.
     """
     packed = isinstance(decoder, PackedDecoder)
-    most = 3 if packed else min(window + 2 if window and window <= SMALL_WINDOW else 12, model.max_context - STEPS)
+    beyond = max((window + 2 for window in windows if window <= SMALL_WINDOW), default=0)
+    most = 3 if packed else min(max(12, beyond), model.max_context - STEPS)
     courses: list[tuple[int, ...]] = [(most, 1)] if packed else [(most, max(1, most // 2), 1, most)]
     if decoder.alone:
         courses.append((most,))

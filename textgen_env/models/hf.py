@@ -12,7 +12,7 @@ import torch
 
 from textgen_env.config import check_at_least
 from textgen_env.errors import CapacityError, ConfigError, ModelError
-from textgen_env.models.agreement import References, agreeing_decoder, causal_decoders
+from textgen_env.models.agreement import Reach, References, agreeing_decoder, causal_decoders
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.device import available_bytes, compute_alone_after_fork, forward_lock
 from textgen_env.models.forward import no_cache
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 UNLIMITED = 1 << 30
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Names under which configurations say how many positions a model knows."""
-WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "attention_window_size", "index_topk")
+WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "attention_window_size")
 """Names under which configurations say how far a layer sees."""
 LONGROPE = "original_max_position_embeddings"
+SELECTIONS = ("index_topk",)
+"""Names under which configurations say how many earlier tokens a layer picks: ties make cached picks differ."""
 
 compute_alone_after_fork()
 
@@ -74,14 +76,15 @@ class HFModel(LanguageModel):
         self._embeddings: torch.Tensor = embedding.weight
         self.embedding_size = self._embeddings.shape[-1]
         config = model.config.get_text_config(decoder=True)
-        self.max_context, self._window = positions_of(model, config), _smallest_window(config)
+        self.max_context = positions_of(model, config)
+        self._windows, self._cache_limits = _sizes(config, WINDOWS), _cache_limits(config)
         self.end_ids = _end_ids(model, tokenizer, self.name)
         self._token_bytes = _byte_level_tokens(tokenizer, self.vocab_size)
         self._token_text = [_decoded(token) for token in self._token_bytes or []]
         self._appends_end = _appends_end(tokenizer, self.end_ids)
         with forward_lock(model):
-            self.decoder = agreeing_decoder(self, self._window)
-        self._far: Decoder | None = None
+            self.decoder = agreeing_decoder(self, self._windows)
+        self._further: dict[Reach, Decoder] = {}
 
     def _written_embedding(self, model: Any) -> Any:
         """Return the module that embeds the tokens that are written."""
@@ -140,9 +143,9 @@ class HFModel(LanguageModel):
         """Open rows on a decoder of this model, unchecked: ``slots`` chooses the decoder and checks the arguments."""
         return HFSlots(self, decoder, rows, length, k, memo_bytes)
 
-    def candidate_decoders(self, far: bool) -> Iterator[partial[Any]]:
-        """Return functions that make decoders of this model, fastest first; ``far``: only those that see windows."""
-        return causal_decoders(self.model, far)
+    def candidate_decoders(self, reach: Reach) -> Iterator[partial[Any]]:
+        """Return functions that make decoders of this model, fastest first."""
+        return causal_decoders(self.model, reach)
 
     @torch.inference_mode()
     def references(self, ids: Sequence[int], lengths: Sequence[int]) -> References:
@@ -153,17 +156,23 @@ class HFModel(LanguageModel):
         return References(list(ids), [list(ids[:length]) for length in lengths], [logprobs] * len(lengths))
 
     def decoder_for(self, length: int) -> Decoder:
-        """Return the decoder for texts of up to ``length`` tokens: beyond the smallest window one that sees windows.
+        """Return the decoder for texts of up to ``length`` tokens.
+
+        Beyond the smallest window it is one that sees windows; where cached tokens no longer fit, one without a cache.
 
         Raises:
             ModelError: none agrees with the model there.
         """
-        if self._window is None or length <= self._window or not isinstance(self.decoder, PackedDecoder):
+        if length > min(self._cache_limits, default=length):
+            reach = Reach.UNCACHED
+        elif length > min(self._windows, default=length) and isinstance(self.decoder, PackedDecoder):
+            reach = Reach.WINDOWS
+        else:
             return self.decoder
-        if self._far is None:
+        if reach not in self._further:
             with forward_lock(self.model):
-                self._far = agreeing_decoder(self, self._window, far=True)
-        return self._far
+                self._further[reach] = agreeing_decoder(self, self._windows, reach)
+        return self._further[reach]
 
     def slots_bytes(self, rows: int, length: int) -> int:
         """Return the bytes that ``slots(rows, length, k)`` takes at most."""
@@ -185,17 +194,22 @@ def positions_of(model: Any, config: Any) -> int:
     return found
 
 
-def _smallest_window(config: Any) -> int | None:
-    """Return how many tokens the layer with the smallest window sees; None where all see the whole text.
+def _sizes(config: Any, names: Sequence[str]) -> list[int]:
+    """Return the sizes that a configuration has under these names."""
+    sizes = [getattr(config, name, None) for name in names]
+    return [size for size in sizes if isinstance(size, int) and size > 0]
 
-    Beyond ``original_max_position_embeddings`` the factors of longrope change for the whole text, those of cached
-    keys included: that counts as a window.
+
+def _cache_limits(config: Any) -> list[int]:
+    """Return how many tokens a text may have before those in a cache no longer are what a whole forward computes.
+
+    Beyond ``original_max_position_embeddings`` the factors of longrope change for the whole text.
     """
-    limits = [getattr(config, name, None) for name in WINDOWS]
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        limits += [rope.get(LONGROPE), getattr(config, LONGROPE, None)]
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+    if rope.get("rope_type") != "longrope":
+        return _sizes(config, SELECTIONS)
+    known = [rope.get(LONGROPE), getattr(config, LONGROPE, None)]
+    return [*_sizes(config, SELECTIONS), *(limit for limit in known if isinstance(limit, int) and limit > 0)]
 
 
 def _appends_end(tokenizer: Any, end_ids: Sequence[int]) -> bool:

@@ -157,9 +157,9 @@ class _LlamaLayer:
 
 def _turned_norm(attention: Any) -> tuple[Tensor | None, float]:
     """Return the weights (Hq + Hk, D) and epsilon of the norms of queries and keys, None without such norms."""
-    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    if norms[0] is None:
+    if not hasattr(attention, "q_norm"):
         return None, 0.0
+    norms = [attention.q_norm, attention.k_norm]
     heads = [linear.out_features // attention.head_dim for linear in (attention.q_proj, attention.k_proj)]
     weights = [norm.weight.detach().expand(count, -1) for norm, count in zip(norms, heads, strict=True)]
     return torch.cat(weights), float(norms[0].variance_epsilon)

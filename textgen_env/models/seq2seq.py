@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from textgen_env.errors import CapacityError, ModelError, PromptError
-from textgen_env.models.agreement import References
+from textgen_env.models.agreement import Reach, References
 from textgen_env.models.base import LanguageModel, Rows
 from textgen_env.models.forward import no_cache
 from textgen_env.models.hf import HFModel, positions_of
@@ -157,8 +157,9 @@ class Seq2SeqModel(HFModel):
         longest = getattr(self, "max_source", 1 << 30)
         return SourceSlots(self, decoder, rows, length, k, memo_bytes, begin=self.begin, longest=longest)
 
-    def candidate_decoders(self, far: bool) -> Iterator[partial[Any]]:
-        return (partial(Seq2SeqDecoder, self.model, way) for way in SEQ2SEQ_WAYS)
+    def candidate_decoders(self, reach: Reach) -> Iterator[partial[Any]]:
+        ways = [way for way in SEQ2SEQ_WAYS if reach is not Reach.UNCACHED or not way.cached]
+        return (partial(Seq2SeqDecoder, self.model, way) for way in ways)
 
     @torch.inference_mode()
     def references(self, ids: Sequence[int], lengths: Sequence[int]) -> References:
