@@ -28,7 +28,6 @@ from tokenizers.models import WordLevel
 from transformers.models.auto import configuration_auto, modeling_auto
 
 from textgen_env.errors import TextGenError
-from textgen_env.models.forward import no_cache
 from textgen_env.models.hf import HFModel
 from textgen_env.models.seq2seq import Seq2SeqModel
 
@@ -85,7 +84,7 @@ ROTARY = {"rotary_dim": 4}
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), LATENT),
     **dict.fromkeys(("glm_moe_dsa", "longcat_flash", "minicpm3", "youtu", "kimi_linear", "dots3_note_text"), LATENT),
-    "bailing_hybrid": LATENT | {"layer_group_size": 2},
+    "bailing_hybrid": LATENT | {"layer_group_size": 2, "group_norm_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "codegen": ROTARY,
     "gptj": ROTARY,
@@ -201,13 +200,8 @@ class Course:
             gap = np.abs(found[place] - self.expected(self.rows[row])).max()
             self.gap = max(self.gap, float(gap) if np.isfinite(gap) else np.inf)
 
-    @torch.inference_mode()
     def expected(self, row: Written) -> Any:
-        ids = torch.tensor([row.ids])
-        inputs = (
-            {"input_ids": torch.tensor([row.source]), "decoder_input_ids": ids} if row.source else {"input_ids": ids}
-        )
-        return self.model.model(**inputs, **no_cache(self.model.model)).logits[0, -1].float().log_softmax(-1).numpy()
+        return self.model.uncached(row.source, row.ids).float().log_softmax(-1).numpy()
 
     def advance(self, rows: Any) -> None:
         room = np.array([row for row in rows if len(self.rows[row].ids) < self.length])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Any, Protocol
@@ -25,7 +24,7 @@ from textgen_env.models.stateful import WAYS, StatefulDecoder
 
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What a module raises that cannot run in some way; ``ModelError`` is a ``ValueError``."""
-EXACT, HALF = 1e-3, 0.15
+EXACT, HALF = 1e-4, 0.15
 """Largest difference of log-probabilities that is rounding, relative to their spread, in full and half precision."""
 STEPS = 3  # tokens that a check writes
 SMALL_WINDOW = 64  # windows up to this one are passed by a check
@@ -48,6 +47,7 @@ class CheckedModel(Protocol):
     vocab_size: int
     max_context: int
     end_ids: tuple[int, ...]
+    begin: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
@@ -58,17 +58,11 @@ class CheckedModel(Protocol):
     def open_slots(self, decoder: Decoder, rows: int, length: int, k: int | None, memo_bytes: int) -> Slots:
         """Open rows on a decoder."""
 
-    def references(self, ids: Sequence[int], lengths: Sequence[int]) -> References:
-        """Return what the uncached forward says to rows whose prompts have these lengths."""
+    def check_prompt(self, ids: Sequence[int], length: int) -> list[int]:
+        """Return a prompt of ``length`` tokens for a row whose text goes on with ``ids``."""
 
-
-@dataclass(frozen=True)
-class References:
-    """Texts that begin alike, and what the model's own uncached forward says to them."""
-
-    ids: list[int]  # (T,) of each text
-    prompts: list[list[int]]  # of each row
-    logprobs: list[npt.NDArray[np.float32]]  # (T, V) of each row
+    def uncached(self, prompt: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+        """Return the logits (V,) of the token behind ``ids``, from the model's own forward over all of them."""
 
 
 def agreeing_decoder(model: CheckedModel, windows: Sequence[int], reach: Reach | None = None) -> Decoder:
@@ -97,7 +91,7 @@ def agreeing_decoder(model: CheckedModel, windows: Sequence[int], reach: Reach |
             level = logging.INFO if "uncached" in decoder.name else logging.DEBUG
             _log.log(level, "%s runs %s; %s", kind, decoder.name, "; ".join(reasons) or "the first choice")
             return decoder
-        reasons.append(f"{decoder.name}: differs by {gap:.1%} (at most {allowed:.1%} is rounding)")
+        reasons.append(f"{decoder.name}: differs by {gap:.2%} (at most {allowed:.2%} is rounding)")
     raise ModelError(
         f"{kind} is not supported: no way to run it agrees with its own uncached forward. " + "; ".join(reasons)
     )
@@ -143,19 +137,22 @@ def plain_ids(model: CheckedModel, count: int) -> list[int]:
 
 def _largest_gap(model: CheckedModel, decoder: Decoder, ids: Sequence[int], lengths: Sequence[int]) -> float:
     """Return the largest gap to the uncached forward of rows that begin with ``lengths`` of the ``ids`` (T,)."""
-    known = model.references(ids, lengths)
+    prompts = [model.check_prompt(ids, length) for length in lengths]
     # Without a memo, which would answer where a prefix comes back.
     slots = model.open_slots(decoder, rows=len(lengths), length=len(ids), k=None, memo_bytes=0)
     rows, gaps = np.arange(len(lengths)), []
-    slots.start(rows, known.prompts)
+    known: dict[tuple[Any, ...], npt.NDArray[np.float32]] = {}
+    slots.start(rows, prompts)
+    ids = [*slots.ids_of(0), *ids[slots.lengths[0] :]] if model.begin else ids
     for step in range(STEPS):
         found = slots.propose(rows, np.zeros(len(rows), bool)).logprobs
-        ends = slots.lengths - 1
-        for row, logprobs in enumerate(known.logprobs):
-            target = logprobs[ends[row]]
-            spread = float(np.linalg.norm(target - target.mean()))
-            gaps.append(float(np.linalg.norm(found[row] - target)) / max(spread, 1e-6))
-        slots.advance(rows, np.array([known.ids[end + 1] for end in ends]))
+        for row, prompt in enumerate(prompts):
+            key = (tuple(slots.prompt_of(row)), tuple(slots.ids_of(row)))
+            if key not in known:
+                known[key] = model.uncached(prompt, slots.ids_of(row)).float().log_softmax(-1).cpu().numpy()
+            spread = float(np.linalg.norm(known[key] - known[key].mean()))
+            gaps.append(float(np.linalg.norm(found[row] - known[key])) / max(spread, 1e-6))
+        slots.advance(rows, np.array([ids[length] for length in slots.lengths]))
         if step == 0 and len(rows) > 1:
-            slots.start(rows[-1:], known.prompts[-1:])
+            slots.start(rows[-1:], prompts[-1:])
     return float(np.max(gaps))  # not a number, if one is

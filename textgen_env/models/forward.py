@@ -15,7 +15,7 @@ class Forward:
     """A module's own forward in eval mode, up to the output layer for all tokens, through it for the last ones only.
 
     A hook before the output embedding keeps each row's last token, so that the model's own logit scaling and soft
-    caps apply, and gives ``hidden``. A model that uses its output embedding without calling it has no such place:
+    caps apply, and gives ``hidden``. A model that does not call its output embedding on (B, T, d) has no such place:
     there all logits are computed, and ``hidden`` is the last of its hidden states.
     """
 
@@ -35,7 +35,9 @@ class Forward:
         """
         kept: list[Tensor] = []
 
-        def keep_last(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        def keep_last(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if args[0].dim() != 3:
+                return args  # not (B, T, d): other streams are predicted too
             hidden = args[0][:, -1:]
             kept.append(hidden if pick is None else hidden[pick])
             return (kept[-1],)

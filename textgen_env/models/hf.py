@@ -12,7 +12,7 @@ import torch
 
 from textgen_env.config import check_at_least
 from textgen_env.errors import CapacityError, ConfigError, ModelError
-from textgen_env.models.agreement import Reach, References, agreeing_decoder, causal_decoders
+from textgen_env.models.agreement import Reach, agreeing_decoder, causal_decoders
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.device import available_bytes, compute_alone_after_fork, forward_lock
 from textgen_env.models.forward import no_cache
@@ -79,6 +79,8 @@ class HFModel(LanguageModel):
         self.max_context = positions_of(model, config)
         self._windows, self._cache_limits = _sizes(config, WINDOWS), _cache_limits(config)
         self.end_ids = _end_ids(model, tokenizer, self.name)
+        self.suppressed = _token_list(model, "suppress_tokens")
+        self.suppressed_first = _token_list(model, "begin_suppress_tokens")
         self._token_bytes = _byte_level_tokens(tokenizer, self.vocab_size)
         self._token_text = [_decoded(token) for token in self._token_bytes or []]
         self._appends_end = _appends_end(tokenizer, self.end_ids)
@@ -124,9 +126,9 @@ class HFModel(LanguageModel):
         return self._embeddings[rows].float().cpu().numpy()
 
     def slots(self, rows: int, length: int, k: int | None) -> HFSlots:
-        most = self.vocab_size - len(self.end_ids)
+        most = self.vocab_size - len({*self.end_ids, *self.suppressed, *self.suppressed_first})
         if k is not None and not 1 <= k <= most:
-            raise ConfigError(f"top_k must be in 1..{most} (vocabulary without end tokens), got {k}")
+            raise ConfigError(f"top_k must be in 1..{most} (vocabulary without end and suppressed tokens), got {k}")
         if rows < 1:
             raise ConfigError(f"rows must be at least 1, got {rows}")
         if not 1 <= length <= self.max_context:
@@ -137,7 +139,9 @@ class HFModel(LanguageModel):
                 f"{rows} rows of {length} tokens need {needed:,} bytes and {free:,} are free: "
                 "use fewer rows or shorter texts"
             )
-        return self.open_slots(self.decoder_for(length), rows, length, k, self.memo_bytes)
+        slots = self.open_slots(self.decoder_for(length), rows, length, k, self.memo_bytes)
+        slots.suppressed, slots.suppressed_first = self.suppressed, self.suppressed_first
+        return slots
 
     def open_slots(self, decoder: Decoder, rows: int, length: int, k: int | None, memo_bytes: int) -> HFSlots:
         """Open rows on a decoder of this model, unchecked: ``slots`` chooses the decoder and checks the arguments."""
@@ -147,13 +151,16 @@ class HFModel(LanguageModel):
         """Return functions that make decoders of this model, fastest first."""
         return causal_decoders(self.model, reach)
 
+    def check_prompt(self, ids: Sequence[int], length: int) -> list[int]:
+        """Return a prompt of ``length`` tokens for a row whose text goes on with ``ids``."""
+        return list(ids[:length])
+
     @torch.inference_mode()
-    def references(self, ids: Sequence[int], lengths: Sequence[int]) -> References:
-        """Return what the uncached forward says to texts of these ids, with prompts of these lengths."""
+    def uncached(self, prompt: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+        """Return the logits (V,) of the token behind ``ids``, from the model's own forward over all of them."""
         given = torch.tensor([list(ids)], device=self.model.device)
-        found = self.model(input_ids=given, **no_cache(self.model)).logits[0]
-        logprobs = found.float().log_softmax(-1).cpu().numpy()
-        return References(list(ids), [list(ids[:length]) for length in lengths], [logprobs] * len(lengths))
+        logits: torch.Tensor = self.model(input_ids=given, **no_cache(self.model)).logits[0, -1]
+        return logits
 
     def decoder_for(self, length: int) -> Decoder:
         """Return the decoder for texts of up to ``length`` tokens.
@@ -249,6 +256,12 @@ def _end_ids(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
             f"model {name!r} has no end-of-text token: set tokenizer.eos_token or model.generation_config.eos_token_id"
         )
     return known
+
+
+def _token_list(model: Any, name: str) -> tuple[int, ...]:
+    """Return tokens that the generation settings list under ``name``."""
+    listed = getattr(getattr(model, "generation_config", None), name, None) or []
+    return tuple(i for i in listed if 0 <= i < _output_sizes(model)[0])
 
 
 def _byte_level_tokens(tokenizer: Any, vocab_size: int) -> list[bytes] | None:

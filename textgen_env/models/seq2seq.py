@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from textgen_env.errors import CapacityError, ModelError, PromptError
-from textgen_env.models.agreement import Reach, References
+from textgen_env.models.agreement import Reach
 from textgen_env.models.base import LanguageModel, Rows
 from textgen_env.models.forward import no_cache
 from textgen_env.models.hf import HFModel, positions_of
@@ -161,19 +161,15 @@ class Seq2SeqModel(HFModel):
         ways = [way for way in SEQ2SEQ_WAYS if reach is not Reach.UNCACHED or not way.cached]
         return (partial(Seq2SeqDecoder, self.model, way) for way in ways)
 
+    def check_prompt(self, ids: Sequence[int], length: int) -> list[int]:
+        return list(ids[::-1][:length])
+
     @torch.inference_mode()
-    def references(self, ids: Sequence[int], lengths: Sequence[int]) -> References:
-        """Return what the uncached forward says to one text after sources of these lengths."""
-        text = [*self.begin, *ids[len(self.begin) :]]
-        sources = [list(ids[::-1][:length]) for length in lengths]
-        device, logprobs = self.model.device, []
-        for source in sources:
-            inputs = {"input_ids": torch.tensor([source], device=device)}
-            inputs["decoder_input_ids"] = torch.tensor([text], device=device)
-            logprobs.append(
-                self.model(**inputs, **no_cache(self.model)).logits[0].float().log_softmax(-1).cpu().numpy()
-            )
-        return References(text, sources, logprobs)
+    def uncached(self, prompt: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+        source, text = (torch.tensor([list(given)], device=self.model.device) for given in (prompt, ids))
+        found = self.model(input_ids=source, decoder_input_ids=text, **no_cache(self.model))
+        logits: torch.Tensor = found.logits[0, -1]
+        return logits
 
 
 def _first_tokens(model: Any) -> tuple[int, ...]:

@@ -35,6 +35,8 @@ class HFSlots(Slots):
     ) -> None:
         super().__init__(model, rows, length, k)
         self.decoder = decoder
+        self.suppressed: tuple[int, ...] = ()  # tokens that are never proposed
+        self.suppressed_first: tuple[int, ...] = ()  # nor directly behind a prompt
         self.cache: RowCache = decoder.new_cache(rows, length)
         self.cached = np.zeros(rows, np.int64)  # how many tokens of each row are cached
         self._memo: LRUCache[Arrays] = LRUCache(memo_bytes // 2)
@@ -120,8 +122,19 @@ class HFSlots(Slots):
             followers = rows != leaders[leader_of]
             self._copy_cache(leaders[leader_of[followers]], rows[followers])
             logits, hidden = logits[leader_of], hidden[leader_of]
+        logits = self._without_suppressed(logits, rows)
         ids, logprobs = top_candidates(logits, self.k, self.model.end_ids, block_end)
         return ids, logprobs, hidden.float().cpu().numpy()
+
+    def _without_suppressed(self, logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Return logits (B, V) without the tokens that are never proposed, or not as a text's first ones."""
+        if not self.suppressed and not self.suppressed_first:
+            return logits
+        logits = logits.clone()  # a cache may keep them
+        logits[:, list(self.suppressed)] = -torch.inf
+        begins = torch.from_numpy(self.lengths[rows] == self.prompt_lengths[rows]).to(logits.device)
+        logits[torch.nonzero(begins), list(self.suppressed_first)] = -torch.inf
+        return logits
 
     def _equal_starts(self, rows: Rows) -> tuple[Rows, npt.NDArray[np.int64]]:
         """Return one leader for each text among the rows without cache, and all other rows: (L,).

@@ -109,6 +109,7 @@ class StatefulDecoder:
         self.dtype: torch.dtype = model.dtype
         self._name = ""  # of the cache, among the arguments of the model
         self._axes: Mapping[Path, Axes] = {}
+        self._pads = True
         self._bytes = 0, 0  # of a row: once, and for each token
         self._takes_positions = "position_ids" in self.forward.accepts
         if way.cached:
@@ -126,7 +127,9 @@ class StatefulDecoder:
         self._bytes = sizes[0] // 2 - 2 * a_token, a_token
         if not any(axes.rows is not None for axes in self._axes.values()):
             raise ModelError(f"the cache of {type(self.model).__name__} holds nothing of its rows")
-        if self.way.ragged and not all(type(x) in PADDED_LAYERS for x in self._layers(caches[0]) if [*tensors_in(x)]):
+        self._pads = any(axes.tokens is not None for axes in self._axes.values())  # else there is nothing to mask
+        kinds = {type(layer) for layer in self._layers(caches[0]) if any(True for _ in tensors_in(layer))}
+        if self.way.ragged and self._pads and not kinds <= set(PADDED_LAYERS):
             raise ModelError(f"the cache of {type(self.model).__name__} has layers of its own kind")
 
     def _small_forward(self, rows: int, tokens: int, source: int) -> tuple[Tensor, Tensor, Any]:
@@ -223,7 +226,7 @@ class StatefulDecoder:
     def _padding(self, lengths: Lengths) -> dict[str, Tensor]:
         """Return mask and positions of the next token of rows that are padded on the left."""
         most = int(lengths.max())
-        if not (lengths < most).any():
+        if not self._pads or not (lengths < most).any():
             return {}
         places = torch.from_numpy(lengths).to(self.device)[:, None]
         real = torch.arange(most + 1, device=self.device) >= most - places
