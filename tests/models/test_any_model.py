@@ -197,7 +197,7 @@ def test_tokens_that_the_generation_settings_suppress_are_not_proposed():
     for row, (ids, blocked) in enumerate([([3, 4, 8], [5, 6]), ([9], [5, 6, 7])]):
         with torch.inference_mode():
             logits = module(input_ids=torch.tensor([ids])).logits[0, -1]
-        logits[blocked] = -torch.inf
+            logits[blocked] = -torch.inf
         expected = logits.log_softmax(-1).numpy()
         np.testing.assert_allclose(found[row], np.maximum(expected, -1e4), atol=1e-4)
 
