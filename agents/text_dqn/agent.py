@@ -42,10 +42,10 @@ from textgen_env.models.hub import load_language_model
 
 Self = TypeVar("Self", bound="TextDQN")
 
-SHELL_SETTINGS = ("learning_rate", "learning_starts", "buffer_size", "stats_window_size", "seed")
+SHELL_SETTINGS = ("score", "learning_rate", "learning_starts", "buffer_size", "stats_window_size", "seed")
 """Settings that the learner does not have."""
 
-LEARNER_SETTINGS = ("beta", "target_beta", "beta_start", "target", "trace_lambda", "steps_per_update")
+LEARNER_SETTINGS = ("beta", "target_beta", "beta_start", "target", "score", "trace_lambda", "steps_per_update")
 """Settings that SB3 does not have."""
 
 
@@ -92,6 +92,7 @@ class TextDQN(DQN):
         beta_start: float = 0.4,
         exploration_fraction: float = 1.0,
         target: str = "retrace",
+        score: str | None = "auto",
         trace_lambda: float = 1.0,
         learning_rate: float | Any = 1e-3,
         learning_starts: int = 5_000,
@@ -116,6 +117,7 @@ class TextDQN(DQN):
                 "beta_start": beta_start,
                 "exploration_fraction": exploration_fraction,
                 "target": target,
+                "score": score,
                 "trace_lambda": trace_lambda,
                 "learning_rate": learning_rate,
                 "learning_starts": learning_starts,
@@ -331,9 +333,15 @@ class TextDQN(DQN):
         kwargs = {"embedding_size": language_model.embedding_size, **self.policy_kwargs.get("q_net_kwargs", {})}
         if self.env is not None:
             kwargs["max_new_tokens"] = self.env.get_attr("max_new_tokens")[0]
+        if self._learns_scores():
+            kwargs["vocab_size"] = language_model.vocab_size
         if self.settings["target"] == "q_sharp":
             kwargs = {"atoms": 51, **kwargs, "beta": self.settings["target_beta"]}
         return kwargs
+
+    def _learns_scores(self) -> bool:
+        has_scores = "score" in check_observation_space(self.observation_space).spaces
+        return self.settings["score"] == "learned" or (self.settings["score"] == "auto" and not has_scores)
 
     def _find_language_model(self) -> LanguageModel:
         if self.env is not None:

@@ -14,7 +14,7 @@ It knows torch and numpy, and neither Stable-Baselines3 nor files: ``agent.TextD
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,21 @@ import numpy.typing as npt
 import torch
 
 from agents.text_dqn.networks import CandidateQNetwork, Tensors, prior
-from agents.text_dqn.replay import EpisodeReplay
-from agents.text_dqn.settings import COUNT, NATS, Range
+from agents.text_dqn.replay import EpisodeBatch, EpisodeReplay
+from agents.text_dqn.scorer import LEAST_TEXTS, Visited
+from agents.text_dqn.settings import COUNT, MANY, NATS, Range
 from agents.text_dqn.targets import OBJECTIVES, ObjectiveSettings, log_policy
 from textgen_env.errors import ConfigError, DivergenceError
 from textgen_env.policies import Floats, kl_to, renormalise, sample
 
 FIRST_SAMPLE = 256
 """Texts whose mean return is where Q starts."""
+
+REFIT = 1.3
+"""The learned scorer is fitted anew when there are so many times as many texts."""
+
+VISITED = 256
+"""Texts from which the scorer takes what the language model adds on average."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,8 @@ class Learner:
         self.steps = 0  # environment steps ever learned from
         self.updates = 0
         self.offline_updates = 0  # updates that no environment step has paid for
+        self.held_out = 0.0  # R2 of the learned scorer on texts that were left out
+        self._fit_at = LEAST_TEXTS  # finished texts at which the scorer is fitted next
         self._lm_takes_over_at: npt.NDArray[np.int64] = np.zeros(replay.n_envs, np.int64)  # step of each row's text
 
     @property
@@ -202,8 +211,10 @@ class Learner:
         Raises:
             ConfigError: the replay holds no finished text.
         """
+        if count:
+            self._fit_scorer_if_due()
         if count and self.updates == 0:
-            first = self.replay.sample(FIRST_SAMPLE)
+            first = self._scored(self.replay.sample(FIRST_SAMPLE))
             returns = (first.rewards * first.acted).sum(-1)
             self.network.start_at(returns)
             self.slow_network.start_at(returns)
@@ -215,7 +226,7 @@ class Learner:
         return losses
 
     def _update(self) -> float:
-        batch = self.replay.sample(self.batch_size)
+        batch = self._scored(self.replay.sample(self.batch_size))
         loss = OBJECTIVES[self.target](self.network, self.slow_network, batch, self.objective)
         self.optimizer.zero_grad()
         loss.backward()
@@ -229,6 +240,32 @@ class Learner:
                 slow.mul_(1 - self.tau)
                 torch.add(slow, own, alpha=self.tau, out=slow)
         return float(loss.detach())
+
+    def _fit_scorer_if_due(self) -> None:
+        """Fit the learned scorer, where there is one, each time that the texts are more by ``REFIT``."""
+        seen = self.replay.episodes_seen
+        if self.network.scorer is None or self.slow_network.scorer is None or seen < self._fit_at:
+            return
+        texts, some = self.replay.texts(), self.replay.spread(VISITED)
+        if len(texts.lengths) < LEAST_TEXTS:
+            return
+        mu = prior(some.observations).exp()
+        visited = Visited(some.tokens, some.observations["candidates"].long(), mu, some.acted)
+        self.held_out = self.network.fit_scorer(texts, visited)
+        self.slow_network.scorer.load_state_dict(self.network.scorer.state_dict())
+        self._fit_at = max(seen + LEAST_TEXTS, int(seen * REFIT))
+
+    def _scored(self, batch: EpisodeBatch) -> EpisodeBatch:
+        """Return the batch with learned scores in its observations, and as potentials in its rewards."""
+        if self.network.scorer is None:
+            return batch
+        candidates = batch.observations["candidates"].long()
+        steps = torch.arange(candidates.shape[1], device=candidates.device).expand(candidates.shape[:2])
+        score, scores = self.network.scorer(batch.tokens, steps, candidates, batch.folds)
+        after = torch.nn.functional.pad(score[:, 1:, 0], (0, 1))
+        rewards = batch.rewards + torch.where(batch.ended, 0.0, after) - score[..., 0]
+        observations = {**batch.observations, "score": score, "candidate_scores": scores}
+        return replace(batch, observations=observations, rewards=rewards)
 
     def _check_finite(self, **found: torch.Tensor) -> None:
         """Raise unless all numbers are finite; the slow network, which acts and is evaluated, still is."""
@@ -248,6 +285,8 @@ class Learner:
             "steps": self.steps,
             "updates": self.updates,
             "offline_updates": self.offline_updates,
+            "fit_at": self._fit_at,
+            "held_out": self.held_out,
             "lm_takes_over_at": self._lm_takes_over_at.tolist(),
             "rng": self.rng.bit_generator.state,
         }
@@ -268,6 +307,8 @@ class Learner:
         if len(places) == self.replay.n_envs:  # else the rows are others: each starts a text of its own
             self._lm_takes_over_at = places
         self.steps, self.updates, self.offline_updates = steps, updates, offline
+        self._fit_at = COUNT.check("fit_at", stored.get("fit_at", LEAST_TEXTS))
+        self.held_out = Range(-MANY, 1).check("held_out", stored.get("held_out", 0.0))
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return tensors and plain data: networks, optimiser and counters. The replay has its own."""

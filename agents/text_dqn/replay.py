@@ -23,6 +23,7 @@ import psutil
 import torch
 from gymnasium import spaces
 
+from agents.text_dqn.scorer import FOLDS, Texts
 from textgen_env.errors import CapacityError, ConfigError
 
 Array = npt.NDArray[Any]
@@ -66,6 +67,7 @@ class EpisodeBatch:
     ended: torch.Tensor  # (B, T) bool
     acted: torch.Tensor  # (B, T) bool
     by_language_model: torch.Tensor  # (B, T) bool, the language model itself chose the action
+    folds: torch.Tensor  # (B,) int64, the part of the texts that each belongs to; see ``scorer``
 
 
 class EpisodeReplay:
@@ -278,7 +280,30 @@ class EpisodeReplay:
             ended=tensor("ended"),
             acted=tensor("acted") & torch.from_numpy(inside).to(self.device),
             by_language_model=tensor("by_language_model"),
+            folds=torch.tensor([fold_of(env, start) for env, start, _ in picks], device=self.device),
         )
+
+    def texts(self) -> Texts:
+        """Return all finished texts that are kept, with their rewards; not those that an outside limit cut off."""
+        picks = [(env, *episode) for env, ring in enumerate(self.episodes) for episode in ring]
+        envs, first, lengths = np.array(picks, np.int64).reshape(-1, 3).T
+        ended = self.store["ended"][envs, (first + lengths - 1) % self.ring]
+        envs, first, lengths = envs[ended], first[ended], lengths[ended]
+        offset = np.arange(lengths.max(initial=1))
+        at = (envs[:, None], (first[:, None] + np.minimum(offset, lengths[:, None] - 1)) % self.ring)
+        inside = offset < lengths[:, None]
+        return Texts(
+            tokens=self.store["token"][at].astype(np.int64),
+            lengths=lengths,
+            rewards=(self.store["reward"][at].astype(np.float64) * inside).sum(1),
+            folds=fold_of(envs, first),
+            finished=np.ones(len(lengths), np.bool_),
+        )
+
+    def spread(self, count: int) -> EpisodeBatch:
+        """Return up to ``count`` episodes, spread evenly over all that are kept."""
+        picks = [(env, *episode) for env, ring in enumerate(self.episodes) for episode in ring]
+        return self.batch([picks[i] for i in np.unique(np.linspace(0, len(picks) - 1, count).astype(int))])
 
     def state_dict(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Return the steps as arrays, without the part of the rings that was never written, and plain data."""
@@ -357,6 +382,11 @@ class EpisodeReplay:
             )
         self.episodes[env].append((first, length))
         self.episodes_seen += 1
+
+
+def fold_of(env: Any, first: Any) -> Any:
+    """Return which part of the texts an episode belongs to, 0..FOLDS - 1: the same for as long as it is kept."""
+    return (env * 40_503 + first * 2_654_435_761 >> 16) % FOLDS
 
 
 def _storable(key: str, value: Array) -> Array:

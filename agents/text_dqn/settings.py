@@ -65,6 +65,8 @@ class Range:
 NATS = "reward units a nat"
 COUNT = Range(0, MANY, whole=True)
 
+SCORES = ("auto", "given", "learned", None)
+
 SETTINGS: Mapping[str, Range] = {
     "beta": Range(above=True, unit=NATS),
     "target_beta": Range(above=True, unit=NATS),
@@ -107,4 +109,8 @@ def check_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     if "target" in given:
         OBJECTIVES[given["target"]]
         checked["target"] = given["target"]
+    if "score" in given:
+        if given["score"] not in SCORES:
+            raise ConfigError(f"score must be one of {SCORES}, got {given['score']!r}")
+        checked["score"] = given["score"]
     return checked
