@@ -75,7 +75,7 @@ SMALL: dict[str, Any] = {
     "num_kv_shared_layers": 0,
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_token", "src_vocab_size", "tgt_vocab_size"), VOCAB),
     **dict.fromkeys(("decoder_vocab_size", "n_words"), VOCAB),
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3},
 }
 """Sizes by the names that configurations have for them."""
 
@@ -84,7 +84,7 @@ ROTARY = {"rotary_dim": 4}
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), LATENT),
     **dict.fromkeys(("glm_moe_dsa", "longcat_flash", "minicpm3", "youtu", "kimi_linear", "dots3_note_text"), LATENT),
-    "bailing_hybrid": LATENT | {"layer_group_size": 2, "group_norm_size": 2},
+    "bailing_hybrid": LATENT | {"layer_group_size": 2, "group_norm_size": 1},
     "bamba": {"attn_layer_indices": [1, 3]},
     "codegen": ROTARY,
     "gptj": ROTARY,

@@ -42,9 +42,7 @@ class Design(NamedTuple):
     columns: int
 
     @classmethod
-    def of(
-        cls, sparse: Mapping[str, npt.NDArray[np.int64]], dense: Mapping[str, Floats], columns: int
-    ) -> Design:
+    def of(cls, sparse: Mapping[str, npt.NDArray[np.int64]], dense: Mapping[str, Floats], columns: int) -> Design:
         """Return the features side by side.
 
         Args:

@@ -26,7 +26,7 @@ FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtim
 """What a module raises that cannot run in some way; ``ModelError`` is a ``ValueError``."""
 EXACT, HALF = 1e-4, 0.15
 """Largest difference of log-probabilities that is rounding, relative to their spread, in full and half precision."""
-STEPS = 3  # tokens that a check writes
+STEPS = 4  # tokens that a check writes
 SMALL_WINDOW = 64  # windows up to this one are passed by a check
 
 _log = logging.getLogger(__name__)
@@ -112,13 +112,13 @@ def causal_decoders(module: Any, reach: Reach) -> Iterator[partial[Any]]:
 def _disagreement(model: CheckedModel, decoder: Decoder, windows: Sequence[int]) -> float:
     """Return how far texts, written in ragged rows, are from the uncached forward, relative to its spread.
 
-    A decoder with a forward of its own for single rows also writes a row alone.
+    A row is also written alone, unless that is the same forward.
     """
     packed = isinstance(decoder, PackedDecoder)
     beyond = max((window + 2 for window in windows if window <= SMALL_WINDOW), default=0)
     most = 3 if packed else min(max(12, beyond), model.max_context - STEPS)
     courses: list[tuple[int, ...]] = [(most, 1)] if packed else [(most, max(1, most // 2), 1, most)]
-    if decoder.alone:
+    if decoder.alone or not packed:
         courses.append((most,))
     ids = plain_ids(model, most + STEPS)
     return max(_largest_gap(model, decoder, ids, lengths) for lengths in courses)
@@ -145,6 +145,8 @@ def _largest_gap(model: CheckedModel, decoder: Decoder, ids: Sequence[int], leng
     slots.start(rows, prompts)
     ids = [*slots.ids_of(0), *ids[slots.lengths[0] :]] if model.begin else ids
     for step in range(STEPS):
+        if step == 2:
+            slots.rebuild()
         found = slots.propose(rows, np.zeros(len(rows), bool)).logprobs
         for row, prompt in enumerate(prompts):
             key = (tuple(slots.prompt_of(row)), tuple(slots.ids_of(row)))

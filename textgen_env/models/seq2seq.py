@@ -41,12 +41,27 @@ SEQ2SEQ_WAYS = (
 class Seq2SeqDecoder(StatefulDecoder):
     """An encoder-decoder on its own cache. See ``StatefulDecoder``."""
 
+    POSITIONS = "decoder_position_ids"
+    _reads_apart = False  # True: the encoder runs on its own, because the model's forward hands it what it refuses
+
+    def _probe(self) -> None:
+        try:
+            super()._probe()
+        except (TypeError, ValueError):
+            self._reads_apart = True
+            super()._probe()
+
     def _small_forward(self, rows: int, tokens: int, source: int) -> tuple[Tensor, Tensor, Any]:
         ids = [torch.ones((rows, n), dtype=torch.long, device=self.device) for n in (tokens, source)]
         return self._first_forward(*ids)
 
     def _first_forward(self, ids: Tensor, sources: Tensor | None) -> tuple[Tensor, Tensor, Any]:
-        return self.forward({"input_ids": sources, "decoder_input_ids": ids, **self._use_cache()})
+        read = (
+            {"encoder_outputs": self.model.get_encoder()(input_ids=sources)}
+            if self._reads_apart
+            else {"input_ids": sources}
+        )
+        return self.forward({**read, "decoder_input_ids": ids, **self._use_cache()})
 
     def _keep(self, found: Any) -> Any:
         if found.past_key_values is None:

@@ -100,6 +100,7 @@ class StatefulDecoder:
     """
 
     alone = False
+    POSITIONS = "position_ids"
 
     def __init__(self, model: Any, way: Way) -> None:
         self.model, self.way, self.name = model, way, way.name
@@ -111,7 +112,7 @@ class StatefulDecoder:
         self._axes: Mapping[Path, Axes] = {}
         self._pads = True
         self._bytes = 0, 0  # of a row: once, and for each token
-        self._takes_positions = "position_ids" in self.forward.accepts
+        self._takes_positions = self.POSITIONS in self.forward.accepts
         if way.cached:
             self._probe()
 
@@ -224,11 +225,15 @@ class StatefulDecoder:
         return {"input_ids": ids, "use_cache": True, self._name: own.cache, **self._padding(own.lengths)}
 
     def _padding(self, lengths: Lengths) -> dict[str, Tensor]:
-        """Return mask and positions of the next token of rows that are padded on the left."""
-        most = int(lengths.max())
-        if not self._pads or not (lengths < most).any():
+        """Return mask and positions of the next token of rows that are padded on the left.
+
+        The positions are given even where nothing is padded: some hybrid models count them in a layer that has none.
+        """
+        if not self.way.ragged or not self._pads:
             return {}
         places = torch.from_numpy(lengths).to(self.device)[:, None]
-        real = torch.arange(most + 1, device=self.device) >= most - places
-        inputs = {"attention_mask": real.long()}
-        return inputs | ({"position_ids": places} if self._takes_positions else {})
+        inputs = {"position_ids": places} if self._takes_positions else {}
+        most = int(lengths.max())
+        if (lengths < most).any():
+            inputs["attention_mask"] = (torch.arange(most + 1, device=self.device) >= most - places).long()
+        return inputs
