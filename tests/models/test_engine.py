@@ -510,6 +510,18 @@ def test_a_sliding_window_bounds_the_lean_path_and_not_the_context():
     assert isinstance(model.decoder_for(41), StatefulDecoder)
 
 
+def test_a_row_moves_between_slots_of_short_and_of_long_texts():
+    model = engine("mistral")
+    near, far, oracle = model.slots(1, 40, 5), model.slots(1, 48, 5), UncachedSlots(model, 1, 48, 5)
+    for slots in (near, oracle):
+        slots.start(every(slots), [[4, 5, 6]])
+    proposed(near)
+    far.load(0, near.save(0))
+    same(proposed(far), proposed(oracle))
+    near.load(0, far.save(0))
+    same(proposed(near), proposed(oracle))
+
+
 # --- which models
 
 

@@ -62,10 +62,14 @@ class HFSlots(Slots):
         self.cached[dst] = self.cached[src]
 
     def _read_cache(self, row: int) -> Any:
-        return self.cache.read(row, int(self.cached[row]))
+        return self.decoder, self.cache.read(row, int(self.cached[row]))
 
     def _write_cache(self, row: int, saved: Any) -> None:
-        self._remembered(row, saved)
+        decoder, kept = saved
+        if decoder is self.decoder:
+            self._remembered(row, kept)
+        else:
+            self.cached[row] = 0  # saved where texts are longer or shorter: only the ids fit
 
     def _remembered(self, row: int, kept: Any) -> None:
         """Write a row that the cache has read."""
