@@ -12,6 +12,8 @@ evaluations. Settings were chosen on the validation prompts.
     python -m benchmarks.learning --quick                  # five minutes: shorter, one seed
     python -m benchmarks.learning --json FILE              # everything; goes on where it was stopped
     python -m benchmarks.learning --only text_dqn --seeds 1
+    python -m benchmarks.learning --suite --quick          # judges of finished texts; see ``benchmarks.suite``
+    python -m benchmarks.learning --diagnose --quick       # how wrong Q is; see ``benchmarks.diagnose``
     python -m benchmarks.learning --only particles --quick --model tiny
 
 ``particles`` measures what more tokens a text buy: best-of-n, weighted best-of-n, guided best-of-n and
@@ -151,12 +153,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--only", nargs="+", choices=CONTESTANTS, help="contestants to run; the others if there already"
     )
+    parser.add_argument("--suite", action="store_true", help="judges of finished texts instead")
+    parser.add_argument("--diagnose", action="store_true", help="the errors of Q instead")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--model", default="smollm2", help="language model (default smollm2)")
     parser.add_argument("--out", type=Path, help="folder of the runs (default out/learning, out/learning-quick)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the plane and the courses there (PNG)")
     options = parser.parse_args(arguments)
+    if options.suite or options.diagnose:
+        from benchmarks import judged
+
+        judged.main(options)
+        return
     folder = "out/learning" + "-quick" * options.quick + f"-{options.model}" * (options.model != "smollm2")
     bench = Bench(options.out or Path(folder), options.quick, options.model)
     names = options.only or [name for name in CONTESTANTS if not (options.quick and name in (*SEEDS, *SPENDING))]

@@ -170,3 +170,42 @@ class Suite:
             "effective_samples": float(np.median(best.effective_samples)),
             "best_of": of_n,
         }
+
+
+def cells(quick: bool, seeds: int) -> Iterator[Cell]:
+    """Yield what the suite runs: every judge at two lengths, finished texts only; the judge asked about prefixes at one."""
+    if quick:
+        for name in ("pairs", "length", "sparse"):
+            yield Cell(name, steps=8_000)
+        yield Cell("pairs", score="judge", steps=8_000)
+        return
+    names = [*(name for name in JUDGES if name not in SEALED), *SEALED]
+    for seed in range(seeds):
+        for name in names:
+            yield Cell(name, seed=seed)
+            yield Cell(name, score="judge", seed=seed)
+            if name != "json":
+                yield Cell(name, tokens=64, seed=seed)
+        for name in ("lexicon", "pairs", "sentence"):
+            yield Cell(name, seed=seed, model="smollm2")
+
+
+def run_suite(folder: Path, quick: bool, seeds: int) -> list[dict[str, Any]]:
+    """Run all cells that have not been run, print each, and return their figures."""
+    suite = Suite(folder, *((64, 128) if quick else (512, 512)))
+    settings = {"learning_starts": 2_000} if quick else {}
+    print(
+        f"{'judge':14}{'tokens':>7} {'score':9}{'own':>6}{'chosen':>8}{'interval':>14}{'KL':>6}{'best of 4':>11}{'calls':>8}"
+    )
+    rows = []
+    for cell in cells(quick, seeds):
+        found = suite.run(cell, **settings)
+        rows.append(found)
+        chosen = found["validated"]
+        interval = f"{chosen['low']:.0%} to {chosen['high']:.0%}"
+        print(
+            f"{cell.judge:14}{cell.tokens:7} {cell.score!s:9}{found['own']['share']:6.0%}{chosen['share']:8.0%}{interval:>14}"
+            f"{chosen['kl']:6.2f}{found['best_of']['4']:11.0%}{found['judge_calls']:8,}",
+            flush=True,
+        )
+    return rows

@@ -157,7 +157,7 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
 
     def judge(self) -> float:
         """Return the reward that the text would get if it ended here. Nothing is paid."""
-        return float(self.episodes.judged(self._row)[0])
+        return float(self.episodes.judged(FIRST_ROW)[0])
 
     def snapshot(self) -> Snapshot:
         """Return the episode as it stands, model cache included: O(length of the text).

@@ -23,7 +23,7 @@ import psutil
 import torch
 from gymnasium import spaces
 
-from agents.text_dqn.scorer import FOLDS, Texts
+from agents.text_dqn.scorer import FOLDS, JudgedTexts
 from textgen_env.errors import CapacityError, ConfigError
 
 Array = npt.NDArray[Any]
@@ -292,7 +292,7 @@ class EpisodeReplay:
             folds=torch.tensor([fold_of(env, start) for env, start, _ in picks], device=self.device),
         )
 
-    def texts(self) -> Texts:
+    def texts(self) -> JudgedTexts:
         """Return the finished texts that are kept, and the prefixes of theirs that were judged, with their rewards.
 
         Texts that an outside limit cut off are left out: nobody knows what they would have been worth.
@@ -307,7 +307,7 @@ class EpisodeReplay:
         tokens, folds = self.store["token"][at].astype(np.int64), fold_of(envs, first)
         texts, steps = np.nonzero(inside & np.isfinite(self.store["judged"][at]))  # prefixes that were judged
         judged = self.store["judged"][at][texts, steps].astype(np.float64)
-        return Texts(
+        return JudgedTexts(
             tokens=np.concatenate([tokens, tokens[texts]]),
             lengths=np.concatenate([lengths, steps + 1]),
             rewards=np.concatenate([(self.store["reward"][at].astype(np.float64) * inside).sum(1), judged]),

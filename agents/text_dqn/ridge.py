@@ -36,7 +36,7 @@ class Design(NamedTuple):
     """
 
     used: npt.NDArray[np.int64]  # (u,) the sparse features that occur
-    index: npt.NDArray[np.int64]  # (n, F) places in ``used`` that are 1 in each row, u for padding
+    places: npt.NDArray[np.int64]  # (n, F) indices in ``used`` that are 1 in each row, u for padding
     values: Floats  # (F,) what stands in them instead of 1: the scale of their group
     dense: Floats  # (n, e), scaled
     scales: Mapping[str, float]  # of each group
@@ -66,7 +66,7 @@ class Design(NamedTuple):
         return cls(used[:-1], index, np.concatenate(values), np.concatenate(blocks, 1), scales)
 
     def rows(self, chosen: npt.NDArray[np.int64]) -> Design:
-        return self._replace(index=self.index[chosen], dense=self.dense[chosen])
+        return self._replace(places=self.places[chosen], dense=self.dense[chosen])
 
     def parts(self, weights: Floats) -> tuple[Floats, Floats]:
         """Return the weights (..., u + 1 + e) of the sparse features with their padding, and of the dense ones."""
@@ -75,12 +75,12 @@ class Design(NamedTuple):
     def times(self, weights: Floats) -> Floats:
         """Return the product with the weights, (n,)."""
         sparse, dense = self.parts(weights)
-        return np.asarray(sparse[self.index] @ self.values + self.dense @ dense)
+        return np.asarray(sparse[self.places] @ self.values + self.dense @ dense)
 
     def transposed_times(self, errors: Floats) -> Floats:
         """Return the product of the transpose with (n,) numbers."""
         weighted = errors[:, None] * self.values
-        sparse = np.bincount(self.index.ravel(), weights=weighted.ravel(), minlength=len(self.used) + 1)
+        sparse = np.bincount(self.places.ravel(), weights=weighted.ravel(), minlength=len(self.used) + 1)
         sparse[-1] = 0.0
         return np.concatenate([sparse, errors @ self.dense])
 

@@ -55,16 +55,16 @@ LEAST_TEXTS = 50
 LEAST_EVIDENCE = 3.0
 """Standard errors that the correlation with left-out rewards must have for the scorer to speak."""
 
-Ids = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 
 
-class Texts(NamedTuple):
+class JudgedTexts(NamedTuple):
     """n texts with their rewards."""
 
-    tokens: Ids  # (n, T) generated ids, padded at the end
-    lengths: Ids  # (n,) at least 1
+    tokens: Indices  # (n, T) generated ids, padded at the end
+    lengths: Indices  # (n,) at least 1
     rewards: Floats  # (n,)
-    folds: Ids  # (n,) in 0..FOLDS - 1
+    folds: Indices  # (n,) in 0..FOLDS - 1
     finished: npt.NDArray[np.bool_]  # (n,) False for prefixes that were judged as they stood
 
 
@@ -126,7 +126,7 @@ class TextScorer(nn.Module):
 
     def describe(self, language_model: LanguageModel) -> None:
         """Read how many characters each token has, and which ones end a text."""
-        texts = language_model.continuations([], [], np.arange(self.vocab_size))
+        texts = language_model.continuations([], [], range(self.vocab_size))
         self.characters.copy_(torch.tensor([float(len(text)) for text in texts]))
         self.ends.zero_()
         self.ends[list(language_model.end_ids)] = 1.0
@@ -197,7 +197,7 @@ class TextScorer(nn.Module):
 
     # --- learning
 
-    def fit(self, texts: Texts, vectors: Floats, visited: Visited) -> float:
+    def fit(self, texts: JudgedTexts, vectors: Floats, visited: Visited) -> float:
         """Learn from texts and their rewards; return R2 on the texts that were left out.
 
         Args:
@@ -220,7 +220,7 @@ class TextScorer(nn.Module):
         self._tabulate(curve, marks, of_length, predicted, visited)
         return float(1 - ((rewards - predicted) ** 2).mean() / rewards.var())
 
-    def _design(self, texts: Texts, vectors: Floats) -> tuple[Design, tuple[float, float]]:
+    def _design(self, texts: JudgedTexts, vectors: Floats) -> tuple[Design, tuple[float, float]]:
         """Return the features of texts, and mean and deviation of their lengths in characters."""
         vocabulary, padding = self.vocab_size, 3 * self.vocab_size + PAIRS
         tokens, lengths = texts.tokens, texts.lengths

@@ -13,7 +13,7 @@ from toys import PROMPTS, letters
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.networks import NEEDED_KEYS
 from agents.text_dqn.ridge import Design, cross_fit, rising_curve
-from agents.text_dqn.scorer import FOLDS, Texts, TextScorer, Visited
+from agents.text_dqn.scorer import FOLDS, JudgedTexts, TextScorer, Visited
 from textgen_env.errors import ConfigError
 
 VOCABULARY, LENGTH, TEXTS = 12, 6, 1500
@@ -23,7 +23,7 @@ def texts(reward, seed=0, count=TEXTS):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, VOCABULARY, (count, LENGTH))
     rewards = np.array([reward(row) for row in tokens], np.float64)
-    return Texts(tokens, np.full(count, LENGTH), rewards, np.arange(count) % FOLDS, np.ones(count, bool))
+    return JudgedTexts(tokens, np.full(count, LENGTH), rewards, np.arange(count) % FOLDS, np.ones(count, bool))
 
 
 def visited(found):
@@ -115,7 +115,7 @@ def test_prefixes_that_were_judged_count_as_texts():
     lengths = np.random.default_rng(8).integers(1, LENGTH, 600)
     more = texts(JUDGES["a token"], seed=9, count=600)
     rewards = [float((row[:n] == 3).sum()) for row, n in zip(more.tokens, lengths, strict=True)]
-    both = Texts(
+    both = JudgedTexts(
         np.concatenate([found.tokens, more.tokens]),
         np.concatenate([found.lengths, lengths]),
         np.concatenate([found.rewards, rewards]),
@@ -135,7 +135,7 @@ def test_weights_are_those_of_ridge_regression():
     found = cross_fit(design, rewards, folds, 2, [0.1])
     full = np.zeros((80, len(design.used) + 1 + 2))
     for row in range(80):
-        for place, value in zip(design.index[row], design.values, strict=True):
+        for place, value in zip(design.places[row], design.values, strict=True):
             full[row, place] += value
     full[:, len(design.used) + 1 :] = design.dense
     for fold in range(2):
