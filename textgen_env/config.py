@@ -24,8 +24,11 @@ OBSERVATION_KEYS = (
     "candidate_scores",
     "action_mask",
     "hidden",
+    "source",
 )
 """All keys of the Dict observation, in the order of the documentation."""
+ONLY_WHEN_NAMED = ("source",)
+"""Keys that neither ``"default"`` nor ``"full"`` has."""
 
 FLAT_OBSERVATIONS = ("hidden", "tokens")
 """Observations that are one flat Box, for agents built on a plain MLP."""
@@ -143,7 +146,7 @@ class EnvConfig:
             )
         match self.observation:
             case "full" | "default":
-                keys: Sequence[str] = OBSERVATION_KEYS
+                keys: Sequence[str] = [key for key in OBSERVATION_KEYS if key not in ONLY_WHEN_NAMED]
             case "hidden":
                 keys = ("hidden", "logprobs", "budget", "score")
             case "tokens":

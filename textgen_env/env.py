@@ -92,6 +92,9 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
     | `candidate_scores` | (k,) float32 | the running reward that each candidate would lead to |
     | `action_mask` | (k,) int8 | 1 where the action is allowed, never all 0 |
     | `hidden` | (d,) float32 | the model's last hidden state for the prefix |
+    | `source` | (max_prompt_tokens,) int32 | the prompt's ids, padded with -1; only where it is named |
+
+    An encoder-decoder reads the prompt once; its `tokens` are the decoder's, and `source` shows the prompt.
 
     ``observation="default"`` leaves out `hidden` and `candidate_scores`, ``"full"`` keeps all that
     the reward allows, a tuple names keys, ``"hidden"`` is one flat Box of hidden, logprobs, budget

@@ -138,6 +138,7 @@ class Episodes:
             "candidate_scores": lambda: state.candidate_scores[rows],
             "action_mask": lambda: state.legal[rows],
             "hidden": lambda: state.hidden[rows],
+            "source": lambda: self.slots.prompts_of(rows, self.config.max_prompt_tokens),
         }
         return as_observation({key: makers[key]() for key in self.keys})
 
@@ -243,6 +244,8 @@ class Episodes:
             self._state.prompt[row] = None if prompt is None else Prompt(**prompt)
             self._state.completion[row] = plain["completion"][row]
             self._state.continuations[row] = plain["continuations"][row]
+            if prompt is not None:
+                self.slots.set_prompts(np.array([row]), [self._encode(prompt["text"])])
         self.rebuild()
 
     # --- reading rows

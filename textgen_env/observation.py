@@ -25,7 +25,10 @@ Observation = dict[str, npt.NDArray[Any]]
 LARGE = 1e6
 """Bound of scores and hidden units: far outside their usual range, and finite."""
 
-_DTYPES: Mapping[str, Any] = {"tokens": np.int32, "length": np.int32, "candidates": np.int32, "action_mask": np.int8}
+_DTYPES: Mapping[str, Any] = {
+    **dict.fromkeys(("tokens", "length", "candidates", "source"), np.int32),
+    "action_mask": np.int8,
+}
 """Dtypes of the keys; the others are float32."""
 
 
@@ -47,6 +50,7 @@ def observation_space(config: EnvConfig, keys: Sequence[str], model: LanguageMod
         "candidate_scores": (-LARGE, LARGE, k),
         "action_mask": (0, 1, k),
         "hidden": (-LARGE, LARGE, model.hidden_size),
+        "source": (-1, last_id, config.max_prompt_tokens),
     }
     boxes: dict[str, spaces.Space[Any]] = {
         key: spaces.Box(*bounds[key][:2], bounds[key][2:], _DTYPES.get(key, np.float32)) for key in keys

@@ -108,12 +108,14 @@ class Steering(LogitsProcessor):
 
     def __enter__(self) -> Steering:
         lock, texts = forward_lock(self._model), self._texts
+        # An encoder-decoder's other mask is of what the encoder reads.
+        mask_name = "decoder_attention_mask" if self._model.config.is_encoder_decoder else "attention_mask"
 
         def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             lock.acquire()  # hooks must not see the forwards of other threads
             texts.locked += 1
             cache = kwargs.get("past_key_values")
-            texts.mask, texts.cached = kwargs.get("attention_mask"), kwargs.get("use_cache") is not False
+            texts.mask, texts.cached = kwargs.get(mask_name), kwargs.get("use_cache") is not False
             texts.begins = cache is None or int(cache.get_seq_length()) == 0
 
         def keep_hidden(_: Any, args: tuple[torch.Tensor, ...]) -> None:
@@ -154,10 +156,12 @@ class Steering(LogitsProcessor):
                 "the model that generates is not the one given to logits_processor, or outside its with, or it judges "
                 "several tokens a forward, as in assisted generation"
             )
-        _check_plain_step(scores, texts.logits)
         hidden, texts.hidden = texts.hidden, None
         pad = self._follow(ids)
         steps = ids.shape[1] - texts.width
+        if steps < 0:
+            return scores  # a first token that ``generate`` forces
+        _check_plain_step(scores, texts.logits)
         if steps >= self.max_new_tokens:
             raise ConfigError(
                 f"generation goes on after {steps} tokens: give generate and logits_processor the same max_new_tokens"
@@ -178,7 +182,7 @@ class Steering(LogitsProcessor):
         if not texts.cached:
             raise ConfigError("use_cache=False: texts are told apart by their caches; leave it on")
         if texts.begins:
-            texts.width, texts.scores = ids.shape[1], []
+            texts.width, texts.scores = max(ids.shape[1], len(self._language_model.begin)), []
         elif texts.seen is None or not np.array_equal(ids[:, :-1], texts.seen):
             raise ConfigError(
                 "rows changed places between two steps, as in beam search, or began with a cache from elsewhere: "

@@ -71,7 +71,7 @@ def test_a_configuration_cannot_change():
         EnvConfig().top_k = 3
 
 
-ALL = set(OBSERVATION_KEYS)
+ALL = set(OBSERVATION_KEYS) - {"source"}  # which must be named
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,7 @@ ALL = set(OBSERVATION_KEYS)
         ({"observation": "tokens"}, True, {"tokens", "length", "budget"}),
         ({"observation": ("hidden", "candidate_scores")}, True, {"hidden", "candidate_scores"}),
         ({"observation": ["score"]}, False, {"score"}),
+        ({"observation": ("tokens", "source")}, False, {"tokens", "source"}),
     ],
     ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )

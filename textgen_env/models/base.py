@@ -169,6 +169,22 @@ class Slots(ABC):
         self._tokens[:], self._lengths[:], self._prompt_lengths[:] = tokens, lengths, prompt_lengths
         self.rebuild()
 
+    def set_prompts(self, rows: Rows, prompts: Sequence[Sequence[int]]) -> None:
+        """Tell which prompts rows that were refilled had: for models that read a prompt apart from the text."""
+        return
+
+    def prompt_of(self, row: int) -> tuple[int, ...]:
+        """Return the ids of the prompt of a row."""
+        return tuple(self._tokens[row, : self._prompt_lengths[row]].tolist())
+
+    def prompts_of(self, rows: Rows, width: int) -> npt.NDArray[np.int32]:
+        """Return the ids of the prompts of rows, (B, width), padded with -1."""
+        found = np.full((len(rows), width), -1, np.int32)
+        for place, row in enumerate(rows.tolist()):
+            ids = self.prompt_of(row)
+            found[place, : len(ids)] = ids
+        return found
+
     def ids_of(self, row: int) -> list[int]:
         """Return the ids that a row holds."""
         return self._tokens[row, : self._lengths[row]].tolist()
@@ -227,6 +243,7 @@ class LanguageModel(ABC):
     embedding_size: int
     max_context: int  # tokens, prompt included
     end_ids: tuple[int, ...]  # tokens that end a text
+    begin: tuple[int, ...] = ()  # tokens that begin each text of a model that reads its prompt apart from the text
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

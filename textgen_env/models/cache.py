@@ -35,6 +35,7 @@ class KeyValues:
     """
 
     STEP = 8
+    recomputes_last = True
 
     @torch.inference_mode()
     def __init__(self, shape: CacheShape, rows: int, length: int) -> None:
@@ -80,12 +81,17 @@ class KeyValues:
         return self.keys[:, rows, :, :length].clone(), self.values[:, rows, :, :length].clone()
 
     @torch.inference_mode()
-    def write(self, rows: Any, saved: tuple[Tensor, Tensor]) -> None:
-        """Write the tokens that ``read`` returned."""
+    def write(self, rows: Any, saved: tuple[Tensor, Tensor]) -> int:
+        """Write the tokens that ``read`` returned, and return their number."""
         length = saved[0].shape[-2]
         self.grow(length)
         self.keys[:, rows, :, :length] = saved[0]
         self.values[:, rows, :, :length] = saved[1]
+        return int(length)
+
+    def copy(self, src: Any, dst: Any, lengths: Any) -> None:
+        """Copy the first ``lengths[i]`` tokens of row ``src[i]`` to row ``dst[i]``, and more where others need it."""
+        self.write(dst, self.read(src, int(lengths.max())))
 
     def _views(self) -> tuple[Tensor, Tensor]:
         used = self._front[1] * self._front[2] * self.reach

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from textgen_env.errors import ModelError
 from textgen_env.models.cache import CacheShape, KeyValues
-from textgen_env.models.device import forward_lock
-from textgen_env.models.packing import RaggedBatch
+from textgen_env.models.forward import Forward
+from textgen_env.models.packing import PackedDecoder, RaggedBatch
 
 
-class GenericDecoder:
+class GenericDecoder(PackedDecoder):
     """Any causal LM whose layers cache plain keys and values, through its own forward.
 
     The model sees explicit positions, a 4-D mask, and a cache of ours that writes in place. A hook
@@ -26,13 +26,12 @@ class GenericDecoder:
         ModelError: the model caches something else, or not alike in all layers.
     """
 
-    splits = False
-    alone = False
+    name = "packed"
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._modules = list(model.modules())
-        self.lock = forward_lock(model)
+        self._forward = Forward(model)
+        self.lock = self._forward.lock
         self.shape = self._probe()
 
     def _probe(self) -> CacheShape:
@@ -42,6 +41,8 @@ class GenericDecoder:
             try:
                 found = self._model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=True)
                 layers = found.past_key_values.layers
+                if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+                    raise TypeError("its cache has layers of other kinds")
                 shapes = {(len(layers), x.keys.shape[1], x.keys.shape[3], x.values.shape[3]) for x in layers}
             except (AttributeError, IndexError, TypeError) as error:
                 raise ModelError(
@@ -62,31 +63,17 @@ class GenericDecoder:
         layers: list[Any] = [
             _SlotLayer(written, group.rows, keys, values) for keys, values in zip(cache.keys, cache.values, strict=True)
         ]
-        head = self._model.get_output_embeddings()
-        kept: list[Tensor] = []
-
-        def keep_last(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            hidden = args[0][:, -1:]
-            kept.append(hidden if batch.last is None or shape[1] > 1 else hidden[batch.last])
-            return (kept[0],)
-
-        hook = head.register_forward_pre_hook(keep_last)
-        training = [module for module in self._modules if module.training]
-        for module in training:  # its owner trains it: no dropout here, and none less there
-            module.training = False
-        try:
-            found = self._model(
-                input_ids=batch.ids[places],
-                attention_mask=group.mask[:, None],
-                position_ids=written[1],
-                past_key_values=Cache(layers=layers),
-                use_cache=True,
-            )
-        finally:
-            hook.remove()
-            for module in training:
-                module.training = True
-        return found.logits[:, 0], kept[0][:, 0]
+        logits, hidden, _ = self._forward(
+            {
+                "input_ids": batch.ids[places],
+                "attention_mask": group.mask[:, None],
+                "position_ids": written[1],
+                "past_key_values": Cache(layers=layers),
+                "use_cache": True,
+            },
+            None if batch.last is None or shape[1] > 1 else batch.last,
+        )
+        return logits, hidden
 
 
 class _SlotLayer(CacheLayerMixin):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +12,24 @@ import torch
 
 from textgen_env.config import check_at_least
 from textgen_env.errors import CapacityError, ConfigError, ModelError
+from textgen_env.models.agreement import Reach, agreeing_decoder, causal_decoders
 from textgen_env.models.base import LanguageModel
-from textgen_env.models.cache import KeyValues
 from textgen_env.models.device import available_bytes, compute_alone_after_fork, forward_lock, release_freed_memory
-from textgen_env.models.generic import GenericDecoder
-from textgen_env.models.llama import LlamaDecoder
-from textgen_env.models.packing import Decoder
+from textgen_env.models.forward import no_cache
+from textgen_env.models.packing import Decoder, PackedDecoder
 from textgen_env.models.slots import HFSlots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 UNLIMITED = 1 << 30
-WINDOWS = ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size", "attention_window_size")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""Names under which configurations say how many positions a model knows."""
+WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "attention_window_size")
 """Names under which configurations say how far a layer sees."""
 LONGROPE = "original_max_position_embeddings"
+SELECTIONS = ("index_topk",)
+"""Names under which configurations say how many earlier tokens a layer picks: ties make cached picks differ."""
 
 compute_alone_after_fork()
 
@@ -51,11 +54,12 @@ class HFModel(LanguageModel):
 
     Memory of ``slots(rows, length, k)``, see ``slots_bytes``:
         rows * length * layers * kv_heads * (key_size + value_size) * bytes per number
+        (on a cache of the model's own: what it keeps, twice)
         + rows * vocabulary * bytes per number (logits) + 8 MB (scratch of the candidates) + memo_bytes.
 
     Raises:
-        ModelError: no tokenizer, no end-of-text token, or an architecture that caches something
-            other than keys and values for each token.
+        ModelError: no tokenizer, no end-of-text token, or no way to run the model agrees with its own uncached
+            forward: each way and its reason.
     """
 
     def __init__(
@@ -72,39 +76,42 @@ class HFModel(LanguageModel):
             raise ModelError(f"model {self.name!r} has no tokenizer; pass the one it was trained with")
         check_at_least("memo_bytes", memo_bytes, 0)
         self.model, self.tokenizer, self.memo_bytes = model.eval(), tokenizer, memo_bytes
-        self.vocab_size, self.hidden_size = _head_weight(model).shape
-        embedding: Any = model.get_input_embeddings()
+        self.vocab_size, self.hidden_size = _output_sizes(model)
+        embedding: Any = self._written_embedding(model)
         self._embeddings: torch.Tensor = embedding.weight
         self.embedding_size = self._embeddings.shape[-1]
         self._relayout = relayout
         self._weights = [weight for weight in model.parameters() if not weight.is_inference()]  # those have no version
-        self.max_context = _max_context(model.config.get_text_config())
+        config = model.config.get_text_config(decoder=True)
+        self.max_context = positions_of(model, config)
+        self._windows, self._cache_limits = _sizes(config, WINDOWS), _cache_limits(config)
         self.end_ids = _end_ids(model, tokenizer, self.name)
+        _check_forced(model, self.name)
+        self.suppressed = _token_list(model, "suppress_tokens")
+        self.suppressed_first = _token_list(model, "begin_suppress_tokens")
         self._token_bytes = _byte_level_tokens(tokenizer, self.vocab_size)
         self._token_text = [_decoded(token) for token in self._token_bytes or []]
         self._appends_end = _appends_end(tokenizer, self.end_ids)
-        self._suppressed, self._begin_suppressed = _suppressed(model, self.name, self.vocab_size)
         with forward_lock(model):
-            self.decoder = _agreeing_decoder(self, relayout)
-            self._seen = self._versions()
+            self._choose_decoder()
         release_freed_memory()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and deep copy: the same model and tokenizer, wrapped anew."""
-        return _wrapped, (self.model, self.tokenizer, self.name, self.memo_bytes)
+        return partial(type(self), name=self.name, memo_bytes=self.memo_bytes), (self.model, self.tokenizer)
 
-    def current_decoder(self) -> Decoder:
-        """Return the decoder of the weights as they are now."""
-        if self._versions() != self._seen:
-            with forward_lock(self.model):
-                if self._versions() != self._seen:
-                    self.decoder = _agreeing_decoder(self, self._relayout)
-                    self._seen = self._versions()
-        return self.decoder
+    def _choose_decoder(self) -> None:
+        self._further: dict[Reach, Decoder] = {}
+        self.decoder = agreeing_decoder(self, self._windows)
+        self._seen = self._versions()
 
     def _versions(self) -> list[tuple[int, int]]:
         """Return where each weight is and how often it has been written to: cheap, and no look at its numbers."""
         return [(weight.data_ptr(), weight._version) for weight in self._weights]
+
+    def _written_embedding(self, model: Any) -> Any:
+        """Return the module that embeds the tokens that are written."""
+        return model.get_input_embeddings()
 
     def encode(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text)["input_ids"])
@@ -140,41 +147,72 @@ class HFModel(LanguageModel):
         return self._embeddings[rows].float().cpu().numpy()
 
     def slots(self, rows: int, length: int, k: int | None) -> HFSlots:
-        never = {*self.end_ids, *self._suppressed, *self._begin_suppressed}
-        most = self.vocab_size - len(never)
+        most = self.vocab_size - len({*self.end_ids, *self.suppressed, *self.suppressed_first})
         if k is not None and not 1 <= k <= most:
             raise ConfigError(f"top_k must be in 1..{most} (vocabulary without end and suppressed tokens), got {k}")
         if rows < 1:
             raise ConfigError(f"rows must be at least 1, got {rows}")
         if not 1 <= length <= self.max_context:
             raise ConfigError(f"a row of model {self.name!r} holds 1..{self.max_context} tokens, got length={length}")
-        needed, free = self.slots_bytes(rows, length), available_bytes(self.decoder.shape.device)
+        needed, free = self.slots_bytes(rows, length), available_bytes(self.decoder.device)
         if needed > free:
             raise CapacityError(
                 f"{rows} rows of {length} tokens need {needed:,} bytes and {free:,} are free: "
                 "use fewer rows or shorter texts"
             )
-        return HFSlots(
-            self,
-            self.current_decoder(),
-            rows,
-            length,
-            k,
-            self.memo_bytes,
-            current=self.current_decoder,
-            suppressed=self._suppressed,
-            begin_suppressed=self._begin_suppressed,
-        )
+        slots = self.open_slots(self.decoder_for(length), rows, length, k, self.memo_bytes)
+        slots.current = partial(self.decoder_for, length)
+        slots.suppressed, slots.suppressed_first = self.suppressed, self.suppressed_first
+        return slots
+
+    def open_slots(self, decoder: Decoder, rows: int, length: int, k: int | None, memo_bytes: int) -> HFSlots:
+        """Open rows on a decoder of this model, unchecked: ``slots`` chooses the decoder and checks the arguments."""
+        return HFSlots(self, decoder, rows, length, k, memo_bytes)
+
+    def candidate_decoders(self, reach: Reach) -> Iterator[partial[Any]]:
+        """Return functions that make decoders of this model, fastest first."""
+        return causal_decoders(self.model, reach, self._relayout)
+
+    def check_prompt(self, ids: Sequence[int], length: int) -> list[int]:
+        """Return a prompt of ``length`` tokens for a row whose text goes on with ``ids``."""
+        return list(ids[:length])
+
+    @torch.inference_mode()
+    def uncached(self, prompt: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+        """Return the logits (V,) of the token behind ``ids``, from the model's own forward over all of them."""
+        given = torch.tensor([list(ids)], device=self.model.device)
+        logits: torch.Tensor = self.model(input_ids=given, **no_cache(self.model)).logits[0, -1]
+        return logits
+
+    def decoder_for(self, length: int) -> Decoder:
+        """Return the decoder of the weights as they are now, for texts of up to ``length`` tokens.
+
+        Beyond the smallest window it is one that sees windows; where cached tokens no longer fit, one without a cache.
+
+        Raises:
+            ModelError: none agrees with the model there.
+        """
+        if self._versions() != self._seen:
+            with forward_lock(self.model):
+                if self._versions() != self._seen:
+                    self._choose_decoder()
+        if length > min(self._cache_limits, default=length):
+            reach = Reach.UNCACHED
+        elif length > min(self._windows, default=length) and isinstance(self.decoder, PackedDecoder):
+            reach = Reach.WINDOWS
+        else:
+            return self.decoder
+        further = self._further  # of these weights
+        if reach not in further:
+            with forward_lock(self.model):
+                further[reach] = agreeing_decoder(self, self._windows, reach)
+        return further[reach]
 
     def slots_bytes(self, rows: int, length: int) -> int:
         """Return the bytes that ``slots(rows, length, k)`` takes at most."""
-        shape = self.decoder.shape
-        logits = rows * self.vocab_size * shape.dtype.itemsize
-        return rows * KeyValues.rounded(length) * shape.token_bytes + logits + (8 << 20) + self.memo_bytes
-
-
-def _wrapped(model: Any, tokenizer: Any, name: str, memo_bytes: int) -> HFModel:
-    return HFModel(model, tokenizer, name=name, memo_bytes=memo_bytes)
+        decoder = self.decoder_for(length)
+        logits = rows * self.vocab_size * decoder.dtype.itemsize
+        return decoder.slots_bytes(rows, length) + logits + (8 << 20) + self.memo_bytes
 
 
 # --- properties of a model and a tokenizer
@@ -183,12 +221,8 @@ FORCED = ("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids", "b
 """Settings of a generation config that change what a model writes, and that the environment does not follow."""
 
 
-def _suppressed(model: Any, name: str, vocab_size: int) -> tuple[list[int], list[int]]:
-    """Return the tokens that the generation config suppresses always, and at the beginning.
-
-    Raises:
-        ModelError: it forces or forbids others, in a way that the environment does not follow.
-    """
+def _check_forced(model: Any, name: str) -> None:
+    """Raise ``ModelError`` if a causal LM's generation config forces or forbids tokens that are not followed."""
     config = getattr(model, "generation_config", None)
     own = () if model.config.is_encoder_decoder else FORCED
     forced = [key for key in own if getattr(config, key, None) is not None]
@@ -197,21 +231,34 @@ def _suppressed(model: Any, name: str, vocab_size: int) -> tuple[list[int], list
             f"the generation config of model {name!r} has {forced[0]}={getattr(config, forced[0])!r}, which the "
             f"environment does not follow: set model.generation_config.{forced[0]} = None to go without"
         )
-    always, first = (getattr(config, key, None) or [] for key in ("suppress_tokens", "begin_suppress_tokens"))
-    return [i for i in always if 0 <= i < vocab_size], [i for i in first if 0 <= i < vocab_size]
 
 
-def _max_context(config: Any) -> int:
-    """Tokens that the model attends to from its last one: positions it knows, or the smallest window of a layer.
+def positions_of(model: Any, config: Any) -> int:
+    """Return the positions that the model knows, in tokens."""
+    limits = [getattr(config, name, None) for name in POSITIONS]
+    found = min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=UNLIMITED)
+    for module in model.modules():  # a table of positions may begin behind a place for padding
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == found and module.padding_idx is not None:
+            return found - module.padding_idx - 1
+    return found
 
-    Beyond ``original_max_position_embeddings`` the factors of longrope change for the whole text,
-    those of cached keys included, so such a model stops there.
+
+def _sizes(config: Any, names: Sequence[str]) -> list[int]:
+    """Return the sizes that a configuration has under these names."""
+    sizes = [getattr(config, name, None) for name in names]
+    return [size for size in sizes if isinstance(size, int) and size > 0]
+
+
+def _cache_limits(config: Any) -> list[int]:
+    """Return how many tokens a text may have before those in a cache no longer are what a whole forward computes.
+
+    Beyond ``original_max_position_embeddings`` the factors of longrope change for the whole text.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    limits = [getattr(config, name, None) for name in WINDOWS]
-    if rope.get("rope_type") == "longrope":
-        limits += [rope.get(LONGROPE), getattr(config, LONGROPE, None)]
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=UNLIMITED)
+    if rope.get("rope_type") != "longrope":
+        return _sizes(config, SELECTIONS)
+    known = [rope.get(LONGROPE), getattr(config, LONGROPE, None)]
+    return [*_sizes(config, SELECTIONS), *(limit for limit in known if isinstance(limit, int) and limit > 0)]
 
 
 def _appends_end(tokenizer: Any, end_ids: Sequence[int]) -> bool:
@@ -220,12 +267,21 @@ def _appends_end(tokenizer: Any, end_ids: Sequence[int]) -> bool:
     return len(ids) > len(plain) > 0 and ids[-1] in end_ids and plain[-1] not in end_ids
 
 
-def _head_weight(model: Any) -> torch.Tensor:
+def _output_sizes(model: Any) -> tuple[int, int]:
+    """Return the numbers of logits and of hidden units behind them.
+
+    Raises:
+        ModelError: the model has no output over a vocabulary.
+    """
     head: Any = model.get_output_embeddings()
-    if head is None:
+    weight = getattr(head, "weight", None)
+    if weight is not None and weight.dim() == 2:
+        return len(weight), weight.shape[1]
+    config = model.config.get_text_config(decoder=True)
+    vocab, hidden = getattr(config, "vocab_size", None), getattr(config, "hidden_size", None)
+    if not isinstance(vocab, int) or not isinstance(hidden, int):
         raise ModelError(f"{type(model).__name__} has no output embedding: a causal language model is needed")
-    weight: torch.Tensor = head.weight
-    return weight
+    return vocab, hidden
 
 
 def _end_ids(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
@@ -236,12 +292,18 @@ def _end_ids(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
         found.update([ends] if isinstance(ends, int) else ends or [])
     if "<|endoftext|>" in tokenizer.all_special_tokens:
         found.add(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
-    known = tuple(sorted(i for i in found if 0 <= i < len(_head_weight(model))))
+    known = tuple(sorted(i for i in found if 0 <= i < _output_sizes(model)[0]))
     if not known:
         raise ModelError(
             f"model {name!r} has no end-of-text token: set tokenizer.eos_token or model.generation_config.eos_token_id"
         )
     return known
+
+
+def _token_list(model: Any, name: str) -> tuple[int, ...]:
+    """Return tokens that the generation settings list under ``name``."""
+    listed = getattr(getattr(model, "generation_config", None), name, None) or []
+    return tuple(i for i in listed if 0 <= i < _output_sizes(model)[0])
 
 
 def _byte_level_tokens(tokenizer: Any, vocab_size: int) -> list[bytes] | None:
@@ -268,62 +330,3 @@ def _decoded(token: bytes) -> str | None:
         return token.decode()
     except UnicodeDecodeError:
         return None
-
-
-def _agreeing_decoder(model: HFModel, relayout: bool) -> Decoder:
-    """Return the fastest decoder that agrees with the model's own uncached forward.
-
-    Raises:
-        ModelError: none does.
-    """
-    kinds: list[Callable[[Any], Decoder]] = [GenericDecoder]
-    if LlamaDecoder.fits(model.model):
-        kinds.insert(0, partial(LlamaDecoder, relayout=relayout))
-    allowed = 1e-3 if model.model.dtype in (torch.float32, torch.float64) else 0.15
-    for kind in kinds:
-        decoder = kind(model.model)
-        gap = _disagreement(model, decoder)
-        if gap <= allowed:
-            return decoder
-    raise ModelError(
-        f"the cached forward of {type(model.model).__name__} differs from its own uncached one by {gap:.1%} "
-        f"(at most {allowed:.1%} is rounding): this architecture is not supported"
-    )
-
-
-@torch.inference_mode()
-def _disagreement(model: HFModel, decoder: Decoder) -> float:
-    """Return how far short texts, written in ragged rows, are from the uncached forward, relative to its spread.
-
-    A decoder with a forward of its own for single rows also writes a row alone. The texts are plain
-    language: on special tokens, half precision differs from itself.
-    """
-    ids = [*model.encode("The old man went down to the"), *range(8)][:6]
-    try:
-        # All texts are beginnings of one, so its forward gives the expected values of each.
-        uncached = model.model(input_ids=torch.tensor([ids], device=decoder.shape.device)).logits[0]
-        expected = uncached.float().log_softmax(-1).cpu().numpy()
-        courses = [(3, 1), (3,)] if decoder.alone else [(3, 1)]
-        return max(_largest_gap(model, decoder, ids, expected, lengths) for lengths in courses)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{type(model.model).__name__} cannot run on a cache with a row for each text: {error}"
-        ) from error
-
-
-def _largest_gap(
-    model: HFModel, decoder: Decoder, ids: Sequence[int], expected: npt.NDArray[np.float32], lengths: Sequence[int]
-) -> float:
-    """Return the largest gap to ``expected`` (T, V) of rows that begin with ``lengths`` of the ``ids`` (T,)."""
-    # Without a memo, which would answer where a prefix comes back.
-    slots = HFSlots(model, decoder, rows=len(lengths), length=len(ids), k=None, memo_bytes=0)
-    rows, gaps = np.arange(len(lengths)), []
-    slots.start(rows, [ids[:length] for length in lengths])
-    for step in range(3):
-        found = slots.propose(rows, np.zeros(len(rows), bool)).logprobs
-        for row, length in enumerate(lengths):
-            target = expected[length + step - 1]
-            spread = float(np.linalg.norm(target - target.mean()))
-            gaps.append(float(np.linalg.norm(found[row] - target)) / max(spread, 1e-6))
-        slots.advance(rows, np.array([ids[length + step] for length in lengths]))
-    return max(gaps)

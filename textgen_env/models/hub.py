@@ -145,51 +145,59 @@ def intact(folder: Path) -> Path:
 
 def _from_objects(model: Any, tokenizer: Any, dtype: str) -> LanguageModel:
     from textgen_env.models.device import pick_dtype
-    from textgen_env.models.hf import HFModel
 
     if not callable(getattr(model, "get_output_embeddings", None)):
         raise ModelError(
-            f"model must be a name, a path, a LanguageModel, or a Hugging Face causal LM, got {type(model).__name__}"
+            "model must be a name, a path, a LanguageModel, or a Hugging Face causal LM or encoder-decoder, "
+            f"got {type(model).__name__}"
         )
     if tokenizer is None:
         raise ModelError("a loaded model needs its tokenizer: pass model=(model, tokenizer)")
     if dtype != "auto" and model.dtype != pick_dtype(dtype):
         model = copy.deepcopy(model).to(pick_dtype(dtype))  # the caller's own stays as it is
-    return HFModel(model, tokenizer, name=model.config.name_or_path or type(model).__name__)
+    return _wrapped(model, tokenizer, model.config.name_or_path or type(model).__name__)
+
+
+def _wrapped(model: Any, tokenizer: Any, name: str, relayout: bool = False) -> LanguageModel:
+    from textgen_env.models.hf import HFModel
+    from textgen_env.models.seq2seq import Seq2SeqModel
+
+    kind = Seq2SeqModel if model.config.is_encoder_decoder else HFModel
+    return kind(model, tokenizer, name=name, relayout=relayout)
 
 
 def _from_name(name: str, dtype: str, trust_remote_code: bool) -> LanguageModel:
     from textgen_env.models.device import pick_device
-    from textgen_env.models.hf import HFModel
 
     model, tokenizer = load_pretrained(name, dtype, trust_remote_code)
     model.to(pick_device())  # type: ignore[arg-type]  # transformers types it for itself
-    return HFModel(model, tokenizer, name=name, relayout=True)  # nobody else holds it
+    return _wrapped(model, tokenizer, name, relayout=True)  # nobody else holds it
 
 
 def load_pretrained(
     name: str, dtype: Any, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the causal LM (eval mode, on the CPU) and the tokenizer that ``name`` means.
+    """Return the causal LM or encoder-decoder (eval mode, on the CPU) and the tokenizer that ``name`` means.
 
     ``dtype`` is a torch dtype, or a name as ``load_language_model`` takes it.
 
     Raises:
         ModelError: see ``load_language_model``; or the weights lack a part that a causal LM needs.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     from textgen_env.models.device import pick_device, pick_dtype
 
     source = model_folder(name)
     part = "model"
     try:
+        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         if isinstance(dtype, str):
-            config: Any = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
             width = getattr(config.get_text_config(), "hidden_size", None)
             dtype = pick_dtype(dtype, pick_device(), width)
         with _quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
         part = "tokenizer"
@@ -199,7 +207,9 @@ def load_pretrained(
     model, report = loaded
     if report["missing_keys"]:  # transformers fills them with random numbers
         missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ModelError(f"the weights of model {name!r} lack {missing}: they are not those of a causal language model")
+        raise ModelError(
+            f"the weights of model {name!r} lack {missing}: they are not those of a model that generates text"
+        )
     return model.eval(), tokenizer
 
 

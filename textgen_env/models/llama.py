@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from textgen_env.models.cache import CacheShape, KeyValues
 from textgen_env.models.device import forward_lock, one_blas_thread
 from textgen_env.models.one_row import OneRow, column_layers
-from textgen_env.models.packing import AttentionGroup, RaggedBatch
+from textgen_env.models.packing import AttentionGroup, PackedDecoder, RaggedBatch
 from textgen_env.models.projections import ColumnProjection, Projection, best_projection
 
 
-class LlamaDecoder:
-    """Llama, Mistral and Qwen2 with fused projections, in the layout that this machine multiplies fastest.
+class LlamaDecoder(PackedDecoder):
+    """Llama, Mistral, Qwen2 and Qwen3 with fused projections, in the layout that this machine multiplies fastest.
 
     See ``textgen_env.models.projections``. The module itself stays as it is, unless ``relayout`` allows to
     lay its weights out anew in memory, where it keeps its values and goes on working.
     """
 
+    name = "lean"
     splits = True
     FUSED_HEADS = 96
 
@@ -50,14 +51,19 @@ class LlamaDecoder:
     def _for_one_row(self, model: Any) -> OneRow | None:
         """Return the decoder of a lone row, on this one's own products where those are NumPy's."""
         products: Any = [(x.qkv, x.out, x.gate, x.up, x.down) for x in self._layers], self._head
-        if self._in_numpy:
+        if self._in_numpy and self._layers[0].turned_norm is None:
             return OneRow(model, *products)
         return OneRow(model, *column_layers(model)) if OneRow.fits(model) else None
 
     @staticmethod
     def fits(model: Any) -> bool:
         """Return True if this class implements every part of ``model``."""
-        if type(model).__name__ not in {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}:
+        if type(model).__name__ not in {
+            "LlamaForCausalLM",
+            "MistralForCausalLM",
+            "Qwen2ForCausalLM",
+            "Qwen3ForCausalLM",
+        }:
             return False
         rope = getattr(model.config, "rope_parameters", None) or {}
         linears = [m for name, m in model.named_modules() if name.endswith(("_proj", "lm_head"))]
@@ -86,6 +92,8 @@ class LlamaDecoder:
         for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
             qkv = layer.qkv(layer.qkv.normed(x)).view(len(x), turned + heads, size)
             qk = qkv[:, :turned]
+            if layer.turned_norm is not None:
+                qk = F.rms_norm(qk, (size,), None, layer.turned_eps) * layer.turned_norm
             qk = torch.addcmul(qk * cos, qk.roll(size // 2, -1), sin)  # (N, Hq + Hk, D)
             keys[batch.rows, :, batch.positions] = qk[:, -heads:]
             values[batch.rows, :, batch.positions] = qkv[:, turned:]
@@ -144,6 +152,7 @@ class LlamaDecoder:
 class _LlamaLayer:
     def __init__(self, layer: Any, kind: type[Projection], relayout: bool) -> None:
         attention, mlp, after = layer.self_attn, layer.mlp, layer.post_attention_layernorm
+        self.turned_norm, self.turned_eps = _turned_norm(attention)
         self.qkv = kind([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm)
         self.out = kind([attention.o_proj], relayout=relayout)
         self.gate = kind([mlp.gate_proj], after, relayout)
@@ -154,3 +163,13 @@ class _LlamaLayer:
         """Return ``x`` plus the feed-forward block's output."""
         normed = self.gate.normed(x)  # as ``up`` wants it too
         return self.down.added_to(x, self.up.multiplied(normed, self.gate.silu(normed)))
+
+
+def _turned_norm(attention: Any) -> tuple[Tensor | None, float]:
+    """Return the weights (Hq + Hk, D) and epsilon of the norms of queries and keys, None without such norms."""
+    if not hasattr(attention, "q_norm"):
+        return None, 0.0
+    norms = [attention.q_norm, attention.k_norm]
+    heads = [linear.out_features // attention.head_dim for linear in (attention.q_proj, attention.k_proj)]
+    weights = [norm.weight.detach().expand(count, -1) for norm, count in zip(norms, heads, strict=True)]
+    return torch.cat(weights), float(norms[0].variance_epsilon)

@@ -46,7 +46,9 @@ class OneRow:
 
     @classmethod
     def fits(cls, model: Any) -> bool:
-        """Return True if ``model``, a Llama, is in float32, on the CPU, and small."""
+        """Return True if ``model``, a Llama, is in float32, on the CPU, small, and without norms of its queries."""
+        if hasattr(model.model.layers[0].self_attn, "q_norm"):
+            return False
         weights = list(model.parameters())
         return all(takes_columns(w) for w in weights) and sum(w.nbytes for w in weights) <= cls.LIMIT
 

@@ -48,20 +48,89 @@ class RaggedBatch:
     groups: Sequence[AttentionGroup]  # none for a single token that a decoder takes ``alone``
 
 
+class RowCache(Protocol):
+    """What R rows keep of their tokens."""
+
+    recomputes_last: bool  # True: the last cached token may be fed again; False: its answer is kept
+
+    def grow(self, length: int) -> None:
+        """Make room for rows of ``length`` tokens."""
+
+    def clear(self) -> None:
+        """Forget all rows."""
+
+    def read(self, row: int, length: int) -> Any:
+        """Return a copy of the first ``length`` tokens of a row, or None if the row is not kept so."""
+
+    def write(self, row: int, saved: Any) -> int:
+        """Write what ``read`` returned, and return the number of its tokens."""
+
+    def copy(self, src: Rows, dst: Rows, lengths: Places) -> None:
+        """Copy the first ``lengths[i]`` tokens of row ``src[i]`` to row ``dst[i]``."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes in use."""
+
+
 class Decoder(Protocol):
     """A forward over cached rows."""
 
-    shape: CacheShape
-    splits: bool  # True: rows with one token and rows with several form groups of their own
+    name: str  # of the way in which the model runs
     lock: threading.RLock  # one forward of the model at a time, in all threads
-    alone: bool  # True: a single token of a single row needs no group
+    device: torch.device
+    dtype: torch.dtype
+    alone: bool  # True: a single token of a single row has a forward of its own
 
-    def __call__(self, batch: RaggedBatch, cache: KeyValues) -> tuple[Tensor, Tensor]:
+    def new_cache(self, rows: int, length: int) -> Any:
+        """Return a ``RowCache`` for rows of up to ``length`` tokens."""
+
+    def slots_bytes(self, rows: int, length: int) -> int:
+        """Return the bytes that such a cache takes at most."""
+
+    def batch(self, tokens: npt.NDArray[np.int32], rows: Rows, first: Places, end: Places, cache: Any) -> Any:
+        """Return the tokens ``first[i]`` to ``end[i]`` of each row, as ``__call__`` takes them."""
+
+    def __call__(self, batch: Any, cache: Any) -> tuple[Tensor, Tensor]:
         """Return logits (B, V) and hidden (B, d)."""
 
 
+class PackedDecoder:
+    """A decoder whose rows share a forward without padding, on keys and values of one shape in all layers.
+
+    Attributes:
+        shape: Keys and values of a token.
+        splits: True: rows with one token and rows with several form groups of their own.
+        alone: True: a single token of a single row needs no group.
+    """
+
+    shape: CacheShape
+    splits = False
+    alone = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.shape.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.shape.dtype
+
+    def new_cache(self, rows: int, length: int) -> KeyValues:
+        return KeyValues(self.shape, rows, length)
+
+    def slots_bytes(self, rows: int, length: int) -> int:
+        """Return the bytes of keys and values of ``rows`` rows of ``length`` tokens."""
+        return rows * KeyValues.rounded(length) * self.shape.token_bytes
+
+    def batch(
+        self, tokens: npt.NDArray[np.int32], rows: Rows, first: Places, end: Places, cache: KeyValues
+    ) -> RaggedBatch:
+        return pack(tokens, rows, first, end, cache, self)
+
+
 def pack(
-    tokens: npt.NDArray[np.int32], rows: Rows, first: Places, end: Places, cache: KeyValues, decoder: Decoder
+    tokens: npt.NDArray[np.int32], rows: Rows, first: Places, end: Places, cache: KeyValues, decoder: PackedDecoder
 ) -> RaggedBatch:
     """Return the batch of the tokens ``first[i]`` to ``end[i]`` of each row.
 
@@ -87,7 +156,7 @@ def pack(
 
 
 def _groups(
-    rows: Rows, counts: Places, positions: Places, cache: KeyValues, decoder: Decoder
+    rows: Rows, counts: Places, positions: Places, cache: KeyValues, decoder: PackedDecoder
 ) -> Sequence[AttentionGroup]:
     """Return who attends together among the (N,) tokens, ``counts`` (B,) of each row."""
     single, stops = counts == 1, np.cumsum(counts)

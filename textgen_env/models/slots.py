@@ -7,56 +7,42 @@ rows  ->  memo hits: proposals as they were
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from textgen_env.models.base import LanguageModel, Proposals, Rows, Slots
-from textgen_env.models.cache import KeyValues
 from textgen_env.models.candidates import top_candidates
-from textgen_env.models.packing import Decoder, pack
+from textgen_env.models.packing import Decoder, RowCache
 
 T = TypeVar("T")
 Arrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
 class HFSlots(Slots):
-    """Rows of text with a KV cache. See ``Slots`` for the contract.
+    """Rows of text with a cache. See ``Slots`` for the contract.
 
     Args:
         decoder: The forward.
         memo_bytes: Bound of the memory: half for proposals of prefixes seen before, half for
-            the keys and values of prompts.
-        current: Returns the decoder of the model's weights as they are now; None: they never change.
-        suppressed: Tokens that are never proposed.
-        begin_suppressed: Tokens that are not proposed as the first one after the prompt.
+            the caches of prompts.
     """
 
     def __init__(
-        self,
-        model: LanguageModel,
-        decoder: Decoder,
-        rows: int,
-        length: int,
-        k: int | None,
-        memo_bytes: int,
-        *,
-        current: Callable[[], Decoder] | None = None,
-        suppressed: Sequence[int] = (),
-        begin_suppressed: Sequence[int] = (),
+        self, model: LanguageModel, decoder: Decoder, rows: int, length: int, k: int | None, memo_bytes: int
     ) -> None:
         super().__init__(model, rows, length, k)
         self.decoder = decoder
-        self._current = current
-        self._suppressed, self._begin_suppressed = list(suppressed), list(begin_suppressed)
-        self.cache = KeyValues(decoder.shape, rows, length)
-        self.cached = np.zeros(rows, np.int64)  # how many tokens of each row have keys and values
+        self.current: Callable[[], Decoder] | None = None  # returns the decoder of the weights as they are now
+        self.suppressed: tuple[int, ...] = ()  # tokens that are never proposed
+        self.suppressed_first: tuple[int, ...] = ()  # nor directly behind a prompt
+        self.cache: RowCache = decoder.new_cache(rows, length)
+        self.cached = np.zeros(rows, np.int64)  # how many tokens of each row are cached
         self._memo = Memo(memo_bytes // 2)
-        self._prompts: LRUCache[tuple[Tensor, Tensor]] = LRUCache(memo_bytes // 2)
+        self._prompts: LRUCache[Any] = LRUCache(memo_bytes // 2)
 
     # --- the cache
 
@@ -71,29 +57,37 @@ class HFSlots(Slots):
             known = self._prompts.get(self._key(row, self.lengths[row]))
             self.cached[row] = 0
             if known is not None:
-                self._write_cache(row, (self.decoder, known))
+                self._remembered(row, known)
 
     def _copy_cache(self, src: Rows, dst: Rows) -> None:
-        self.cache.write(dst, self.cache.read(src, self.cached[src].max()))
+        self.cache.copy(src, dst, self.cached[src])
         self.cached[dst] = self.cached[src]
 
-    def _read_cache(self, row: int) -> tuple[Decoder, tuple[Tensor, Tensor]]:
-        return self.decoder, self.cache.read(row, self.cached[row])
+    def _read_cache(self, row: int) -> Any:
+        return self.decoder, self.cache.read(row, int(self.cached[row]))
 
-    def _write_cache(self, row: int, saved: tuple[Decoder, tuple[Tensor, Tensor]]) -> None:
-        decoder, held = saved
-        self.cached[row] = 0
-        if decoder is self.decoder:  # else the weights have changed since
-            self.cache.write(row, held)
-            self.cached[row] = held[0].shape[-2]
+    def _write_cache(self, row: int, saved: Any) -> None:
+        decoder, kept = saved
+        if decoder is self.decoder:
+            self._remembered(row, kept)
+        else:
+            self.cached[row] = 0  # saved with other weights, or where texts are longer or shorter: only the ids fit
+
+    def _remembered(self, row: int, kept: Any) -> None:
+        """Write a row that the cache has read."""
+        self.cached[row] = self.cache.write(row, kept)
 
     def _heed_new_weights(self) -> None:
         """Forget everything that was computed with weights that have changed since."""
-        decoder = self.decoder if self._current is None else self._current()
+        decoder = self.decoder if self.current is None else self.current()
         if decoder is not self.decoder:
             self.decoder = decoder
-            self.cache = KeyValues(decoder.shape, self.rows, self.length)
+            self.cache = decoder.new_cache(self.rows, self.length)
             self.rebuild()
+
+    def _batch(self, rows: Rows, first: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> Any:
+        """Return the tokens of each row from ``first`` on, as the decoder takes them."""
+        return self.decoder.batch(self.tokens, rows, first, end, self.cache)
 
     # --- proposals
 
@@ -130,13 +124,14 @@ class HFSlots(Slots):
             return self._forward_alone(rows, block_end)
 
     def _forward_alone(self, rows: Rows, block_end: npt.NDArray[np.bool_]) -> Arrays:
-        # A prefix whose last token is cached, but whose proposals are not, feeds that token again.
-        self.cached[rows] = np.minimum(self.cached[rows], self.lengths[rows] - 1)
+        if self.cache.recomputes_last:
+            # A prefix whose last token is cached, but whose proposals are not, feeds that token again.
+            self.cached[rows] = np.minimum(self.cached[rows], self.lengths[rows] - 1)
         leaders, leader_of = self._equal_starts(rows)
         fresh = leaders[self.cached[leaders] == 0]
         first, end = self.cached[leaders], self.lengths[leaders]
         self.cache.grow(int(end.max()))
-        logits, hidden = self.decoder(pack(self.tokens, leaders, first, end, self.cache, self.decoder), self.cache)
+        logits, hidden = self.decoder(self._batch(leaders, first, end), self.cache)
         self.cached[leaders] = end
         for row in fresh:
             self._remember_prompt(row)
@@ -144,17 +139,22 @@ class HFSlots(Slots):
             followers = rows != leaders[leader_of]
             self._copy_cache(leaders[leader_of[followers]], rows[followers])
             logits, hidden = logits[leader_of], hidden[leader_of]
-        self._suppress(logits, rows)
+        logits = self._without_suppressed(logits, rows)
         ids, logprobs = top_candidates(logits, self.k, self.model.end_ids, block_end)
         return ids, logprobs, hidden.float().cpu().numpy()
 
-    def _suppress(self, logits: Tensor, rows: Rows) -> None:
-        """Take the probability of suppressed tokens, in place; as ``generate`` does by the generation config."""
-        if self._suppressed:
-            logits[:, self._suppressed] = -torch.inf
-        if self._begin_suppressed:
-            first = np.flatnonzero(self.lengths[rows] == self.prompt_lengths[rows])
-            logits[torch.from_numpy(first)[:, None], torch.tensor(self._begin_suppressed)] = -torch.inf
+    def _without_suppressed(self, logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Return logits (B, V) without the tokens that are never proposed, or not as a text's first ones.
+
+        So does ``generate``, by the generation config.
+        """
+        if not self.suppressed and not self.suppressed_first:
+            return logits
+        logits = logits.clone()  # a cache may keep them
+        logits[:, list(self.suppressed)] = -torch.inf
+        begins = torch.from_numpy(self.lengths[rows] == self.prompt_lengths[rows]).to(logits.device)
+        logits[torch.nonzero(begins), list(self.suppressed_first)] = -torch.inf
+        return logits
 
     def _equal_starts(self, rows: Rows) -> tuple[Rows, npt.NDArray[np.int64]]:
         """Return one leader for each text among the rows without cache, and all other rows: (L,).
@@ -177,22 +177,27 @@ class HFSlots(Slots):
     def _remember_prompt(self, row: int) -> None:
         length = int(self.prompt_lengths[row])
         key = self._key(row, length)
-        size = len(key) + length * self.decoder.shape.token_bytes
+        size = len(key) + self.decoder.slots_bytes(1, length)
         if size <= self._prompts.limit and self._prompts.get(key) is None:
-            self._prompts.put(key, self.cache.read(row, length), size)
+            kept = self.cache.read(row, length)
+            if kept is not None:
+                self._prompts.put(key, kept, size)
 
     def _key(self, row: int, length: int) -> bytes:
         return self.tokens[row, :length].tobytes()
 
     def _keys(self, rows: Rows, block_end: npt.NDArray[np.bool_]) -> list[bytes]:
-        """Return the memo's keys of rows: their ids, and whether end tokens are blocked."""
+        """Return the memo's keys of rows: their ids, and which tokens are not proposed."""
+        blocked = block_end.astype(np.int64)
+        if self.suppressed_first:
+            blocked += 2 * (self.lengths[rows] == self.prompt_lengths[rows])
         every = self.tokens[rows].tobytes()  # one call for all rows
         starts = np.arange(len(rows)) * (self.length * self.tokens.itemsize)
         ends = starts + self.lengths[rows] * self.tokens.itemsize
-        flags = (b"\0", b"\1")
+        flags = (b"\0", b"\1", b"\2", b"\3")
         return [
             every[start:end] + flags[flag]
-            for start, end, flag in zip(starts.tolist(), ends.tolist(), block_end.tolist(), strict=True)
+            for start, end, flag in zip(starts.tolist(), ends.tolist(), blocked.tolist(), strict=True)
         ]
 
 

@@ -157,6 +157,8 @@ def _check_rows(model: LanguageModel, encoded: Sequence[Sequence[int]], k: int, 
     )
     slots.rebuild()
     promise(_close(slots.propose(rows, free), together, tolerance), "rebuilding must keep every row's text")
+    if model.begin:
+        return  # its texts do not go on from their prompts
     token = together.candidates[:, 0].astype(np.int64)
     slots.advance(rows, token)
     longer = _started(model, [[*ids, int(t)] for ids, t in zip(encoded, token, strict=True)], k)

@@ -1,0 +1,79 @@
+"""One forward of a Hugging Face module, of which each row's last token is kept."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from textgen_env.models.device import forward_lock
+
+
+class Forward:
+    """A module's own forward in eval mode, up to the output layer for all tokens, through it for the last ones only.
+
+    A hook before the output embedding keeps each row's last token, so that the model's own logit scaling and soft
+    caps apply, and gives ``hidden``. A model that does not call its output embedding on (B, T, d) has no such place:
+    there all logits are computed, and ``hidden`` is the last of its hidden states.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.lock = forward_lock(model)
+        self.accepts = frozenset(inspect.signature(model.forward).parameters)
+        self._modules = list(model.modules())
+        self._head_is_called = True
+
+    def __call__(self, inputs: Mapping[str, Any], pick: Tensor | None = None) -> tuple[Tensor, Tensor, Any]:
+        """Return logits (B, V) and hidden (B, d) of the last tokens, and the model's whole output.
+
+        Args:
+            inputs: Of the module's forward, (B, T) ids among them.
+            pick: (B',) rows to keep; None for all.
+        """
+        kept: list[Tensor] = []
+
+        def keep_last(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if args[0].dim() != 3:
+                return args  # not (B, T, d): other streams are predicted too
+            hidden = args[0][:, -1:]
+            kept.append(hidden if pick is None else hidden[pick])
+            return (kept[-1],)
+
+        head = self.model.get_output_embeddings() if self._head_is_called else None
+        training = [module for module in self._modules if module.training]
+        for module in training:  # its owner trains it: no dropout here, and none less there
+            module.training = False
+        hook = None if head is None else head.register_forward_pre_hook(keep_last)
+        try:
+            found = self.model(**inputs, **({} if head is not None else {"output_hidden_states": True}))
+        finally:
+            if hook is not None:
+                hook.remove()
+            for module in training:
+                module.training = True
+        if kept:
+            return found.logits[:, -1], kept[-1][:, -1], found
+        if head is not None:
+            self._head_is_called = False
+            return self(_without_cache(inputs), pick)
+        states = found.decoder_hidden_states if "decoder_input_ids" in inputs else found.hidden_states
+        logits, hidden = found.logits[:, -1], states[-1][:, -1]
+        return (logits, hidden, found) if pick is None else (logits[pick], hidden[pick], found)
+
+
+def _without_cache(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    if any(inputs.get(name) is not None for name in CACHE_NAMES):
+        raise TypeError("the output embedding is called for some inputs and not for others")
+    return inputs
+
+
+CACHE_NAMES = ("past_key_values", "cache_params", "state", "past_buckets_states", "mems")
+"""Names under which models take and return what they keep of earlier tokens."""
+
+
+def no_cache(model: Any) -> dict[str, Any]:
+    """Return the arguments with which a model's forward keeps nothing."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
