@@ -349,7 +349,7 @@ def test_a_reward_that_raises_leaves_no_row_with_half_a_step():
 @pytest.mark.parametrize(
     ("changes", "options", "seed", "error", "words"),
     [
-        ({"num_envs": 0}, {}, None, ConfigError, "num_envs must be .* in 1..65536, got 0"),
+        ({"num_envs": 0}, {}, None, ConfigError, "num_envs must be .* at least 1, got 0"),
         ({"num_envs": 1.5}, {}, None, ConfigError, "num_envs must be .* got 1.5"),
         ({"autoreset_mode": "same"}, {}, None, ConfigError, "autoreset_mode must be one of .*'SameStep'.* got 'same'"),
         ({}, {"prompt": ["a"]}, None, ConfigError, "one text or 4 of them, got 1"),
