@@ -57,8 +57,8 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads", "num_decoder_attention_heads"), 2),
     # experts
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
-    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), 1),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "num_expert_group"), 1),
     # states
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "time_step_rank", "mamba_dt_rank", "n_mamba_heads"), 4),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 16),
@@ -84,7 +84,7 @@ ROTARY = {"rotary_dim": 4}
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), LATENT),
     **dict.fromkeys(("glm_moe_dsa", "longcat_flash", "minicpm3", "youtu", "kimi_linear", "dots3_note_text"), LATENT),
-    "bailing_hybrid": LATENT | {"layer_group_size": 2, "group_norm_size": 1},
+    "bailing_hybrid": LATENT | {"layer_group_size": 2, "n_group": 1, "topk_group": 1},
     "bamba": {"attn_layer_indices": [1, 3]},
     "codegen": ROTARY,
     "gptj": ROTARY,

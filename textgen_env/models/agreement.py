@@ -141,6 +141,8 @@ def plain_ids(model: CheckedModel, count: int) -> list[int]:
 def _largest_gap(model: CheckedModel, decoder: Decoder, ids: Sequence[int], lengths: Sequence[int]) -> float:
     """Return the largest gap to the uncached forward of rows that begin with ``lengths`` of the ``ids`` (T,)."""
     prompts = [model.check_prompt(ids, length) for length in lengths]
+    if len(lengths) > 1:  # the first row and the last one are of equal length, and differ
+        prompts[-1] = model.check_prompt(ids[::-1], lengths[-1])
     # Without a memo, which would answer where a prefix comes back.
     slots = model.open_slots(decoder, rows=len(lengths), length=len(ids), k=None, memo_bytes=0)
     rows, gaps = np.arange(len(lengths)), []

@@ -78,6 +78,8 @@ class HFModel(LanguageModel):
         self.model, self.tokenizer, self.memo_bytes = model.eval(), tokenizer, memo_bytes
         self.vocab_size, self.hidden_size = _output_sizes(model)
         embedding: Any = self._written_embedding(model)
+        if not isinstance(getattr(embedding, "weight", None), torch.Tensor):
+            raise ModelError(f"{type(model).__name__} embeds no single stream of tokens: it does not write text")
         self._embeddings: torch.Tensor = embedding.weight
         self.embedding_size = self._embeddings.shape[-1]
         self._relayout = relayout

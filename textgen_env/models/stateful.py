@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers.cache_utils import (
+    Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -144,7 +145,8 @@ class StatefulDecoder:
         """Return the cache in an output of the model."""
         for name in CACHE_NAMES:
             cache = getattr(found, name, None)
-            if cache is not None and name in self.forward.accepts:
+            # Other kinds may hold more tensors later than they do at first.
+            if isinstance(cache, Cache) and name in self.forward.accepts:
                 self._name = name
                 return cache
         raise ModelError(f"{type(self.model).__name__} returns no cache that it takes back")
