@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +26,9 @@ Tasks = Annotated[
 ]
 AgentNames = Annotated[
     str | None,
-    typer.Option(help="Comma-separated. See 'textgen list agents'; your own: module:attribute.", show_default="all"),
+    typer.Option(
+        help="Comma-separated. See 'textgen list agents'; yours: FILE.py:NAME or module:NAME.", show_default="all"
+    ),
 ]
 Seeds = Annotated[str | None, typer.Option(help="How many, from 0 on; or a comma-separated list.", show_default="5")]
 CellSteps = Annotated[
@@ -97,8 +98,6 @@ def _settings(tasks: str, changes: dict[str, Any], quick: bool) -> BenchmarkConf
     from agents.benchmark.config import QUICK, BenchmarkConfig, task_ids
     from agents.zoo import agent_names
 
-    if any(":" in agent for agent in changes.get("agents", ())):
-        sys.path.insert(0, str(Path.cwd()))  # for module:attribute; processes inherit it
     settings: dict[str, Any] = {"agents": agent_names(), **(QUICK if quick else {}), **changes}
     return BenchmarkConfig(tasks=task_ids(tasks), **settings)
 

@@ -12,7 +12,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from agents.cli.options import AsJson, Prompts, Samples, Texts, Trust, change, open_console
+from agents.cli.options import (
+    AsJson,
+    Prompts,
+    RewardAgain,
+    Samples,
+    Texts,
+    Trust,
+    change,
+    open_console,
+    own_object,
+    reward_again,
+)
 from textgen_env.files import write_file
 
 if TYPE_CHECKING:
@@ -22,6 +33,7 @@ if TYPE_CHECKING:
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="A folder that 'textgen train' made.", metavar="RUN")],
     prompts: Prompts = None,
+    reward: RewardAgain = None,
     texts: Texts = None,
     samples: Samples = None,
     seed: Annotated[
@@ -39,7 +51,7 @@ def evaluate_command(
 
     console = open_console(stderr=as_json)
     with console.status("loading"):
-        opened = load_run(run, trust=trust)
+        opened = load_run(run, reward=reward_again(run, reward), trust=trust)
     opened = replace(opened, config=change(opened.config, eval_texts=texts, eval_samples=samples, seed=seed))
     if prompts is not None:
         opened = _on_prompts(opened, prompts)
@@ -50,7 +62,7 @@ def _on_prompts(run: Run, prompts: str) -> Run:
     from textgen_env.evaluation import choose_prompts
     from textgen_env.prompts import make_prompts
 
-    chosen = choose_prompts(make_prompts(prompts), run.config.eval_prompts, run.config.seed)
+    chosen = choose_prompts(make_prompts(own_object("prompts", prompts)), run.config.eval_prompts, run.config.seed)
     note = f"Prompts: {len(chosen)} of {prompts}."
     return replace(run, test_prompts=chosen, notes=(*run.notes[:-1], note))
 

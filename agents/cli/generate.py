@@ -16,12 +16,15 @@ from agents.cli.options import (
     Seed,
     Trust,
     check_one_writer,
-    parse_reward,
+    own_object,
+    own_reward,
+    reward_again,
 )
 from textgen_env.errors import ConfigError
 
 if TYPE_CHECKING:
     from textgen_env.policies import Agent
+    from textgen_env.prompts import Prompt
     from textgen_env.vector_env import TextGenVectorEnv
 
 ActingBeta = Annotated[
@@ -52,43 +55,51 @@ def generate_command(
 ) -> None:
     """Write texts with a trained agent, or with a language model itself.
 
-    With --json: a list of objects with prompt, completion, reward, and logprob (nats, of the
-    completion under the language model).
+    With --json: a list of objects with prompt, completion, reward (null if the run's own function is not at hand),
+    and logprob (nats, of the completion under the language model).
     """
     from textgen_env.evaluation import roll_out
     from textgen_env.prompts import Prompt
 
     check_one_writer(run, model)
     start = Prompt(prompt)
+    unscored = ""
     if run is None:
         agent, env = _language_model(model, reward, max_new_tokens or 32, beta, rows=min(num, 64))
     else:
-        if reward is not None or max_new_tokens is not None:
-            raise ConfigError("--reward and --max-new-tokens are those that the run was trained with; leave them out")
-        agent, env, run_is_greedy = _trained(run, beta, trust)
+        if max_new_tokens is not None:
+            raise ConfigError("--max-new-tokens is that which the run was trained with; leave it out")
+        agent, env, run_is_greedy, unscored = _trained(run, start, reward_again(run, reward), beta, trust)
         greedy = greedy or run_is_greedy
+        if unscored:
+            typer.echo(f"warning: the texts are not scored: {unscored}", err=True)
     texts = roll_out(agent, env, [start] * num, seed, deterministic=greedy)
-    written = [
-        {"prompt": prompt, "completion": completion, "reward": float(value), "logprob": float(logprob)}
-        for completion, value, logprob in zip(texts.completions, texts.rewards, texts.logprobs, strict=True)
+    rewards = [None if unscored else float(value) for value in texts.rewards]
+    written: list[dict[str, Any]] = [
+        {"prompt": prompt, "completion": completion, "reward": value, "logprob": float(logprob)}
+        for completion, value, logprob in zip(texts.completions, rewards, texts.logprobs, strict=True)
     ]
     if as_json:
         typer.echo(json.dumps(written, indent=2, ensure_ascii=False))
         return
     for text in written:
-        typer.echo(f"{text['reward']:+.3f}  {text['prompt']}|{text['completion']}")
+        value = "–     " if unscored else f"{text['reward']:+.3f}"
+        typer.echo(f"{value}  {text['prompt']}|{text['completion']}")
 
 
-def _trained(run: Path, beta: float | None, trust: bool) -> tuple[Agent, TextGenVectorEnv, bool]:
-    """Return the agent of a run at the temperature ``beta``, its environment, and True if it acts greedily."""
-    from agents.runs.run import load_run
+def _trained(
+    run: Path, prompt: Prompt, reward: Any, beta: float | None, trust: bool
+) -> tuple[Agent, TextGenVectorEnv, bool, str]:
+    """Return the agent of a run at the temperature ``beta``, its environment, True if it acts greedily, and the reason
+    why texts have no reward, or ""."""
+    from agents.runs.run import load_writer
 
-    opened = load_run(run, trust=trust)
+    opened, unscored = load_writer(run, prompts=[prompt], reward=reward, trust=trust)
     if beta is not None:
         if not hasattr(opened.agent, "beta"):
             raise ConfigError(f"agent {opened.config.agent!r} has no acting temperature; leave --beta out")
         opened.agent.beta = beta
-    return opened.agent, opened.env, opened.greedy
+    return opened.agent, opened.env, opened.greedy, unscored
 
 
 def _language_model(
@@ -101,10 +112,10 @@ def _language_model(
 
     if beta is not None:
         raise ConfigError("--beta is the temperature of a trained agent; the language model itself has none")
-    loaded = load_language_model(model)
+    loaded = load_language_model(own_object("model", model))
     settings: dict[str, Any] = {
         "top_k": min(16, loaded.vocab_size - len(loaded.end_ids)),
         "max_new_tokens": new_tokens,
         "max_prompt_tokens": max(1, min(512, loaded.max_context - new_tokens)),
     }
-    return SampleAgent(), TextGenVectorEnv(rows, loaded, None, parse_reward(reward) or "sentiment", **settings)
+    return SampleAgent(), TextGenVectorEnv(rows, loaded, None, own_reward(reward) or "sentiment", **settings)

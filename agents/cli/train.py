@@ -16,6 +16,7 @@ from agents.cli.options import (
     Prompts,
     Samples,
     Texts,
+    Trust,
     change,
     given,
     open_console,
@@ -23,7 +24,6 @@ from agents.cli.options import (
     uses_ray,
 )
 from textgen_env.errors import ConfigError
-from textgen_env.files import read_text
 
 if TYPE_CHECKING:
     from agents.runs.config import RunConfig
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
-WHERE = {"resume", "engine", "actors", "address"}
+WHERE = {"resume", "engine", "actors", "address", "trust"}
 """Options that say where a run is worked on; all others belong to its configuration."""
 
 Out = Annotated[Path | None, typer.Option(help="Folder for the run; must be new or empty.", show_default="runs/AGENT")]
@@ -39,7 +39,8 @@ AgentName = Annotated[
     str | None, typer.Option(help="See 'textgen list agents'.", show_default="text_dqn", metavar="NAME")
 ]
 Model = Annotated[
-    str | None, typer.Option(help="Language model: a name, folder, hub id, or .gguf file.", show_default="tiny")
+    str | None,
+    typer.Option(help="Language model: a name, folder, hub id, .gguf file, or FILE.py:NAME.", show_default="tiny"),
 ]
 Prune = Annotated[
     str | None,
@@ -50,7 +51,8 @@ Prune = Annotated[
 RewardSpec = Annotated[
     str | None,
     typer.Option(
-        help="A name, or JSON: '{\"sentiment\": 1, \"repetition\": -0.5}'. See 'textgen list rewards'.",
+        help="A name; a function of yours, FILE.py:NAME or module:NAME; or JSON: "
+        "'{\"sentiment\": 1, \"my_reward.py:score\": 0.5}'. See 'textgen list rewards'.",
         show_default="sentiment",
     ),
 ]
@@ -77,7 +79,8 @@ CheckpointEvery = Annotated[
     typer.Option(help="Steps from one checkpoint to the next; 0 for none.", min=0, show_default="20000"),
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option(help="Start from the config.json of another run; other options go over it.")
+    Path | None,
+    typer.Option(help="Start from a JSON or YAML file, or a run's config.json; options go over it."),
 ]
 Resume = Annotated[
     Path | None, typer.Option(help="Go on with the run in this folder, from its last checkpoint.", metavar="RUN")
@@ -112,6 +115,7 @@ def train_command(
     engine: Engine = "local",
     actors: Actors = None,
     address: Address = None,
+    trust: Trust = False,
 ) -> None:
     """Train an agent, measure it on prompts that it has not seen, and keep the run in a folder.
 
@@ -124,14 +128,14 @@ def train_command(
     text_source = _text_source(engine, actors, address)
     if resume is not None:
         _check_only_where(ctx)
-        _show(runs.resume(resume, text_source=text_source, console=console), console)
+        _show(runs.resume(resume, trust=trust, text_source=text_source, console=console), console)
         return
     changes = {"agent": agent, "model": model, "prune": prune, "prompts": prompts, "reward": parse_reward(reward)}
     changes |= {"steps": steps, "envs": envs, "seed": seed, "beta": beta, "checkpoint_every": checkpoint_every}
     changes |= {"eval_texts": texts, "eval_samples": samples}
     env = {"top_k": top_k, "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
     env["min_new_tokens"] = max_new_tokens if min_new_tokens is None else min_new_tokens
-    settings = _settings(config, changes, env, candidate_scores)
+    settings = _settings(config, changes, env, candidate_scores, trust)
     folder = out or _free_folder(Path("runs"), settings.agent)
     _show(runs.train(settings, folder, text_source=text_source, console=console), console)
 
@@ -157,13 +161,14 @@ def _check_only_where(ctx: typer.Context) -> None:
 
 
 def _settings(
-    start: Path | None, changes: dict[str, Any], env_changes: dict[str, Any], candidate_scores: bool
+    start: Path | None, changes: dict[str, Any], env_changes: dict[str, Any], candidate_scores: bool, trust: bool
 ) -> RunConfig:
     """Return the configuration in the file ``start``, or the default one, with the given options."""
     from agents.runs.config import RunConfig
+    from agents.runs.stored import read_config
     from agents.zoo import OBSERVATION
 
-    config = change(RunConfig.from_json(read_text(start)) if start else RunConfig(), **changes)
+    config = change(read_config(start, trust) if start else RunConfig(), **changes)
     env = {**config.env, **given(env_changes)}
     if candidate_scores:
         env["observation"] = (*OBSERVATION, "candidate_scores")

@@ -3,6 +3,7 @@
     RunConfig -> language model (pruned) -> environment -> agent.learn() -> evaluation -> folder
 
     config.json    the configuration: enough to repeat the run
+    prompts.jsonl  the prompts, where they are not in the box
     agent.zip      the agent, as Stable-Baselines3 saves it
     metrics.csv    the course of the training; also as TensorBoard events in tensorboard/
     learning.png   the same as a picture
@@ -21,8 +22,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -34,22 +35,22 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents.runs.checkpoint import load_checkpoint, newest_checkpoint
 from agents.runs.config import RunConfig
-from agents.runs.log import CHECKPOINTS, RunLog
-from agents.runs.parts import open_env, open_language_model, split_prompts
+from agents.runs.log import CHECKPOINTS, METRICS_FILE, RunLog
+from agents.runs.parts import OBJECTS, load_objects, open_env, open_language_model, split_prompts
 from agents.runs.report import Report, Yardstick, draw_learning, draw_plane, evaluate_agent, samples_page
 from agents.runs.signals import Stopped, stop_signals
+from agents.runs.stored import CONFIG_FILE, check_stored_code, located, store, stored_config, without_reward
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
+from agents.user_code import remember
 from agents.zoo import AGENTS, Budget, acts_greedily, make_agent
 from textgen_env.errors import ConfigError, RunFolderError
 from textgen_env.evaluation import Evaluation
-from textgen_env.files import check_keys, read_json, read_text, whole_file, write_file
+from textgen_env.files import check_keys, read_json, whole_file, write_file
 from textgen_env.models import load_language_model
 from textgen_env.prompts import PromptSource
-from textgen_env.rewards import make_reward, reward_spec
 from textgen_env.vector_env import TextGenVectorEnv
 
-CONFIG_FILE = "config.json"
 AGENT_FILE = "agent.zip"
 SUMMARY_FILE = "summary.json"
 SAMPLES_FILE = "samples.md"
@@ -121,6 +122,8 @@ def open_run(
 ) -> Run:
     """Return the run of ``config``, with an untrained agent or the one saved in ``load``.
 
+    The user's own code that ``config`` names is run; ``stored_config`` and ``read_config`` decide for files.
+
     Args:
         model, prompts, reward: Python objects in place of those that the configuration names.
 
@@ -128,6 +131,9 @@ def open_run(
         TextGenError: something that cannot be used, or an object that is missing.
     """
     given = {"model": model, "prompts": prompts, "reward": reward}
+    missing = [name for name in OBJECTS if given[name] is None]
+    given |= load_objects(config, missing)
+    model, prompts, reward = given.values()
     _check_given(config, given)
     language_model, note = open_language_model(config) if model is None else (load_language_model(model), None)
     train_prompts, test_prompts, split = split_prompts(
@@ -147,7 +153,8 @@ def _check_given(config: RunConfig, given: Mapping[str, Any]) -> None:
     if missing:
         raise ConfigError(
             f"the run was made with Python objects that JSON cannot hold: {', '.join(missing)}. Give them again, in "
-            f"Python: load_run(folder, {', '.join(f'{name}=...' for name in missing)})"
+            f"Python: load_run(folder, {', '.join(f'{name}=...' for name in missing)}), or name a function in a file: "
+            + " ".join(f"--{name} FILE.py:NAME" for name in missing)
         )
 
 
@@ -157,16 +164,18 @@ def load_run(
     """Return the run in ``folder``, with its trained agent.
 
     Args:
-        model, prompts, reward: The Python objects that the run was made with, if it was.
-        trust: Also load agents that Stable-Baselines3 unpickles, which runs code that the file holds.
+        model, prompts, reward: The Python objects that the run was made with, if it was; or in place of code that
+            it names, and that is then not run.
+        trust: Also load agents that Stable-Baselines3 unpickles, which runs code that the file holds; and run code
+            that the configuration names and that this user has never named.
 
     Raises:
         RunFolderError: the folder holds no run, or no trained agent.
-        ConfigError: the agent would be unpickled, without ``trust``.
+        ConfigError: the agent would be unpickled, without ``trust``; or code was changed, or is not known.
         TextGenError: as of ``open_run``.
     """
     path = Path(folder)
-    config = _stored_config(path, trust)
+    config = _opened_config(path, trust, {"model": model, "prompts": prompts, "reward": reward})
     if not (path / AGENT_FILE).is_file():
         reason = "the run was stopped before it had learned anything"
         if newest_checkpoint(path / CHECKPOINTS) is not None:
@@ -235,9 +244,10 @@ def train(
         run = open_run(config, model=model, prompts=prompts, reward=reward)
     with text_source(run, partial(console.print, markup=False)):
         check_free(folder)  # loading took a while
-        stored = _storable(config, model=model, prompts=prompts, reward=reward)
-        write_file(folder / CONFIG_FILE, stored.to_json())
-        return _carry_out(run, stored, folder, console)
+        with _no_folder_of_a_failed_start(folder):
+            stored = store(config, folder, model=model, prompts=prompts, reward=reward)
+            remember(config.references)
+            return _carry_out(run, stored, folder, console)
 
 
 def resume(
@@ -268,10 +278,10 @@ def resume(
         TextGenError: as of ``train``.
     """
     path, console = Path(folder), console or Console(quiet=True)
-    config = _stored_config(path, trust)
+    config = stored_config(path, trust)
     checkpoint = _checkpoint_to_resume(path, config)
     with console.status("loading the language model"):
-        run = open_run(config, model=model, prompts=prompts, reward=reward)
+        run = open_run(located(config, path), model=model, prompts=prompts, reward=reward)
     assert isinstance(run.agent, TextDQN)
     extra = load_checkpoint(checkpoint, run.agent)
     check_keys(extra, ("config", "log"), f"the checkpoint {str(checkpoint)!r}")
@@ -280,10 +290,45 @@ def resume(
         return _carry_out(run, config, path, console, extra["log"])
 
 
-def _stored_config(path: Path, trust: bool = False) -> RunConfig:
-    if not (path / CONFIG_FILE).is_file():
-        raise RunFolderError(f"{str(path)!r} holds no {CONFIG_FILE}: not a folder that 'textgen train' made")
-    return RunConfig.from_json(read_text(path / CONFIG_FILE), trust)
+def load_writer(
+    folder: str | os.PathLike[str], *, prompts: Any = None, reward: Any = None, trust: bool = False
+) -> tuple[Run, str]:
+    """Return the run in ``folder``, and "", or the reason why its texts cannot be scored: its reward cannot be loaded.
+
+    Raises:
+        TextGenError: as of ``load_run``; if the agent sees the reward, also about the reward.
+    """
+    try:
+        return load_run(folder, prompts=prompts, reward=reward, trust=trust), ""
+    except ConfigError as error:
+        config = located(stored_config(Path(folder), trust, check=False), Path(folder))
+        if reward is not None or config.agent_sees_reward:
+            raise
+        return load_run(folder, prompts=prompts, reward=without_reward(config), trust=trust), str(error)
+
+
+def _opened_config(path: Path, trust: bool, given: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of the run in ``path``, its paths from here; without code that ``given`` replaces."""
+    config = located(stored_config(path, trust, check=False), path)
+    replaced: dict[str, Any] = {name: None for name, value in given.items() if value is not None}
+    check_stored_code(replace(config, **replaced), trust)
+    return config
+
+
+@contextmanager
+def _no_folder_of_a_failed_start(folder: Path) -> Iterator[None]:
+    """Remove what was made of a new run's folder if an error ends it before it has learned anything."""
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        yield
+    except Exception:
+        if not (folder / METRICS_FILE).exists():
+            for path in folder.iterdir() if folder.is_dir() else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path in made:
+                with suppress(OSError):  # somebody else's file is in it
+                    path.rmdir()
+        raise
 
 
 def _checkpoint_to_resume(path: Path, config: RunConfig) -> Path:
@@ -386,15 +431,3 @@ def write_summary(path: Path, log: RunLog, report: Report | None) -> None:
         "versions": {"python": platform.python_version(), **versions},
     }
     write_file(path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-
-
-def _storable(config: RunConfig, **given: Any) -> RunConfig:
-    """Return ``config`` with the given objects: as plain data where possible, else by mention."""
-    objects = {name: value for name, value in given.items() if value is not None}
-    if "reward" in objects and (spec := reward_spec(make_reward(objects["reward"]))) is not None:
-        del objects["reward"]
-        config = replace(config, reward=spec)
-    changes: dict[str, Any] = dict.fromkeys(objects)
-    if "model" in objects:
-        changes["prune"] = None
-    return replace(config, **changes, objects=tuple(objects))

@@ -222,7 +222,7 @@ def test_scores_that_could_not_be_normalised_are_refused_before_anything_runs(tm
         ({"tasks": ("Needle:3",)}, ConfigError, "written name=value, got '3'"),
         ({"tasks": ("Needle", "TextGen/Needle-v0")}, ConfigError, "each once; got TextGen/Needle-v0"),
         ({"agents": ("text-dqn",)}, UnknownName, "Did you mean 'text_dqn'"),
-        ({"agents": ("my_agents:Nobody",)}, ConfigError, "no attribute 'Nobody'"),
+        ({"agents": ("my_agents:Nobody",)}, ConfigError, "unknown name 'Nobody'"),
         ({"seeds": (3, 1, 3)}, ConfigError, "seeds must be at least one, each once; got 3"),
         ({"seeds": ()}, ConfigError, "got none"),
         ({"seeds": (-1,)}, ConfigError, "a seed must be a whole number of at least 0"),

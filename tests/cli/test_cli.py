@@ -201,7 +201,7 @@ def test_a_stored_configuration_is_a_start_for_another_run(run, folder):
         (["generate", "nowhere"], "holds no config.json"),
         (["generate", "--model", "{model}", "--prompt", " "], "must not be empty"),
         (["generate", "--model", "{model}", "--beta", "0.1"], "the language model itself has none"),
-        (["generate", "{run}", "--reward", "length"], "leave them out"),
+        (["generate", "{run}", "--reward", "length"], "leave it out"),
         (["generate", "{run}", "--prompt", "the " * 9], "more than max_prompt_tokens=8"),
         (["evaluate", "{run}", "--prompts", "fod"], "prompts in the box"),
         (["list", "reward"], "Did you mean 'rewards'"),
