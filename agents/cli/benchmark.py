@@ -84,14 +84,14 @@ def benchmark_command(
 
 
 def _compare(results: tuple[str, str], folder: Path | None, console: Console) -> None:
-    from agents.benchmark.pages import COMPARISON_NOTE, comparison_table
+    from agents.benchmark.pages import comparison_note, comparison_table
     from agents.benchmark.results import compare_results
 
     for name, found in compare_results(*results, folder):
         chance = f"[{found.improvement_low:.2f}, {found.improvement_high:.2f}]"
         console.print(_grid(comparison_table(name, found)))
         console.print(f"Probability that the first is better: {found.improvement:.2f} {chance}\n", markup=False)
-    console.print(COMPARISON_NOTE, markup=False)
+        console.print(comparison_note(found), markup=False, soft_wrap=True)
 
 
 def _settings(tasks: str, changes: dict[str, Any], quick: bool) -> BenchmarkConfig:
@@ -130,10 +130,24 @@ def _run(
         with stop_signals(lambda signum: False):
             results = run_benchmark(config, folder, **settings, cell_runner=cell_runner, console=console)
     except Stopped as stop:
+        _report_what_is_done(config, folder)
         console.print(f"stopped by {stop.name}: what is done is in {folder}/; the same command goes on")
         raise typer.Exit(128 + stop.signum) from stop
     write_report(folder, config, results)
     _show(config, folder, results, console)
+
+
+def _report_what_is_done(config: BenchmarkConfig, folder: Path) -> None:
+    """Write the rows and the report of a benchmark that was stopped, if any of its runs is done."""
+    from agents.benchmark.grid import read_cells
+    from agents.benchmark.pages import write_report
+    from agents.benchmark.results import RESULTS_FILE, write_results
+
+    done = {result.cell: result for result in read_cells(folder)}
+    results = [done[cell] for cell in config.cells if cell in done]
+    if results:
+        write_results(folder / RESULTS_FILE, results)
+        write_report(folder, config, results)
 
 
 def _show(config: BenchmarkConfig, folder: Path, results: list[CellResult], console: Console) -> None:

@@ -75,7 +75,7 @@ def _measure(run: Run, folder: Path, console: Console, as_json: bool) -> None:
     with console.status("measuring") as status:
         yardstick = run.yardstick(lambda policy: status.update(f"measuring: {policy}"))
         evaluations = run.evaluate(lambda policy: status.update(f"measuring: {policy}"))
-    report = yardstick.report(run.agent_name, evaluations, run.notes)
+    report = run.report(yardstick, evaluations)
     references = [prompt.reference for prompt in run.test_prompts]
     metrics = {
         "language model": text_metrics(yardstick.samples, references),

@@ -22,8 +22,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -35,11 +35,30 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents.runs.checkpoint import load_checkpoint, newest_checkpoint
 from agents.runs.config import RunConfig
-from agents.runs.log import CHECKPOINTS, METRICS_FILE, RunLog
+from agents.runs.log import CHECKPOINTS, RunLog
 from agents.runs.parts import OBJECTS, load_objects, open_env, open_language_model, split_prompts
-from agents.runs.report import Report, Yardstick, draw_learning, draw_plane, evaluate_agent, samples_page
+from agents.runs.report import (
+    LOOKAHEAD,
+    SEEN,
+    Report,
+    Yardstick,
+    acting_betas,
+    draw_learning,
+    draw_plane,
+    evaluate_agent,
+    samples_page,
+)
 from agents.runs.signals import Stopped, stop_signals
-from agents.runs.stored import CONFIG_FILE, check_stored_code, located, store, stored_config, without_reward
+from agents.runs.stored import (
+    CONFIG_FILE,
+    check_stored_code,
+    check_unchanged,
+    located,
+    no_folder_of_a_failed_start,
+    store,
+    stored_config,
+    without_reward,
+)
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
 from agents.user_code import remember
@@ -106,6 +125,19 @@ class Run:
             deterministic=self.greedy,
             say=say,
         )
+
+    def report(self, yardstick: Yardstick, evaluations: list[Evaluation]) -> Report:
+        """Return the report of ``evaluations`` beside the policies without learning."""
+        betas = acting_betas(self.agent)
+        return yardstick.report(self.agent_name, evaluations, self.notes, betas, self.seen_of_reward)
+
+    @property
+    def seen_of_reward(self) -> str:
+        """What the agent sees of the reward while it writes."""
+        episodes = self.env.episodes
+        if "candidate_scores" in episodes.keys:
+            return SEEN[LOOKAHEAD]
+        return "sees the running score" if episodes.reward.running() and "score" in episodes.keys else "sees no score"
 
     @property
     def agent_name(self) -> str:
@@ -244,7 +276,7 @@ def train(
         run = open_run(config, model=model, prompts=prompts, reward=reward)
     with text_source(run, partial(console.print, markup=False)):
         check_free(folder)  # loading took a while
-        with _no_folder_of_a_failed_start(folder):
+        with no_folder_of_a_failed_start(folder):
             stored = store(config, folder, model=model, prompts=prompts, reward=reward)
             remember(config.references)
             return _carry_out(run, stored, folder, console)
@@ -285,7 +317,7 @@ def resume(
     assert isinstance(run.agent, TextDQN)
     extra = load_checkpoint(checkpoint, run.agent)
     check_keys(extra, ("config", "log"), f"the checkpoint {str(checkpoint)!r}")
-    _check_unchanged(extra["config"], config)
+    check_unchanged(extra["config"], config)
     with text_source(run, partial(console.print, markup=False)):
         return _carry_out(run, config, path, console, extra["log"])
 
@@ -315,22 +347,6 @@ def _opened_config(path: Path, trust: bool, given: Mapping[str, Any]) -> RunConf
     return config
 
 
-@contextmanager
-def _no_folder_of_a_failed_start(folder: Path) -> Iterator[None]:
-    """Remove what was made of a new run's folder if an error ends it before it has learned anything."""
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    try:
-        yield
-    except Exception:
-        if not (folder / METRICS_FILE).exists():
-            for path in folder.iterdir() if folder.is_dir() else ():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            for path in made:
-                with suppress(OSError):  # somebody else's file is in it
-                    path.rmdir()
-        raise
-
-
 def _checkpoint_to_resume(path: Path, config: RunConfig) -> Path:
     if config.agent not in PORTABLE_AGENTS:
         raise ConfigError(
@@ -347,16 +363,6 @@ def _checkpoint_to_resume(path: Path, config: RunConfig) -> Path:
             f"--config {path / CONFIG_FILE} --out another folder"
         )
     return checkpoint
-
-
-def _check_unchanged(then: Mapping[str, Any], config: RunConfig) -> None:
-    now = json.loads(config.to_json())
-    changed = [f"{name} ({now[name]!r}, was {then.get(name)!r})" for name in now if now[name] != then.get(name)]
-    if changed:
-        raise ConfigError(
-            f"{CONFIG_FILE} was changed since the checkpoint: {', '.join(changed)}. Put it back, or start a new run "
-            "with textgen train --config"
-        )
 
 
 def check_free(folder: Path) -> None:
@@ -402,7 +408,7 @@ def _measure_and_learn(run: Run, log: RunLog, folder: Path, console: Console) ->
     draw_learning(log.rows, yardstick.samples.reward, folder / LEARNING_FILE)
     with console.status("measuring") as status:
         evaluations = run.evaluate(lambda policy: status.update(f"measuring: {policy}"))
-    report = yardstick.report(run.agent_name, evaluations, run.notes)
+    report = run.report(yardstick, evaluations)
     draw_plane(report, folder / PLANE_FILE)
     write_file(folder / SAMPLES_FILE, samples_page(yardstick.samples, evaluations[0], run.notes))
     return report

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from agents.runs.config import CONFIG_SOURCE, RunConfig, is_own_code
+from agents.runs.log import METRICS_FILE
 from agents.runs.parts import load_objects
 from agents.user_code import check_code, identify, is_file, is_reference, replace_references
 from textgen_env.errors import ConfigError, PromptError, RunFolderError
@@ -71,6 +74,33 @@ def read_config(path: Path, trust: bool = False) -> RunConfig:
 def check_stored_code(config: RunConfig, trust: bool) -> None:
     """Raise ``ConfigError`` if the code that a stored configuration names must not run here."""
     check_code({reference: config.code.get(reference, "") for reference in config.references}, trust)
+
+
+def check_unchanged(then: Mapping[str, Any], config: RunConfig) -> None:
+    """Raise ``ConfigError`` if the configuration of a run is not that of its checkpoint."""
+    now = json.loads(config.to_json())
+    changed = [f"{name} ({now[name]!r}, was {then.get(name)!r})" for name in now if now[name] != then.get(name)]
+    if changed:
+        raise ConfigError(
+            f"{CONFIG_FILE} was changed since the checkpoint: {', '.join(changed)}. Put it back, or start a new run "
+            "with textgen train --config"
+        )
+
+
+@contextmanager
+def no_folder_of_a_failed_start(folder: Path) -> Iterator[None]:
+    """Remove what was made of a new run's folder if an error ends it before it has learned anything."""
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        yield
+    except Exception:
+        if not (folder / METRICS_FILE).exists():
+            for path in folder.iterdir() if folder.is_dir() else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path in made:
+                with suppress(OSError):  # somebody else's file is in it
+                    path.rmdir()
+        raise
 
 
 # --- paths
