@@ -77,12 +77,13 @@ def identify(reference: str) -> FoundCode:
         spec = importlib.util.find_spec(place.partition(".")[0])  # of a package's module: only the package is sought
     except (ImportError, ValueError):
         spec = None
-    if spec is None or not spec.origin:
+    origin = None if spec is None else getattr(spec.loader_state, "filename", None) or spec.origin
+    if not origin or not Path(origin).is_file():
         raise ConfigError(f"{reference!r} names no module that can be imported; name a file: FILE.py:NAME")
-    folder = Path(spec.origin).parent
+    folder = Path(origin).parent
     inner = folder.joinpath(*place.split(".")[1:])
     inside = [inner / "__init__.py", inner.with_suffix(".py")]
-    return _found(next((file for file in inside if "." in place and file.is_file()), Path(spec.origin)), reference)
+    return _found(next((file for file in inside if "." in place and file.is_file()), Path(origin)), reference)
 
 
 def load_code(reference: str) -> Any:

@@ -24,6 +24,7 @@ from agents.cli.options import (
     own_object,
     reward_again,
 )
+from agents.tables import show_table
 from textgen_env.files import write_file
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def _on_prompts(run: Run, prompts: str) -> Run:
 
 def _measure(run: Run, folder: Path, console: Console, as_json: bool) -> None:
     """Measure the agent, write the figures into ``folder``, and print them."""
-    from agents.runs.report import draw_plane, samples_page, table, text_metrics
+    from agents.runs.report import draw_plane, report_notes, samples_page, table, text_metrics
     from agents.runs.run import PLANE_FILE, SAMPLES_FILE, SUMMARY_FILE
 
     with console.status("measuring") as status:
@@ -88,8 +89,8 @@ def _measure(run: Run, folder: Path, console: Console, as_json: bool) -> None:
     if as_json:
         typer.echo(figures)
         return
-    console.print(table(report))
-    console.print(_metrics_table(*metrics.values()))
+    show_table(console, table(report), *report_notes(report))
+    show_table(console, _metrics_table(*metrics.values()))
     console.print(f"Figures, picture and texts are in {folder}/")
 
 

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from agents.cli.options import open_console
+from agents.tables import show_table
 from textgen_env.registry import unknown_name
 
 Described = Iterator[tuple[str, str]]
@@ -29,7 +30,8 @@ def list_command(
         grid = Table("name", "what it is", title=kind, title_justify="left", box=None)
         for name, about in KINDS[kind]():
             grid.add_row(name, about)
-        console.print(grid, "")
+        show_table(console, grid)
+        console.print("")
 
 
 def _agents() -> Described:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from agents.cli.options import (
     Address,
+    AsJson,
     Engine,
     Prompts,
     Samples,
@@ -23,7 +25,9 @@ from agents.cli.options import (
     parse_reward,
     uses_ray,
 )
+from agents.tables import show_table
 from textgen_env.errors import ConfigError
+from textgen_env.files import read_json
 
 if TYPE_CHECKING:
     from agents.runs.config import RunConfig
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
-WHERE = {"resume", "engine", "actors", "address", "trust"}
+WHERE = {"resume", "engine", "actors", "address", "trust", "as_json"}
 """Options that say where a run is worked on; all others belong to its configuration."""
 
 Out = Annotated[Path | None, typer.Option(help="Folder for the run; must be new or empty.", show_default="runs/AGENT")]
@@ -116,19 +120,20 @@ def train_command(
     actors: Actors = None,
     address: Address = None,
     trust: Trust = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train an agent, measure it on prompts that it has not seen, and keep the run in a folder.
 
     Without options the small model in the box learns to write positive texts of 20 tokens (VADER's
-    compound score, -1 to 1).
+    compound score, -1 to 1). With --json: the run's summary.json, and its folder.
     """
     from agents.runs import run as runs
 
-    console = open_console()
+    console = open_console(stderr=as_json)
     text_source = _text_source(engine, actors, address)
     if resume is not None:
         _check_only_where(ctx)
-        _show(runs.resume(resume, trust=trust, text_source=text_source, console=console), console)
+        _show(runs.resume(resume, trust=trust, text_source=text_source, console=console), console, as_json)
         return
     changes = {"agent": agent, "model": model, "prune": prune, "prompts": prompts, "reward": parse_reward(reward)}
     changes |= {"steps": steps, "envs": envs, "seed": seed, "beta": beta, "checkpoint_every": checkpoint_every}
@@ -137,7 +142,7 @@ def train_command(
     env["min_new_tokens"] = max_new_tokens if min_new_tokens is None else min_new_tokens
     settings = _settings(config, changes, env, candidate_scores, trust)
     folder = out or _free_folder(Path("runs"), settings.agent)
-    _show(runs.train(settings, folder, text_source=text_source, console=console), console)
+    _show(runs.train(settings, folder, text_source=text_source, console=console), console, as_json)
 
 
 def _text_source(engine: str, actors: int | None, address: str | None) -> TextSource:
@@ -181,12 +186,18 @@ def _free_folder(parent: Path, name: str) -> Path:
     return next(parent / free for free in names if not (parent / free).exists())
 
 
-def _show(result: RunResult, console: Console) -> None:
+def _show(result: RunResult, console: Console, as_json: bool) -> None:
     """Print the table and the end of a run; one that was stopped exits with 128 + the signal's number."""
-    from agents.runs.report import table
+    from agents.runs.report import report_notes, table
 
-    if result.report is not None:
-        console.print(table(result.report))
+    if as_json:
+        from agents.runs.run import SUMMARY_FILE
+
+        typer.echo(
+            json.dumps({"folder": str(result.folder)} | read_json(result.folder / SUMMARY_FILE, (), allow_nan=True))
+        )
+    elif result.report is not None:
+        show_table(console, table(result.report), *report_notes(result.report))
     state = "finished" if result.finished else "stopped early: what there is was saved"
     console.print(
         f"{state}. {result.steps:,} steps in {result.seconds:.0f} s of training. Everything is in {result.folder}/"

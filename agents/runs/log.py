@@ -24,6 +24,7 @@ from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputF
 from agents.runs.checkpoint import save_checkpoint
 from agents.runs.config import RunConfig
 from agents.runs.signals import Stopped
+from agents.tables import SteadyProgress
 from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import RunFolderError
 from textgen_env.extras import is_installed
@@ -271,13 +272,14 @@ class RunLog(BaseCallback):
 
 def progress_bar(console: Console) -> Progress:
     """Return the bar of a training: steps, and the reward of recent texts."""
-    return Progress(
+    return SteadyProgress(
         TextColumn("learning"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("steps, reward of recent texts {task.fields[reward]}"),
         TimeRemainingColumn(),
         console=console,
+        words="learning: {done} steps, reward of recent texts {reward}",
     )
 
 

@@ -278,18 +278,23 @@ def acting_betas(agent: Agent) -> list[float]:
 
 
 def table(report: Report) -> Table:
-    """Return the rows as a ``rich`` table."""
+    """Return the rows as a ``rich`` table; ``report_notes`` are the lines below it."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    units = "± is half of the 95% interval; KL in nats a text, log-likelihood a token; distinct-2."
-    grid = Table(caption="\n".join((units, *report.notes)), caption_justify="left", box=SIMPLE_HEAD)
-    grid.add_column("policy", min_width=20)  # it wraps; figures never do
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("policy", min_width=18)  # it wraps; figures never do
     for heading in ("reward", "KL", "loglik", "distinct", "J", "share"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
         grid.add_row(row.name, *_figures(row), style="bold" if row.name == report.agent else None)
     return grid
+
+
+def report_notes(report: Report) -> list[str]:
+    """Return the lines below the table."""
+    units = "± is half of the 95% interval; KL in nats a text, log-likelihood a token; distinct-2."
+    return [units, *report.notes]
 
 
 def _figures(row: ReportLine) -> tuple[str, ...]:
