@@ -23,7 +23,9 @@ def show_table(console: Console, table: Table, *notes: str) -> None:
     width = available_width(console)
     measured = console.measure(table, options=console.options.update(max_width=10_000))
     if width is None:
-        console.print(table, width=measured.maximum, crop=False, soft_wrap=False)
+        own, console.width = console.width, max(console.width, measured.maximum)  # print takes no more than its own
+        console.print(table)
+        console.width = own
     elif measured.minimum <= width:
         console.print(table, width=min(width, measured.maximum))
     else:

@@ -38,18 +38,28 @@ INTERRUPTED = 130
 WHERE = {"resume", "engine", "actors", "address", "trust", "as_json"}
 """Options that say where a run is worked on; all others belong to its configuration."""
 
+LEARNING, WRITING = "Learning", "Texts and reward"
+"""Groups of options in the help."""
+
 Out = Annotated[Path | None, typer.Option(help="Folder for the run; must be new or empty.", show_default="runs/AGENT")]
 AgentName = Annotated[
-    str | None, typer.Option(help="See 'textgen list agents'.", show_default="text_dqn", metavar="NAME")
+    str | None,
+    typer.Option(help="See 'textgen list agents'.", show_default="text_dqn", metavar="NAME", rich_help_panel=LEARNING),
 ]
 Model = Annotated[
     str | None,
-    typer.Option(help="Language model: a name, folder, hub id, .gguf file, or FILE.py:NAME.", show_default="tiny"),
+    typer.Option(
+        help="Language model: a name, folder, hub id, .gguf file, or FILE.py:NAME.",
+        show_default="tiny",
+        rich_help_panel=WRITING,
+    ),
 ]
 Prune = Annotated[
     str | None,
     typer.Option(
-        help="Prune the language model once: METHOD:AMOUNT, the share to remove, or none.", show_default="none"
+        help="Prune the language model once: METHOD:AMOUNT, the share to remove, or none.",
+        show_default="none",
+        rich_help_panel=LEARNING,
     ),
 ]
 RewardSpec = Annotated[
@@ -58,29 +68,53 @@ RewardSpec = Annotated[
         help="A name; a function of yours, FILE.py:NAME or module:NAME; or JSON: "
         "'{\"sentiment\": 1, \"my_reward.py:score\": 0.5}'. See 'textgen list rewards'.",
         show_default="sentiment",
+        rich_help_panel=WRITING,
     ),
 ]
 Steps = Annotated[
-    int | None, typer.Option(help="Environment steps to learn from, one token each.", min=1, show_default="70000")
+    int | None,
+    typer.Option(
+        help="Environment steps to learn from, one token each.", min=1, show_default="70000", rich_help_panel=LEARNING
+    ),
 ]
-Envs = Annotated[int | None, typer.Option(help="Texts written at a time.", min=1, show_default="64")]
-RunSeed = Annotated[int | None, typer.Option(help="Of prompts, agent and evaluation.", show_default="0")]
-Beta = Annotated[float | None, typer.Option(help="Price of KL, in reward units a nat.", show_default="0.1")]
-TopK = Annotated[int | None, typer.Option(help="Candidates a step: the number of actions.", min=1, show_default="16")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Length limit of a text, in tokens.", min=1, show_default="20")]
+Envs = Annotated[
+    int | None, typer.Option(help="Texts written at a time.", min=1, show_default="64", rich_help_panel=LEARNING)
+]
+RunSeed = Annotated[
+    int | None, typer.Option(help="Of prompts, agent and evaluation.", show_default="0", rich_help_panel=LEARNING)
+]
+Beta = Annotated[
+    float | None, typer.Option(help="Price of KL, in reward units a nat.", show_default="0.1", rich_help_panel=LEARNING)
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="Candidates a step: the number of actions.", min=1, show_default="16", rich_help_panel=WRITING),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(help="Length limit of a text, in tokens.", min=1, show_default="20", rich_help_panel=WRITING),
+]
 MinNewTokens = Annotated[
     int | None,
-    typer.Option(help="No end of text before so many tokens.", min=0, show_default="as --max-new-tokens"),
+    typer.Option(
+        help="No end of text before so many tokens.", min=0, show_default="as --max-new-tokens", rich_help_panel=WRITING
+    ),
 ]
 MaxPromptTokens = Annotated[
-    int | None, typer.Option(help="Length limit of a prompt, in tokens.", min=1, show_default="64")
+    int | None,
+    typer.Option(help="Length limit of a prompt, in tokens.", min=1, show_default="64", rich_help_panel=WRITING),
 ]
 CandidateScores = Annotated[
-    bool, typer.Option("--candidate-scores", help="Let the agent see what each candidate would score.")
+    bool,
+    typer.Option(
+        "--candidate-scores", help="Let the agent see what each candidate would score.", rich_help_panel=LEARNING
+    ),
 ]
 CheckpointEvery = Annotated[
     int | None,
-    typer.Option(help="Steps from one checkpoint to the next; 0 for none.", min=0, show_default="20000"),
+    typer.Option(
+        help="Steps from one checkpoint to the next; 0 for none.", min=0, show_default="20000", rich_help_panel=LEARNING
+    ),
 ]
 ConfigFile = Annotated[
     Path | None,
