@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.abc import SourceLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -194,16 +195,32 @@ def _run_file(found: FoundCode) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     _search(found.file.parent)
-    spec = importlib.util.spec_from_file_location(name, found.file)
+    loader = _LoaderOf(found.file, content)
+    spec = importlib.util.spec_from_file_location(name, found.file, loader=loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickles look there
     try:
-        exec(compile(content, str(found.file), "exec"), module.__dict__)
+        loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
     return module
+
+
+class _LoaderOf(SourceLoader):
+    """Makes a module of bytes that were read already; the file may change meanwhile."""
+
+    def __init__(self, file: Path, content: bytes) -> None:
+        self._file, self._content = str(file), content
+
+    def get_filename(self, fullname: str) -> str:
+        return self._file
+
+    def get_data(self, path: str | bytes | os.PathLike[str]) -> bytes:
+        if os.fspath(path) != self._file:
+            raise OSError("only the file itself is at hand, no compiled copy of it")
+        return self._content
 
 
 def _import(place: str) -> ModuleType:
