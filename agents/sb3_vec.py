@@ -42,13 +42,29 @@ class SB3VecEnv(VecEnv):
 
     def reset(self) -> VecEnvObs:
         seeds = self._seeds if any(seed is not None for seed in self._seeds) else None
-        options = next((o for o in self._options if o), None)
-        observation, _ = self.env.reset(seed=seeds, options=options)  # type: ignore[arg-type]  # a list, as the API says
+        observation, _ = self.env.reset(seed=seeds, options=self._prompts())  # type: ignore[arg-type]  # a list, as the API says
         self._reset_seeds()
         self._reset_options()
         self._returns[:] = 0.0
         self._lengths[:] = 0
         return observation
+
+    def _prompts(self) -> dict[str, Any] | None:
+        """Return the options of all rows as one: each row has its own dict, and may name its prompt.
+
+        Raises:
+            ConfigError: another option than the prompt; every row is reset here.
+        """
+        given = [options or {} for options in self._options]
+        unknown = set().union(*given) - {"prompt"}
+        if unknown:
+            raise ConfigError(f"unknown reset options {sorted(unknown)}; known: 'prompt'")
+        prompts = [options.get("prompt") for options in given]
+        # SB3 copies one dict to all rows, a list of all their prompts included.
+        prompts = [
+            p[row] if isinstance(p, list | tuple) and len(p) == len(given) else p for row, p in enumerate(prompts)
+        ]
+        return {"prompt": prompts} if any(prompt is not None for prompt in prompts) else None
 
     def step_async(self, actions: npt.NDArray[Any]) -> None:
         self._actions = actions

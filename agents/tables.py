@@ -14,6 +14,8 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
+from agents.terminal import say
+
 LINES_OF_PROGRESS = 10
 """From the start of a task to its end, without a terminal."""
 
@@ -29,10 +31,8 @@ def show_table(console: Console, table: Table, *notes: str) -> None:
     elif measured.minimum <= width:
         console.print(table, width=min(width, measured.maximum))
     else:
-        for line in blocks(table):
-            console.print(Text(line))
-    for note in notes:
-        console.print(Text(note), soft_wrap=width is None)
+        say(console, *blocks(table))
+    say(console, *notes)
 
 
 def available_width(console: Console) -> int | None:
@@ -71,7 +71,7 @@ class SteadyProgress(Progress):
             left = spent * (task.total or 0) / task.completed - spent
             done = f"{task.completed:,.0f} of {task.total:,.0f}"
             words = self._words.format(done=done, **task.fields)
-            self.console.print(Text(f"{words}; {spent:.0f} s, about {left:.0f} s left"), soft_wrap=True)
+            say(self.console, f"{words}; {spent:.0f} s, about {left:.0f} s left")
 
 
 def _plain(cell: Any) -> str:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from agents.cli.options import (
+    LARGEST_SEED,
     AsJson,
     Prompts,
     RewardAgain,
@@ -20,14 +20,16 @@ from agents.cli.options import (
     Texts,
     Trust,
     change,
-    open_console,
     own_object,
     reward_again,
 )
 from agents.tables import show_table
-from textgen_env.files import write_file
+from agents.terminal import json_text, open_console, say, status_text, table_of
+from textgen_env.files import refuse_links, write_file
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from agents.runs.run import Run
 
 
@@ -38,7 +40,8 @@ def evaluate_command(
     texts: Texts = None,
     samples: Samples = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the evaluation's random numbers.", show_default="the run's")
+        int | None,
+        typer.Option(help="Of the evaluation's random numbers.", min=0, max=LARGEST_SEED, show_default="the run's"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures.", show_default="RUN/evaluation")] = None,
     trust: Trust = False,
@@ -70,32 +73,32 @@ def _on_prompts(run: Run, prompts: str) -> Run:
 
 def _measure(run: Run, folder: Path, console: Console, as_json: bool) -> None:
     """Measure the agent, write the figures into ``folder``, and print them."""
-    from agents.runs.report import draw_plane, report_notes, samples_page, table, text_metrics
+    from agents.runs.pictures import draw_plane
+    from agents.runs.report import report_notes, samples_page, table, text_metrics
     from agents.runs.run import PLANE_FILE, SAMPLES_FILE, SUMMARY_FILE
 
     with console.status("measuring") as status:
-        yardstick = run.yardstick(lambda policy: status.update(f"measuring: {policy}"))
-        evaluations = run.evaluate(lambda policy: status.update(f"measuring: {policy}"))
+        yardstick = run.yardstick(lambda policy: status.update(status_text(f"measuring: {policy}")))
+        evaluations = run.evaluate(lambda policy: status.update(status_text(f"measuring: {policy}")))
     report = run.report(yardstick, evaluations)
     references = [prompt.reference for prompt in run.test_prompts]
     metrics = {
         "language model": text_metrics(yardstick.samples, references),
         run.agent_name: text_metrics(evaluations[0], references),
     }
-    figures = json.dumps(report.as_dict() | {"metrics": metrics}, indent=2, ensure_ascii=False)
-    write_file(folder / SUMMARY_FILE, figures + "\n")
+    figures = report.as_dict() | {"metrics": metrics}
+    refuse_links(folder)
+    write_file(folder / SUMMARY_FILE, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     write_file(folder / SAMPLES_FILE, samples_page(yardstick.samples, evaluations[0], run.notes))
     draw_plane(report, folder / PLANE_FILE)
     if as_json:
-        typer.echo(figures)
+        typer.echo(json_text(figures))
         return
     show_table(console, table(report), *report_notes(report))
     show_table(console, _metrics_table(*metrics.values()))
-    console.print(f"Figures, picture and texts are in {folder}/")
+    say(console, f"Figures, picture and texts are in {folder}/")
 
 
 def _metrics_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    grid = Table("metric", "language model", "trained agent", box=None)
-    for name in before:
-        grid.add_row(name, f"{before[name]:.3f}", f"{after[name]:.3f}")
-    return grid
+    rows = [(name, f"{before[name]:.3f}", f"{after[name]:.3f}") for name in before]
+    return table_of(("metric", "language model", "trained agent"), rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +19,9 @@ from agents.cli.options import (
     own_reward,
     reward_again,
 )
+from agents.terminal import json_text
 from textgen_env.errors import ConfigError
+from textgen_env.terminal import printable
 
 if TYPE_CHECKING:
     from textgen_env.policies import Agent
@@ -72,7 +73,7 @@ def generate_command(
         agent, env, run_is_greedy, unscored = _trained(run, start, reward_again(run, reward), beta, trust)
         greedy = greedy or run_is_greedy
         if unscored:
-            typer.echo(f"warning: the texts are not scored: {unscored}", err=True)
+            typer.echo(printable(f"warning: the texts are not scored: {unscored}", one_line=True), err=True)
     texts = roll_out(agent, env, [start] * num, seed, deterministic=greedy)
     rewards = [None if unscored else float(value) for value in texts.rewards]
     written: list[dict[str, Any]] = [
@@ -80,11 +81,11 @@ def generate_command(
         for completion, value, logprob in zip(texts.completions, rewards, texts.logprobs, strict=True)
     ]
     if as_json:
-        typer.echo(json.dumps(written, indent=2, ensure_ascii=False))
+        typer.echo(json_text(written))
         return
     for text in written:
         value = "–     " if unscored else f"{text['reward']:+.3f}"
-        typer.echo(f"{value}  {text['prompt']}|{text['completion']}")
+        typer.echo(printable(f"{value}  {text['prompt']}|{text['completion']}"))
 
 
 def _trained(

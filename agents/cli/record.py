@@ -16,11 +16,11 @@ from agents.cli.options import (
     Trust,
     check_one_writer,
     given,
-    open_console,
     own_object,
     own_reward,
     reward_again,
 )
+from agents.terminal import open_console, say
 from textgen_env.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def record_command(
     source = choose_prompts(env.episodes.prompts if start is None else make_prompts(start), episodes, seed)
     texts = [source[i % len(source)] for i in range(episodes)]
     dataset = record(agent, env, texts, out, seed=seed, deterministic=greedy, metadata={"algorithm_name": name})
-    open_console().print(f"{dataset.total_episodes:,} texts of {dataset.total_steps:,} tokens are in {out}/")
+    say(open_console(), f"{dataset.total_episodes:,} texts of {dataset.total_steps:,} tokens are in {out}/")
 
 
 def _trained(run: Path, reward: Any, trust: bool) -> tuple[Agent, Any, str]:

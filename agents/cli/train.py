@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 
 from agents.cli.options import (
+    LARGEST_SEED,
     Address,
     AsJson,
     Engine,
@@ -21,11 +21,11 @@ from agents.cli.options import (
     Trust,
     change,
     given,
-    open_console,
     parse_reward,
     uses_ray,
 )
 from agents.tables import show_table
+from agents.terminal import json_text, open_console, say
 from textgen_env.errors import ConfigError
 from textgen_env.files import read_json
 
@@ -81,7 +81,10 @@ Envs = Annotated[
     int | None, typer.Option(help="Texts written at a time.", min=1, show_default="64", rich_help_panel=LEARNING)
 ]
 RunSeed = Annotated[
-    int | None, typer.Option(help="Of prompts, agent and evaluation.", show_default="0", rich_help_panel=LEARNING)
+    int | None,
+    typer.Option(
+        help="Of prompts, agent and evaluation.", min=0, max=LARGEST_SEED, show_default="0", rich_help_panel=LEARNING
+    ),
 ]
 Beta = Annotated[
     float | None, typer.Option(help="Price of KL, in reward units a nat.", show_default="0.1", rich_help_panel=LEARNING)
@@ -227,15 +230,15 @@ def _show(result: RunResult, console: Console, as_json: bool) -> None:
     if as_json:
         from agents.runs.run import SUMMARY_FILE
 
-        typer.echo(
-            json.dumps({"folder": str(result.folder)} | read_json(result.folder / SUMMARY_FILE, (), allow_nan=True))
-        )
+        summary = read_json(result.folder / SUMMARY_FILE, (), allow_nan=True)
+        typer.echo(json_text({"folder": str(result.folder)} | summary))
     elif result.report is not None:
         show_table(console, table(result.report), *report_notes(result.report))
     state = "finished" if result.finished else "stopped early: what there is was saved"
-    console.print(
-        f"{state}. {result.steps:,} steps in {result.seconds:.0f} s of training. Everything is in {result.folder}/"
+    say(
+        console,
+        f"{state}. {result.steps:,} steps in {result.seconds:.0f} s of training. Everything is in {result.folder}/",
     )
     if not result.finished:
         raise typer.Exit(INTERRUPTED if result.signum is None else 128 + result.signum)
-    console.print(f'try: textgen generate {result.folder} --prompt "The movie was"')
+    say(console, f'try: textgen generate {result.folder} --prompt "The movie was"')

@@ -9,26 +9,25 @@ Everything in a report is plain data, so ``summary.json`` holds every figure of 
 from __future__ import annotations
 
 import contextlib
-import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from agents.baselines.one_step import GreedyAgent, LookaheadAgent, SampleAgent
 from agents.runs.optimum import Optimum, Point, best_of_n, estimated_optimum, share_of_optimal_gain
+from agents.terminal import cell
 from textgen_env.evaluation import Evaluation, evaluate
 from textgen_env.extras import is_installed
-from textgen_env.files import whole_file
 from textgen_env.policies import Agent
 from textgen_env.prompts import PromptSource
+from textgen_env.terminal import printable
 from textgen_env.vector_env import TextGenVectorEnv
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.table import Table
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
@@ -287,7 +286,7 @@ def table(report: Report) -> Table:
     for heading in ("reward", "KL", "loglik", "distinct", "J", "share"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
-        grid.add_row(row.name, *_figures(row), style="bold" if row.name == report.agent else None)
+        grid.add_row(cell(row.name), *_figures(row), style="bold" if row.name == report.agent else None)
     return grid
 
 
@@ -332,45 +331,6 @@ def text_metrics(evaluation: Evaluation, references: Sequence[str | None]) -> di
         columns.pop("references", None)
     figures: dict[str, float] = combine([METRICS[name]() for name in names]).compute(**columns)
     return figures
-
-
-def draw_plane(report: Report, path: Path) -> None:
-    """Draw reward against KL, every policy of the report under the curve of the best possible ones, as a PNG."""
-    figure = _figure(7.5, 4.8)
-    axes = figure.add_subplot()
-    looks = {
-        BEST: {"color": "black", "linewidth": 1.5},
-        BEST_OF_N: {"color": "tab:gray", "linestyle": "--", "marker": ".", "linewidth": 1},
-        LOOKAHEAD: {"color": "tab:orange", "marker": "s", "markersize": 5},
-    }
-    for name, curve in report.curves.items():
-        look: dict[str, Any] = looks.get(name, {"color": "tab:blue", "marker": "o", "markersize": 7})
-        sees = report.sees.get(name)
-        axes.plot(*zip(*curve, strict=True), label=f"{name} ({sees})" if sees else name, **look)
-        for point, beta in zip(curve, report.betas.get(name, ()), strict=False):
-            place: dict[str, Any] = {"xytext": (4, -9), "textcoords": "offset points", "fontsize": 7}
-            axes.annotate(f"β {beta:.2g}", point, color=look["color"], **place)
-    language_model = report.rows[0]
-    axes.plot(0, language_model.reward, "k*", markersize=11, label="language model")
-    axes.set_xlabel("KL to the language model, nats a text")
-    axes.set_ylabel("reward of a text")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", frameon=False, ncols=2, fontsize=8)  # on no curve
-    _write_png(figure, path)
-
-
-def draw_learning(metrics: Sequence[Mapping[str, float]], language_model: float, path: Path) -> None:
-    """Draw the reward of recent texts against steps and seconds, and the language model's as a line, as a PNG."""
-    figure = _figure(9, 3.6)
-    for place, (key, label) in enumerate([("steps", "steps (tokens)"), ("seconds", "seconds of training")]):
-        axes = figure.add_subplot(1, 2, place + 1)
-        axes.plot([row[key] for row in metrics], [row.get("reward", math.nan) for row in metrics], color="tab:blue")
-        axes.axhline(language_model, color="black", linestyle=":", label="language model, new prompts")
-        axes.legend(frameon=False)
-        axes.set_xlabel(label)
-        axes.set_ylabel("reward of recent texts")
-        axes.grid(alpha=0.3)
-    _write_png(figure, path)
 
 
 def samples_page(before: Evaluation, after: Evaluation, notes: Sequence[str] = ()) -> str:
@@ -426,18 +386,12 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Return ``text`` as one cell of a Markdown table: generated text is not Markdown, nor HTML."""
-    for old, new in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "\\`"), ("*", "\\*"), ("_", "\\_")):
-        text = text.replace(old, new)
-    return " ".join(text.split("\n")).strip()
+    """Return ``text`` as one cell of a Markdown table: generated text is not Markdown, HTML, nor a link."""
+    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+    text = re.sub(r"(?i)(https?|ftp|mailto|xmpp):|(www)\.|@", _without_link, text)
+    return printable(" ".join(text.split("\n"))).strip()
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=130, layout="constrained")
-
-
-def _write_png(figure: Figure, path: Path) -> None:
-    with whole_file(path) as half_made:
-        figure.savefig(half_made, format="png")
+def _without_link(found: re.Match[str]) -> str:
+    """Return an address so that Markdown makes no link of it: its sign as an entity."""
+    return f"{found[0][:-1]}&#{ord(found[0][-1])};"

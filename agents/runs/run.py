@@ -17,16 +17,13 @@ Learning and measuring use different prompts, split by template.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +32,15 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents.runs.checkpoint import load_checkpoint, newest_checkpoint
 from agents.runs.config import RunConfig
-from agents.runs.log import CHECKPOINTS, RunLog
+from agents.runs.log import CHECKPOINTS, EVENTS, RunLog
 from agents.runs.parts import OBJECTS, load_objects, open_env, open_language_model, split_prompts
+from agents.runs.pictures import draw_learning, draw_plane
 from agents.runs.report import (
     LOOKAHEAD,
     SEEN,
     Report,
     Yardstick,
     acting_betas,
-    draw_learning,
-    draw_plane,
     evaluate_agent,
     samples_page,
 )
@@ -55,17 +51,29 @@ from agents.runs.stored import (
     check_unchanged,
     located,
     no_folder_of_a_failed_start,
+    no_new_folders_of_a_failed_start,
     store,
     stored_config,
     without_reward,
+    write_summary,
 )
 from agents.sb3_vec import SB3VecEnv
+from agents.terminal import say, status_text
 from agents.text_dqn.agent import TextDQN
 from agents.user_code import remember
 from agents.zoo import AGENTS, Budget, acts_greedily, make_agent
-from textgen_env.errors import ConfigError, RunFolderError
+from textgen_env.errors import ConfigError, RunFolderError, TextGenError
 from textgen_env.evaluation import Evaluation
-from textgen_env.files import check_keys, read_json, whole_file, write_file
+from textgen_env.files import (
+    check_keys,
+    clear_half_made,
+    is_free,
+    locked,
+    read_json,
+    refuse_links,
+    whole_file,
+    write_file,
+)
 from textgen_env.models import load_language_model
 from textgen_env.prompts import PromptSource
 from textgen_env.vector_env import TextGenVectorEnv
@@ -75,9 +83,6 @@ SUMMARY_FILE = "summary.json"
 SAMPLES_FILE = "samples.md"
 PLANE_FILE = "plane.png"
 LEARNING_FILE = "learning.png"
-
-SUMMARY_PACKAGES = ("textgen-env", "torch", "transformers", "stable-baselines3", "gymnasium", "numpy")
-"""Whose versions are in the summary."""
 
 PORTABLE_AGENTS = ("text_dqn",)
 """Agents stored without pickles: their files run no code when they are read, and their training can be resumed."""
@@ -256,7 +261,7 @@ def train(
 ) -> RunResult:
     """Train an agent, measure it, and leave everything in the folder ``out``.
 
-    Ctrl-C and SIGTERM end the run: its state by then is saved, and the result says so. ``resume``
+    Ctrl-C, SIGTERM and SIGHUP end the run: its state by then is saved, and the result says so. ``resume``
     goes on with it.
 
     Args:
@@ -274,7 +279,7 @@ def train(
     check_free(folder)
     with console.status("loading the language model"):
         run = open_run(config, model=model, prompts=prompts, reward=reward)
-    with text_source(run, partial(console.print, markup=False)):
+    with text_source(run, partial(say, console)), no_new_folders_of_a_failed_start(folder), locked(folder):
         check_free(folder)  # loading took a while
         with no_folder_of_a_failed_start(folder):
             stored = store(config, folder, model=model, prompts=prompts, reward=reward)
@@ -292,7 +297,7 @@ def resume(
     text_source: TextSource = local,
     console: Console | None = None,
 ) -> RunResult:
-    """Go on with a run that was stopped or killed, from its last checkpoint.
+    """Go on with a run that was stopped or killed, from its last checkpoint, or from the start before there is one.
 
     It ends with the weights and metrics of a run that passed the same checkpoints and was never
     stopped: bit for bit on the same machine with the same number of threads, on a CPU.
@@ -305,21 +310,36 @@ def resume(
         console: Shows progress. None: silence.
 
     Raises:
-        RunFolderError: no run, a finished one, or one without a checkpoint.
+        RunFolderError: no run, a finished one, one that another process works on, or one with links in it.
         ConfigError: an agent that cannot be resumed, or a configuration that was changed.
         TextGenError: as of ``train``.
     """
     path, console = Path(folder), console or Console(quiet=True)
     config = stored_config(path, trust)
-    checkpoint = _checkpoint_to_resume(path, config)
-    with console.status("loading the language model"):
-        run = open_run(located(config, path), model=model, prompts=prompts, reward=reward)
+    _check_resumable(path, config)
+    with locked(path):
+        refuse_links(path)
+        with console.status("loading the language model"):
+            run = open_run(located(config, path), model=model, prompts=prompts, reward=reward)
+        log = _return_to_checkpoint(run, config, path)
+        if log is None:
+            say(console, "stopped before the first checkpoint: the run begins again")
+            shutil.rmtree(path / EVENTS, ignore_errors=True)
+        with text_source(run, partial(say, console)):
+            return _carry_out(run, config, path, console, log)
+
+
+def _return_to_checkpoint(run: Run, stored: RunConfig, path: Path) -> Mapping[str, Any] | None:
+    """Put the agent where the newest checkpoint was made and return the log in it; None without a checkpoint."""
+    checkpoint = newest_checkpoint(path / CHECKPOINTS)
+    if checkpoint is None:
+        return None
     assert isinstance(run.agent, TextDQN)
     extra = load_checkpoint(checkpoint, run.agent)
     check_keys(extra, ("config", "log"), f"the checkpoint {str(checkpoint)!r}")
-    check_unchanged(extra["config"], config)
-    with text_source(run, partial(console.print, markup=False)):
-        return _carry_out(run, config, path, console, extra["log"])
+    check_unchanged(check_keys(extra["config"], (), "the configuration in the checkpoint"), stored)
+    log: Mapping[str, Any] = extra["log"]
+    return log
 
 
 def load_writer(
@@ -347,7 +367,7 @@ def _opened_config(path: Path, trust: bool, given: Mapping[str, Any]) -> RunConf
     return config
 
 
-def _checkpoint_to_resume(path: Path, config: RunConfig) -> Path:
+def _check_resumable(path: Path, config: RunConfig) -> None:
     if config.agent not in PORTABLE_AGENTS:
         raise ConfigError(
             f"agent {config.agent!r} keeps no checkpoints, since Stable-Baselines3 does not say all that it is made "
@@ -355,21 +375,17 @@ def _checkpoint_to_resume(path: Path, config: RunConfig) -> Path:
         )
     summary = path / SUMMARY_FILE
     if summary.is_file() and read_json(summary, ["finished"], allow_nan=True)["finished"]:
+        with locked(path):  # a kill after the summary left them
+            shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+            clear_half_made(path)
         raise RunFolderError(f"{str(path)!r} holds a finished run: there is nothing to resume")
-    checkpoint = newest_checkpoint(path / CHECKPOINTS)
-    if checkpoint is None:
-        raise RunFolderError(
-            f"{str(path)!r} holds no checkpoint: it was stopped before the first. Start it again with textgen train "
-            f"--config {path / CONFIG_FILE} --out another folder"
-        )
-    return checkpoint
 
 
 def check_free(folder: Path) -> None:
     """Raise ``RunFolderError`` unless ``folder`` is new or empty."""
     if (folder / CONFIG_FILE).exists():
         raise RunFolderError(f"{str(folder)!r} already holds a run; choose another folder, or delete this one")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_free(folder):
         raise RunFolderError(f"{str(folder)!r} exists and is not an empty folder; choose another one")
 
 
@@ -377,12 +393,11 @@ def _carry_out(
     run: Run, stored: RunConfig, folder: Path, console: Console, logged: Mapping[str, Any] | None = None
 ) -> RunResult:
     """Measure, learn, measure, from the start or from the checkpoint that holds ``logged``."""
-    for note in run.notes:
-        console.print(note)
+    say(console, *run.notes)
     log = RunLog(folder, stored, console)
     if logged is not None:
         log.restore(logged)
-        console.print(f"going on after {log.steps:,} steps")
+        say(console, f"going on after {log.steps:,} steps")
     report: Report | None = None
     signum: int | None = None
     try:
@@ -391,9 +406,11 @@ def _carry_out(
     except KeyboardInterrupt as stop:
         stopped = stop if isinstance(stop, Stopped) else Stopped()
         signum = stopped.signum
-        console.print(f"stopped by {stopped.name} after {log.steps:,} steps")
-        if newest_checkpoint(folder / CHECKPOINTS) is not None:
-            console.print(f"go on with: textgen train --resume {folder}", soft_wrap=True, markup=False)
+        say(console, f"stopped by {stopped.name} after {log.steps:,} steps")
+        _say_how_to_go_on(folder, console)
+    except TextGenError:
+        _say_how_to_go_on(folder, console)
+        raise
     finally:
         write_summary(folder / SUMMARY_FILE, log, report)
     if report is not None:
@@ -401,13 +418,20 @@ def _carry_out(
     return RunResult(folder, report is not None, log.steps, log.seconds, report, signum)
 
 
+def _say_how_to_go_on(folder: Path, console: Console) -> None:
+    checkpoint = newest_checkpoint(folder / CHECKPOINTS)
+    if checkpoint is not None:
+        say(console, f"the last checkpoint is of step {int(checkpoint.name):,}")
+        say(console, f"go on with: textgen train --resume {folder}")
+
+
 def _measure_and_learn(run: Run, log: RunLog, folder: Path, console: Console) -> Report:
     with console.status("measuring") as status:
-        yardstick = run.yardstick(lambda policy: status.update(f"measuring: {policy}"))
+        yardstick = run.yardstick(lambda policy: status.update(status_text(f"measuring: {policy}")))
     _learn(run, log, folder)
     draw_learning(log.rows, yardstick.samples.reward, folder / LEARNING_FILE)
     with console.status("measuring") as status:
-        evaluations = run.evaluate(lambda policy: status.update(f"measuring: {policy}"))
+        evaluations = run.evaluate(lambda policy: status.update(status_text(f"measuring: {policy}")))
     report = run.report(yardstick, evaluations)
     draw_plane(report, folder / PLANE_FILE)
     write_file(folder / SAMPLES_FILE, samples_page(yardstick.samples, evaluations[0], run.notes))
@@ -421,19 +445,5 @@ def _learn(run: Run, log: RunLog, folder: Path) -> None:
         with log:
             agent.learn(run.config.steps - done, log, log_interval=sys.maxsize, reset_num_timesteps=not done)
     finally:
-        with whole_file(folder / AGENT_FILE, (RuntimeError,)) as half_made:
-            agent.save(half_made)
-
-
-def write_summary(path: Path, log: RunLog, report: Report | None) -> None:
-    """Write the results of a run, and the versions that it ran with."""
-    versions = {name: metadata.version(name) for name in SUMMARY_PACKAGES}
-    summary = {
-        "finished": report is not None,
-        "steps": log.steps,
-        "episodes": log.episodes,
-        "seconds_of_training": log.seconds,
-        "report": None if report is None else report.as_dict(),
-        "versions": {"python": platform.python_version(), **versions},
-    }
-    write_file(path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        with whole_file(folder / AGENT_FILE, (RuntimeError,)) as half_made, half_made.open("wb") as file:
+            agent.save(file)

@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from agents.runs.config import CONFIG_SOURCE, RunConfig, is_own_code
-from agents.runs.log import METRICS_FILE
+from agents.runs.log import METRICS_FILE, RunLog
 from agents.runs.parts import load_objects
+from agents.runs.report import Report
 from agents.user_code import check_code, identify, is_file, is_reference, replace_references
 from textgen_env.errors import ConfigError, PromptError, RunFolderError
-from textgen_env.files import parse_json, parse_yaml, read_text, write_file
+from textgen_env.files import LOCK_FILE, parse_json, parse_yaml, read_text, write_file
 from textgen_env.models import MODEL_NAMES
 from textgen_env.prompts import PROMPT_NAMES, SPLITS, Prompt, as_prompt, make_prompts
 from textgen_env.rewards import make_reward, reward_spec
@@ -89,17 +92,27 @@ def check_unchanged(then: Mapping[str, Any], config: RunConfig) -> None:
 
 @contextmanager
 def no_folder_of_a_failed_start(folder: Path) -> Iterator[None]:
-    """Remove what was made of a new run's folder if an error ends it before it has learned anything."""
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    """Empty a new run's folder if an error ends the run before it has learned anything."""
     try:
         yield
     except Exception:
         if not (folder / METRICS_FILE).exists():
             for path in folder.iterdir() if folder.is_dir() else ():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            for path in made:
-                with suppress(OSError):  # somebody else's file is in it
-                    path.rmdir()
+                if path.name != LOCK_FILE:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+
+
+@contextmanager
+def no_new_folders_of_a_failed_start(folder: Path) -> Iterator[None]:
+    """Remove ``folder``, and those above it that did not exist either, if an error leaves them empty."""
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        yield
+    except Exception:
+        for path in made:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
         raise
 
 
@@ -168,6 +181,23 @@ def _with_paths(reward: Any, path: Callable[[str], str]) -> Any:
 
 # --- what a run keeps
 
+SUMMARY_PACKAGES = ("textgen-env", "torch", "transformers", "stable-baselines3", "gymnasium", "numpy")
+"""Whose versions are in the summary."""
+
+
+def write_summary(path: Path, log: RunLog, report: Report | None) -> None:
+    """Write the results of a run, and the versions that it ran with."""
+    versions = {name: metadata.version(name) for name in SUMMARY_PACKAGES}
+    summary = {
+        "finished": report is not None,
+        "steps": log.steps,
+        "episodes": log.episodes,
+        "seconds_of_training": log.seconds,
+        "report": None if report is None else report.as_dict(),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+    write_file(path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
 
 def store(config: RunConfig, folder: Path, **given: Any) -> RunConfig:
     """Write ``config.json``, and prompts that are not in the box, into the folder of a new run.
@@ -184,7 +214,8 @@ def store(config: RunConfig, folder: Path, **given: Any) -> RunConfig:
         del objects["reward"]
         config = replace(config, reward=spec)
     config = replace(config, agent_sees_reward=_agent_sees_reward(config, objects.get("reward")))
-    kept = kept_prompts(objects.get("prompts", config.prompts))
+    in_file = isinstance(config.prompts, list | tuple) and "prompts" not in objects  # plain data of the configuration
+    kept = None if in_file else kept_prompts(objects.get("prompts", config.prompts))
     if kept is not None:
         objects.pop("prompts", None)
         write_file(folder / PROMPTS_FILE, kept)
@@ -230,7 +261,7 @@ def without_reward(config: RunConfig) -> Any:
 def kept_prompts(spec: Any) -> str | None:
     """Return the lines of ``prompts.jsonl``, or None for prompts that need no copy, or of which there is none.
 
-    Names in the box and lists of strings need none; there is none of endless, very large or unusual prompts.
+    Names in the box need none; there is none of endless, very large or unusual prompts.
     """
     plain = spec is None or (isinstance(spec, str) and spec.rpartition(":")[0] in PROMPT_NAMES)
     if plain or (isinstance(spec, str) and (spec in PROMPT_NAMES or is_own_code(spec))):

@@ -223,7 +223,11 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm)
         self._check_finite(loss=loss, **{"gradient norm": norm})
         self.optimizer.step()
-        self._check_finite(weights=torch.stack(torch._foreach_norm([weight.detach() for weight in weights])))
+        try:
+            self._check_finite(weights=torch.stack(torch._foreach_norm([weight.detach() for weight in weights])))
+        except DivergenceError:
+            self.network.load_state_dict(self.slow_network.state_dict())  # both are saved, and must be readable
+            raise
         with torch.no_grad():
             for own, slow in zip(self.network.parameters(), self.slow_network.parameters(), strict=True):
                 slow.mul_(1 - self.tau)

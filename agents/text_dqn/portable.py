@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from agents.text_dqn.replay import EpisodeReplay
 from agents.text_dqn.settings import COUNTERS, Range, check_settings
 from textgen_env.config import check_type
 from textgen_env.errors import ConfigError, ModelError, PromptError, TextGenError
-from textgen_env.files import whole_file, write_file
+from textgen_env.files import MOST_BYTES, parse_json, read_json, whole_file, write_file
 from textgen_env.models.base import LanguageModel
 from textgen_env.rewards import reward_spec
 
@@ -147,8 +148,10 @@ def read_zip(path: Any) -> Any:
     file: Any = open_path(path, "r", suffix="zip")
     try:
         with zipfile.ZipFile(file) as archive:
-            return json.loads(archive.read("data"))
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+            if (size := archive.getinfo("data").file_size) > MOST_BYTES:
+                raise ConfigError(f"the settings in {path} have {size:,} bytes, more than {MOST_BYTES:,}")
+            return parse_json(archive.read("data"), f"the settings in {path}", allow_nan=True)
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, NotImplementedError, RuntimeError) as error:
         raise ConfigError(f"{path} is no zip of an agent: {error}") from error
     finally:
         if file is path:
@@ -328,7 +331,7 @@ def read_pretrained(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
         ConfigError: the folder lacks a file, or one is damaged.
     """
     try:
-        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        settings = read_json(folder / SETTINGS_FILE, None, ConfigError, allow_nan=True)
         return settings, load_file(folder / WEIGHTS_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{str(folder)!r} holds no agent that save_pretrained wrote: {error}") from error

@@ -250,3 +250,24 @@ def test_a_dataset_that_does_not_fit_is_refused(dataset, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ConfigError, match=r"pip install 'textgen-env\[minari\]'"):
         open_dataset(tmp_path)
+
+
+def test_a_killed_record_leaves_nothing_and_the_same_call_records(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("agents.text_dqn.offline._write", killed)
+        with pytest.raises(Killed):
+            record(SampleAgent(), make(), START, tmp_path / "a-v0")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".a-v0.half-made" / "data").mkdir(parents=True)  # what SIGKILL leaves
+    (tmp_path / ".a-v0.half-made" / "data" / "metadata.json").write_text("{")
+    (tmp_path / ".a-v0.lock").write_text("")
+    dataset = record(SampleAgent(), make(), START, tmp_path / "a-v0")
+    assert dataset.total_episodes == len(START)
+    assert dataset.id == "a-v0"
+    assert [path.name for path in tmp_path.iterdir() if "half" in path.name] == []
