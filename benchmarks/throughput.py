@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import time
@@ -41,6 +42,7 @@ from textgen_env.models.hf import HFModel
 
 CANDIDATES = 16
 PROMPT_TOKENS = 8
+WIDEST = {"amx_tile": "AMX", "avx512f": "AVX512", "avx2": "AVX2"}  # flags of a CPU, the widest products first
 Step = Callable[[], object]
 Contestant = Callable[[list[str]], Step]  # prompts of all rows -> one step; starting is not timed
 
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = options.rows or ([1, 64] if options.quick else [1, 16, 64, 256])
     episodes, steps = (1, 6) if options.quick else (3, 12)
     report: dict[str, Any] = {**machine(), "results": []}
-    print(f"{report['machine']}, {report['threads']} threads, torch {report['torch']}")
+    print(headline(report))
     print("model        rows  ms a step: linear      hf   slots make_vec     sb3    make_vec/s  x hf  of limit")
     for name in ("tiny", "smollm2"):
         model, tokenizer = load_pretrained(name, options.dtype)
@@ -77,8 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_file(options.json, json.dumps(report, indent=1) + "\n")
 
 
-def contestants(engine: HFModel, rows: int, steps: int) -> dict[str, Contestant]:
-    """Return the functions that are compared, by name."""
+def contestants(
+    engine: HFModel, rows: int, steps: int, only: Sequence[str] = ("linear", "hf", "slots", "make_vec", "sb3", "make")
+) -> dict[str, Contestant]:
+    """Return the functions that are compared, by name; ``make`` only at one row."""
     settings: dict[str, Any] = {
         "model": engine,
         "prompts": ["unused"],
@@ -89,12 +93,9 @@ def contestants(engine: HFModel, rows: int, steps: int) -> dict[str, Contestant]
     }
     every, free = np.arange(rows), np.zeros(rows, bool)
     rng = np.random.default_rng(0)
-    slots = engine.slots(rows, PROMPT_TOKENS + steps + 2, CANDIDATES)
-    environment = gym.make_vec("TextGen-v0", num_envs=rows, **settings)
-    alone = gym.make("TextGen-v0", **settings)
-    adapter = SB3VecEnv(gym.make_vec("TextGen-v0", num_envs=rows, **settings))
 
     def slotted(prompts: list[str]) -> Step:
+        slots = engine.slots(rows, PROMPT_TOKENS + steps + 2, CANDIDATES)
         slots.start(every, [engine.encode(prompt) for prompt in prompts])
         proposals = slots.propose(every, free)
 
@@ -106,15 +107,18 @@ def contestants(engine: HFModel, rows: int, steps: int) -> dict[str, Contestant]
         return step
 
     def vectorised(prompts: list[str]) -> Step:
+        environment = gym.make_vec("TextGen-v0", num_envs=rows, **settings)
         environment.reset(options={"prompt": prompts})
         return lambda: environment.step(rng.integers(CANDIDATES, size=rows))
 
     def adapted(prompts: list[str]) -> Step:
+        adapter = SB3VecEnv(gym.make_vec("TextGen-v0", num_envs=rows, **settings))
         adapter.set_options({"prompt": prompts})
         adapter.reset()
         return lambda: adapter.step(rng.integers(CANDIDATES, size=rows))
 
     def single(prompts: list[str]) -> Step:
+        alone = gym.make("TextGen-v0", **settings)
         alone.reset(options={"prompt": prompts[0]})
         return lambda: alone.step(rng.integers(CANDIDATES))
 
@@ -124,8 +128,9 @@ def contestants(engine: HFModel, rows: int, steps: int) -> dict[str, Contestant]
         "slots": slotted,
         "make_vec": vectorised,
         "sb3": adapted,
+        "make": single,
     }
-    return every_one | ({"make": single} if rows == 1 else {})
+    return {name: every_one[name] for name in only if rows == 1 or name != "make"}
 
 
 def _linear(engine: HFModel, rows: int) -> Contestant:
@@ -214,13 +219,22 @@ def single_words(tokenizer: Any) -> list[str]:
 def machine() -> dict[str, Any]:
     """Return machine, threads and versions of the figures."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    flags = {flag for line in _cpu_lines() if line.startswith("flags") for flag in line.split()}
     names = [line.split(":", 1)[1].strip() for line in _cpu_lines() if line.startswith("model name")]
     return {
         "machine": f"{names[0] if names else platform.processor() or platform.machine()}, {platform.system()}",
+        "flags": next((name for flag, name in WIDEST.items() if flag in flags), ""),
+        "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit.stdout.strip() or None,
     }
+
+
+def headline(report: dict[str, Any]) -> str:
+    """Return the line that says which machine the figures are of."""
+    machine = f"{report['machine']} ({report['flags'] or 'no AVX2'}), {report['cores']} cores"
+    return f"{machine}, {report['threads']} threads, torch {report['torch']}"
 
 
 def _cpu_lines() -> list[str]:

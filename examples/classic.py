@@ -18,6 +18,10 @@ topics held out. The chosen token does not change the rest of the text, so gamma
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+
 import argparse
 import itertools
 import math

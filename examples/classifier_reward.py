@@ -11,6 +11,10 @@ lookahead costs no forward of the model.
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+
 import argparse
 import tempfile
 from pathlib import Path

@@ -9,6 +9,10 @@ A plain DQN learns a value of the i-th candidate, which is another token in ever
 the mean reward rises from about 0.12 to 0.20, and no further. ``TextDQN`` learns values of tokens.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+
 import argparse
 import time
 

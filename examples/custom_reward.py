@@ -8,6 +8,10 @@ would learn to write it; see the other examples.
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+
 import itertools
 
 import gymnasium as gym

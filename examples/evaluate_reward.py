@@ -8,6 +8,10 @@ Here the modules are those of ``textgen_env.metrics``, which need no hub. With a
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+
 import evaluate
 import gymnasium as gym
 import numpy as np

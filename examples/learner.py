@@ -7,6 +7,10 @@ Reward and KL of the texts that it writes while it learns, with the small model 
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+
 import argparse
 
 import gymnasium as gym

@@ -6,6 +6,10 @@ The task is undiscounted, so gamma is 1 (SB3's default is 0.99). The features ar
 that the environment's own forward has computed.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+
 import gymnasium as gym
 from stable_baselines3 import DQN
 

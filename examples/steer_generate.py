@@ -8,6 +8,10 @@ as a folder of safetensors and JSON, loaded again without an environment, and st
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+
 import tempfile
 
 import gymnasium as gym

@@ -9,6 +9,10 @@ sees the reference, as training does; an agent must do without it.
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+
 import gymnasium as gym
 import numpy as np
 from transformers import AutoTokenizer

@@ -152,6 +152,10 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
         """Return which actions are legal now, (k,) bool: MaskablePPO's protocol."""
         return self.episodes.legal(FIRST_ROW)[0]
 
+    def judge(self) -> float:
+        """Return the reward that the text would get if it ended here. Nothing is paid."""
+        return float(self.episodes.judged(FIRST_ROW)[0])
+
     def snapshot(self) -> Snapshot:
         """Return the episode as it stands, model cache included: O(length of the text).
 

@@ -26,7 +26,7 @@ from textgen_env.observation import Observation, as_observation, budget_left, le
 from textgen_env.policies import Floats, last_legal, renormalise
 from textgen_env.prompts import Prompt, PromptSource
 from textgen_env.rewards.base import Generation, Reward, ScoreState
-from textgen_env.rows import Phase, RowStates, Snapshot
+from textgen_env.rows import FINISH_REASONS, Phase, RowStates, Snapshot
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Episodes:
             self._extend_texts(rows, chosen, tokens)
         reasons = self._finish_reasons(rows, tokens)
         rewards, infos = self._pay(rows, reasons)
-        ended = np.array([reason is not None for reason in reasons], np.bool_)
+        ended = reasons > 0
         state.phase[rows] = Phase.STALE
         if ended.any():
             self._end(rows[ended])
@@ -285,6 +285,16 @@ class Episodes:
         prompt, new = self.ids_of(row)
         return self.model.continuations(prompt, new[:-1], new[-1:])[0] if new else ""
 
+    def judged(self, rows: Rows) -> npt.NDArray[np.float64]:
+        """Return the reward that each row's text would get if it ended here, (B,). Nothing is paid.
+
+        Raises:
+            ResetNeeded: a row without an episode.
+            RewardError: see ``Reward.scored``.
+        """
+        self._check_begun(rows)
+        return self.reward.scored([self._generation(row, "length") for row in rows.tolist()]).total
+
     # --- phases
 
     def _check_ready(self, rows: Rows) -> None:
@@ -398,27 +408,27 @@ class Episodes:
         self._state.illegal[rows] += masked
         return np.where(masked, last_legal(legal), chosen)
 
-    def _finish_reasons(self, rows: Rows, tokens: npt.NDArray[np.int32]) -> list[str | None]:
-        at_end = self._is_end[tokens]
-        full = self.steps(rows) >= self.config.max_new_tokens
-        reasons: list[str | None] = []
-        for row, eos, length in zip(rows, at_end.tolist(), full.tolist(), strict=True):
-            stopped = any(stop in self._state.completion[row] for stop in self.config.stop)
-            reasons.append("eos" if eos else "stop" if stopped else "length" if length else None)
+    def _finish_reasons(self, rows: Rows, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """Return the number in ``FINISH_REASONS`` of each row, (B,): 0 where the text goes on."""
+        reasons = np.where(self.steps(rows) >= self.config.max_new_tokens, 3, 0)
+        if self.config.stop:
+            texts = self._state.completion[rows].tolist()
+            reasons[[any(stop in text for stop in self.config.stop) for text in texts]] = 2
+        reasons[self._is_end[tokens]] = 1
         return reasons
 
-    def _pay(self, rows: Rows, reasons: Sequence[str | None]) -> tuple[npt.NDArray[np.float64], list[dict[str, Any]]]:
+    def _pay(self, rows: Rows, reasons: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], list[dict[str, Any]]]:
         """Return the rewards of a step, (B,), and an info a row."""
         state, counts = self._state, self.config.on_illegal == "last_legal"
-        infos: list[dict[str, Any]] = [
-            {"illegal_actions": float(count)} if counts else {} for count in self._state.illegal[rows]
-        ]
+        infos: list[dict[str, Any]] = [{} for _ in range(len(rows))]
+        if counts:
+            infos = [{"illegal_actions": float(count)} for count in state.illegal[rows].tolist()]
         rewards = np.zeros(len(rows), np.float64)
         if self.config.reward_at == "step":
             rewards += state.score[rows] - state.paid[rows]
-        ended = [i for i, reason in enumerate(reasons) if reason is not None]
+        ended = np.flatnonzero(reasons).tolist()
         if ended:
-            generations = [self._generation(rows[i], reasons[i] or "") for i in ended]
+            generations = [self._generation(rows[i], FINISH_REASONS[reasons[i]]) for i in ended]
             scored = self.reward.scored(generations)
             rewards[ended] = scored.total - state.paid[rows[ended]]
             for j, (i, generation) in enumerate(zip(ended, generations, strict=True)):

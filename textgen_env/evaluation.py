@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,7 @@ def evaluate(
     seed: int,
     prompts: PromptSource | Sequence[Prompt] | None = None,
     deterministic: bool = False,
+    watch: Callable[[int, int], None] = lambda ended, count: None,
 ) -> Evaluation:
     """Let ``agent`` write the same number of texts for each prompt, and measure them.
 
@@ -121,6 +122,7 @@ def evaluate(
         seed: Fixes the random numbers of the texts and the prompts drawn.
         prompts: Instead of the environment's own.
         deterministic: Ask ``predict(deterministic=True)``; its KL is that of a point mass.
+        watch: Called after each step with the texts that have ended, and their number.
 
     Raises:
         ConfigError: ``episodes`` below 1, or probabilities that are none.
@@ -129,7 +131,7 @@ def evaluate(
         raise ConfigError(f"episodes must be at least 1, got {episodes}")
     chosen = choose_prompts(env.episodes.prompts if prompts is None else prompts, episodes, seed)
     rounds = math.ceil(episodes / len(chosen))
-    return roll_out(agent, env, list(chosen) * rounds, seed, deterministic, num_prompts=len(chosen))
+    return roll_out(agent, env, list(chosen) * rounds, seed, deterministic, len(chosen), watch)
 
 
 def choose_prompts(source: PromptSource | Sequence[Prompt], most: int, seed: int) -> PromptSource:
@@ -148,16 +150,19 @@ def roll_out(
     seed: int,
     deterministic: bool = False,
     num_prompts: int | None = None,
+    watch: Callable[[int, int], None] = lambda ended, count: None,
 ) -> Evaluation:
     """Return one finished text for each entry of ``prompts``; see ``evaluate``.
 
     Args:
         num_prompts: The period of ``prompts``; all different if not given.
+        watch: See ``evaluate``.
     """
     count = len(prompts)
     rewards, kl, outside = np.zeros((3, count))
     lengths = np.zeros(count, np.int64)
     infos: list[dict[str, Any]] = [{} for _ in range(count)]
+    ended = 0
     for step in play(agent, env, prompts, seed, deterministic):
         rewards[step.texts] += step.outcome.rewards
         kl[step.texts] += step.kl
@@ -165,6 +170,8 @@ def roll_out(
         lengths[step.texts] += 1
         for j in np.flatnonzero(step.outcome.ended):
             infos[step.texts[j]] = step.outcome.infos[j]
+        ended += int(step.outcome.ended.sum())
+        watch(ended, count)
     names = list(infos[0]["reward_parts"]) if infos else []
     return Evaluation(
         prompts=tuple(prompt.text for prompt in prompts),

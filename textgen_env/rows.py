@@ -13,6 +13,9 @@ import numpy as np
 
 from textgen_env.models.base import Rows
 
+FINISH_REASONS = ("", "eos", "stop", "length")
+"""Why a text ended; the first stands for one that goes on."""
+
 
 class Phase:
     """Where a row is in its life: small integers, which arrays compare faster than an enumeration."""

@@ -101,9 +101,9 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
             for j, row in enumerate(ended):
                 last = flatten(self.episodes.config, {key: value[j] for key, value in final.items()})
                 infos = self._add_info(infos, {"final_obs": last}, int(row))
-        for row, info, is_last in zip(acting, outcome.infos, outcome.ended, strict=True):
-            if info:
-                infos = self._add_info(infos, {"final_info": info} if same_step and is_last else info, int(row))
+        for i in [i for i, info in enumerate(outcome.infos) if info]:
+            row, info, is_last = acting[i], outcome.infos[i], outcome.ended[i]
+            infos = self._add_info(infos, {"final_info": info} if same_step and is_last else info, int(row))
         return infos
 
     def fork(self, src: npt.ArrayLike, dst: npt.ArrayLike) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +24,8 @@ from agents.cli.options import (
     reward_again,
 )
 from agents.tables import show_table
-from agents.terminal import json_text, open_console, say, status_text, table_of
+from agents.terminal import json_text, open_console, say, table_of
+from textgen_env.errors import ConfigError
 from textgen_env.files import refuse_links, write_file
 
 if TYPE_CHECKING:
@@ -43,23 +44,44 @@ def evaluate_command(
         int | None,
         typer.Option(help="Of the evaluation's random numbers.", min=0, max=LARGEST_SEED, show_default="the run's"),
     ] = None,
+    particles: Annotated[
+        str | None,
+        typer.Option(
+            help="Also measure what more tokens a text buy, by so many particles (and best-of-n): 1,2,4,8.",
+            metavar="N,N,...",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures.", show_default="RUN/evaluation")] = None,
     trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a trained agent again: the table, and the reward-KL plane as a picture.
 
-    On the run's own test prompts, or on all of --prompts (at most 32 of them).
+    On the run's own test prompts, or on all of --prompts (at most 32 of them). With --particles there is
+    a second table, and the share of the optimal gain against tokens a text as a picture.
     """
     from agents.runs.run import load_run
 
+    counts = _counts(particles)
     console = open_console(stderr=as_json)
     with console.status("loading"):
         opened = load_run(run, reward=reward_again(run, reward), trust=trust)
     opened = replace(opened, config=change(opened.config, eval_texts=texts, eval_samples=samples, seed=seed))
     if prompts is not None:
         opened = _on_prompts(opened, prompts)
-    _measure(opened, out or run / "evaluation", console, as_json)
+    _measure(opened, counts, out or run / "evaluation", console, as_json)
+
+
+def _counts(particles: str | None) -> list[int]:
+    """Return the numbers of particles to measure, in order.
+
+    Raises:
+        ConfigError: no list of whole numbers of at least 1.
+    """
+    parts = [] if particles is None else particles.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--particles must be whole numbers of at least 1, like 1,2,4,8, got {particles!r}")
+    return sorted({int(part) for part in parts})
 
 
 def _on_prompts(run: Run, prompts: str) -> Run:
@@ -71,30 +93,38 @@ def _on_prompts(run: Run, prompts: str) -> Run:
     return replace(run, test_prompts=chosen, notes=(*run.notes[:-1], note))
 
 
-def _measure(run: Run, folder: Path, console: Console, as_json: bool) -> None:
+def _measure(run: Run, counts: Sequence[int], folder: Path, console: Console, as_json: bool) -> None:
     """Measure the agent, write the figures into ``folder``, and print them."""
     from agents.runs.pictures import draw_plane
+    from agents.runs.progress import JobProgress
     from agents.runs.report import report_notes, samples_page, table, text_metrics
-    from agents.runs.run import PLANE_FILE, SAMPLES_FILE, SUMMARY_FILE
+    from agents.runs.run import PLANE_FILE, SAMPLES_FILE, SUMMARY_FILE, TOKENS_FILE
+    from agents.runs.spending import draw_tokens, spending_table
 
-    with console.status("measuring") as status:
-        yardstick = run.yardstick(lambda policy: status.update(status_text(f"measuring: {policy}")))
-        evaluations = run.evaluate(lambda policy: status.update(status_text(f"measuring: {policy}")))
+    with JobProgress(console, "texts") as progress:
+        yardstick = run.yardstick(progress.measuring)
+        evaluations = run.evaluate(progress.measuring)
+        spending = run.spending(yardstick, counts, lambda way: say(console, f"measuring: {way}"))
+    bounds = (yardstick.samples.reward, float(yardstick.best.value.mean()))
     report = run.report(yardstick, evaluations)
     references = [prompt.reference for prompt in run.test_prompts]
     metrics = {
         "language model": text_metrics(yardstick.samples, references),
         run.agent_name: text_metrics(evaluations[0], references),
     }
-    figures = report.as_dict() | {"metrics": metrics}
+    figures = report.as_dict() | {"metrics": metrics, "spending": [asdict(point) for point in spending]}
     refuse_links(folder)
     write_file(folder / SUMMARY_FILE, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     write_file(folder / SAMPLES_FILE, samples_page(yardstick.samples, evaluations[0], run.notes))
     draw_plane(report, folder / PLANE_FILE)
+    if spending:
+        draw_tokens(spending, *bounds, folder / TOKENS_FILE)
     if as_json:
         typer.echo(json_text(figures))
         return
     show_table(console, table(report), *report_notes(report))
+    if spending:
+        show_table(console, spending_table(spending, *bounds))
     show_table(console, _metrics_table(*metrics.values()))
     say(console, f"Figures, picture and texts are in {folder}/")
 

@@ -123,6 +123,13 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option(help="Start from a JSON or YAML file, or a run's config.json; options go over it."),
 ]
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        help="How long the whole should take: steps, texts and samples are chosen by the speed of this machine.",
+        show_default="none",
+    ),
+]
 Resume = Annotated[
     Path | None, typer.Option(help="Go on with the run in this folder, from its last checkpoint.", metavar="RUN")
 ]
@@ -152,6 +159,7 @@ def train_command(
     samples: Samples = None,
     checkpoint_every: CheckpointEvery = None,
     config: ConfigFile = None,
+    minutes: Minutes = None,
     resume: Resume = None,
     engine: Engine = "local",
     actors: Actors = None,
@@ -166,6 +174,8 @@ def train_command(
     """
     from agents.runs import run as runs
 
+    if resume is None:
+        _check_minutes(minutes, engine, {"--steps": steps, "--texts": texts, "--samples": samples})
     console = open_console(stderr=as_json)
     text_source = _text_source(engine, actors, address)
     if resume is not None:
@@ -179,7 +189,7 @@ def train_command(
     env["min_new_tokens"] = max_new_tokens if min_new_tokens is None else min_new_tokens
     settings = _settings(config, changes, env, candidate_scores, trust)
     folder = out or _free_folder(Path("runs"), settings.agent)
-    _show(runs.train(settings, folder, text_source=text_source, console=console), console, as_json)
+    _show(runs.train(settings, folder, text_source=text_source, console=console, minutes=minutes), console, as_json)
 
 
 def _text_source(engine: str, actors: int | None, address: str | None) -> TextSource:
@@ -200,6 +210,18 @@ def _check_only_where(ctx: typer.Context) -> None:
     if typed - WHERE:
         options = ", ".join("--" + name.replace("_", "-") for name in sorted(typed - WHERE))
         raise ConfigError(f"a run is resumed with its own configuration: leave out {options}")
+
+
+def _check_minutes(minutes: float | None, engine: str, sizes: dict[str, int | None]) -> None:
+    """Raise ``ConfigError`` if ``--minutes`` is no time, or stands beside an option that it would choose."""
+    if minutes is None:
+        return
+    if not 0 < minutes < float("inf"):
+        raise ConfigError(f"--minutes must be above 0 and finite, got {minutes:g}")
+    if clash := list(given(sizes)):
+        raise ConfigError(f"--minutes chooses {', '.join(clash)}: leave out one or the other")
+    if engine != "local":
+        raise ConfigError("--minutes times this machine alone: leave out --engine, or give --steps")
 
 
 def _settings(

@@ -35,7 +35,7 @@ MOST_NODES = 5_000
 WAYS = ("sample", "greedy")
 """How a text is written to its end."""
 
-END = "(end)"
+END_SHOWN = "(end)"
 """The end token, as it is shown."""
 
 BAR_BLOCKS = 12
@@ -132,7 +132,7 @@ class View:
     branches: list[tuple[int, str, float]]  # (node, indented text, score) of the tree, in the order of reading
 
 
-LANGUAGE_MODEL = "language model"
+MODEL_WRITER = "language model"
 
 
 class Desk:
@@ -154,7 +154,7 @@ class Desk:
         if agent is not None and not hasattr(agent, "probabilities"):
             raise ConfigError(f"{name} has no probabilities to show; a desk takes agents such as text_dqn and ppo")
         self.env, self.agent, self.scored = env, agent, scored
-        self.writers = (LANGUAGE_MODEL,) if agent is None else (LANGUAGE_MODEL, name)
+        self.writers = (MODEL_WRITER,) if agent is None else (MODEL_WRITER, name)
         self.beta: float | None = getattr(agent, "beta", None)
         self._episodes = env.episodes
         self._snapshots: OrderedDict[tuple[int, str, int], Snapshot] = OrderedDict()
@@ -298,11 +298,11 @@ class Desk:
         prompt, new = self._episodes.ids_of(int(rows[0]))
         model, text = self._episodes.model, self._episodes.text_of(int(rows[0]))
         wholes = model.continuations(prompt, new, found.tolist())
-        beta = None if writer == LANGUAGE_MODEL or self.beta is None else self.agent.beta
+        beta = None if writer == MODEL_WRITER or self.beta is None else self.agent.beta
         ends = set(model.end_ids)
         candidates = []
         for action in np.flatnonzero(np.isfinite(log_prior)).tolist():
-            token = END if int(found[action]) in ends else piece(text, wholes[action])
+            token = END_SHOWN if int(found[action]) in ends else piece(text, wholes[action])
             advantage = None
             if beta is not None:  # pi = mu exp((Q - V) / beta)
                 advantage = float(beta * (np.log(max(policy[action], 1e-300)) - log_prior[action]))
@@ -326,7 +326,7 @@ class Desk:
             row, action = int(rows[i]), int(outcome.actions[i])
             text = piece(before[i], self._episodes.text_of(row))
             if int(tokens[i, action]) in self._episodes.model.end_ids:
-                text = END
+                text = END_SHOWN
             score = self._episodes.score_of(row)
             if outcome.ended[i]:
                 score = float(outcome.rewards[i]) + (paid[i] if at_step else 0.0)

@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
 
 from agents.runs.checkpoint import save_checkpoint
 from agents.runs.config import RunConfig
+from agents.runs.progress import JobProgress
 from agents.runs.signals import Stopped
-from agents.tables import SteadyProgress
 from agents.terminal import say
 from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import RunFolderError
@@ -143,9 +142,9 @@ class RunLog(BaseCallback):
         self._learning = False
         self._signum: int | None = None  # of a stop that was requested
         self._gathered: Mapping[str, Any] | None = None  # by the logger, at the checkpoint that the run goes on from
-        self._progress = progress_bar(console)
+        self._progress = JobProgress(console, "steps")
+        self._recent = ""  # reward of recent texts, as it is shown
         self._exits = ExitStack()
-        self._task = self._progress.add_task("", total=config.steps, reward="–")
 
     @property
     def rows(self) -> list[dict[str, float]]:
@@ -159,11 +158,11 @@ class RunLog(BaseCallback):
 
     def __enter__(self) -> RunLog:
         self._exits.enter_context(quiet_event_threads())
-        self._progress.start()
+        self._progress.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        self._progress.__exit__(*exception)
         with self._exits:
             if self.steps:
                 self._exits.callback(self._close_events)
@@ -204,7 +203,7 @@ class RunLog(BaseCallback):
         if self.steps >= self._next_row and len(self._texts):
             self._next_row = self.steps + self._config.steps // 100
             self._write_row()
-        self._progress.update(self._task, completed=min(self.steps, self._config.steps))
+        self._progress("learning", self.steps, self._config.steps, self._recent)
         return True
 
     def _on_rollout_start(self) -> None:
@@ -278,7 +277,7 @@ class RunLog(BaseCallback):
         for name, value in means.items():
             self.logger.record(f"run/{name}", value)
         if means:
-            self._progress.update(self._task, reward=f"{means['reward']:.2f}")
+            self._recent = f", reward of recent texts {means['reward']:.2f}"
         row = {"steps": float(self.steps), "seconds": self.seconds, "episodes": float(self.episodes), **means}
         for name, value in _numbers(self.logger.name_to_value).items():
             row[name.rpartition("/")[2]] = value
@@ -309,19 +308,6 @@ def quiet_event_threads() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
-
-
-def progress_bar(console: Console) -> Progress:
-    """Return the bar of a training: steps, and the reward of recent texts."""
-    return SteadyProgress(
-        TextColumn("learning"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps, reward of recent texts {task.fields[reward]}"),
-        TimeRemainingColumn(),
-        console=console,
-        words="learning: {done} steps, reward of recent texts {reward}",
-    )
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

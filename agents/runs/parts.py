@@ -14,7 +14,7 @@ from textgen_env.errors import ConfigError, PromptError
 from textgen_env.evaluation import choose_prompts
 from textgen_env.models import load_language_model, load_pretrained
 from textgen_env.models.base import LanguageModel
-from textgen_env.prompts import ListPrompts, PromptSource, make_prompts
+from textgen_env.prompts import ListPrompts, Prompt, PromptSource, make_prompts
 from textgen_env.rewards import Reward
 from textgen_env.vector_env import TextGenVectorEnv
 
@@ -72,7 +72,7 @@ def open_language_model(config: RunConfig) -> tuple[LanguageModel, str | None]:
         model, report = prune_(model, method, amount, tokenizer=tokenizer, seed=config.seed)
         reports.append(str(report))
     model.to(pick_device())  # type: ignore[arg-type]  # transformers types it for itself
-    pruned = HFModel(model, tokenizer, name=f"{config.model}, {config.prune}")
+    pruned = HFModel(model, tokenizer, name=f"{config.model}, {config.prune}", relayout=True)
     return pruned, f"Language model {config.model}: {'; '.join(reports)}."
 
 
@@ -102,3 +102,11 @@ def split_prompts(spec: Any, most: int, seed: int) -> tuple[PromptSource, Prompt
     except PromptError:  # too few templates
         return source, choose_prompts(source, most, seed), too_few
     return train, test, f"Prompts: {len(train)} to learn from, {len(test)} others, of other templates, to measure on."
+
+
+def validation_prompts(source: PromptSource, seed: int, most: int = 16) -> list[Prompt]:
+    """Return some of the prompts that an agent learns from, to choose settings on."""
+    try:
+        return list(choose_prompts(source, most, seed))
+    except PromptError:  # a function's prompts never end
+        return [source[index] for index in range(most)]

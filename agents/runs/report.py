@@ -12,7 +12,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +53,13 @@ SEEN = {
 
 Curve = list[tuple[float, float]]
 """Points (KL in nats a text, reward)."""
+
+Watch = Callable[[str, int, int], None]
+"""Called while a policy is measured: its name, the texts that have ended, their number."""
+
+
+def unwatched(policy: str, ended: int, texts: int) -> None:
+    """Watch nothing."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ class Yardstick:
         texts: int,
         samples: int,
         seed: int,
-        say: Callable[[str], None] = lambda policy: None,
+        watch: Watch = unwatched,
     ) -> Yardstick:
         """Roll out the agents without learning.
 
@@ -121,16 +128,17 @@ class Yardstick:
             texts: For each agent, rounded up to a whole number a prompt.
             samples: Texts of the language model a prompt, from which the optimum is estimated.
             seed: Of the evaluation's random numbers.
-            say: Called with the name of each policy before it is measured.
+            watch: Told of each policy while it is measured.
         """
-        say("language model")
-        sampled = evaluate(SampleAgent(), env, max(texts, samples * len(prompts)), seed, prompts)
-        say("language model, greedy")
-        greedy = evaluate(GreedyAgent(), env, len(prompts), seed, prompts)  # once a prompt: it has no other
+        count = max(texts, samples * len(prompts))
+        sampled = evaluate(SampleAgent(), env, count, seed, prompts, watch=partial(watch, "language model"))
+        named = partial(watch, "language model, greedy")
+        # Once a prompt: it has no other text.
+        greedy = evaluate(GreedyAgent(), env, len(prompts), seed, prompts, watch=named)
         lookahead = []
         if "candidate_scores" in env.episodes.keys:
-            say("score lookahead")
-            lookahead = evaluate_agent(LookaheadAgent(), env, prompts, texts=texts, seed=seed)
+            agent, name = LookaheadAgent(), "score lookahead"
+            lookahead = evaluate_agent(agent, env, prompts, texts=texts, seed=seed, watch=watch, name=name)
         return cls(beta, sampled, greedy, lookahead)
 
     def optimum(self, beta: float) -> Optimum:
@@ -256,17 +264,17 @@ def evaluate_agent(
     texts: int,
     seed: int,
     deterministic: bool = False,
-    say: Callable[[str], None] = lambda policy: None,
+    watch: Watch = unwatched,
+    name: str = "agent",
 ) -> list[Evaluation]:
     """Return the agent's evaluation and, where it has a temperature ``beta``, those at others (half the texts)."""
-    say("agent")
-    evaluations = [evaluate(agent, env, texts, seed, prompts, deterministic)]
+    evaluations = [evaluate(agent, env, texts, seed, prompts, deterministic, partial(watch, name))]
     if hasattr(agent, "beta"):
         for factor in ACTING_FACTORS:
             acting = factor * agent.beta
-            say(f"agent at {acting:g}")
+            named, half = partial(watch, f"{name} at beta {acting:g}"), max(texts // 2, 1)
             with _acting_at(agent, acting):
-                evaluations.append(evaluate(agent, env, max(texts // 2, 1), seed, prompts, deterministic))
+                evaluations.append(evaluate(agent, env, half, seed, prompts, deterministic, named))
     return evaluations
 
 

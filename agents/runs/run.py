@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -28,42 +29,37 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents.runs.checkpoint import load_checkpoint, newest_checkpoint
 from agents.runs.config import RunConfig
 from agents.runs.log import CHECKPOINTS, EVENTS, RunLog
-from agents.runs.parts import OBJECTS, load_objects, open_env, open_language_model, split_prompts
+from agents.runs.opening import AGENT_FILE, PORTABLE_AGENTS, Run, budget_of, load_run, load_writer, open_run
+from agents.runs.parts import (
+    open_env,
+)
 from agents.runs.pictures import draw_learning, draw_plane
+from agents.runs.progress import JobProgress
 from agents.runs.report import (
-    LOOKAHEAD,
-    SEEN,
     Report,
-    Yardstick,
-    acting_betas,
-    evaluate_agent,
     samples_page,
 )
 from agents.runs.signals import Stopped, stop_signals
+from agents.runs.sizing import fit, measured_speed, work_of
 from agents.runs.stored import (
     CONFIG_FILE,
-    check_stored_code,
     check_unchanged,
     located,
     no_folder_of_a_failed_start,
     no_new_folders_of_a_failed_start,
     store,
     stored_config,
-    without_reward,
     write_summary,
 )
-from agents.sb3_vec import SB3VecEnv
-from agents.terminal import say, status_text
+from agents.terminal import say
 from agents.text_dqn.agent import TextDQN
 from agents.user_code import remember
-from agents.zoo import AGENTS, Budget, acts_greedily, make_agent
+from agents.zoo import AGENTS, make_agent
 from textgen_env.errors import ConfigError, RunFolderError, TextGenError
-from textgen_env.evaluation import Evaluation
 from textgen_env.files import (
     check_keys,
     clear_half_made,
@@ -74,156 +70,32 @@ from textgen_env.files import (
     whole_file,
     write_file,
 )
-from textgen_env.models import load_language_model
-from textgen_env.prompts import PromptSource
-from textgen_env.vector_env import TextGenVectorEnv
 
-AGENT_FILE = "agent.zip"
+__all__ = [
+    "AGENT_FILE",
+    "CONFIG_FILE",
+    "LEARNING_FILE",
+    "PLANE_FILE",
+    "SAMPLES_FILE",
+    "SUMMARY_FILE",
+    "TOKENS_FILE",
+    "Run",
+    "RunConfig",
+    "RunResult",
+    "TextSource",
+    "load_run",
+    "load_writer",
+    "local",
+    "open_run",
+    "resume",
+    "train",
+]
+
 SUMMARY_FILE = "summary.json"
 SAMPLES_FILE = "samples.md"
 PLANE_FILE = "plane.png"
+TOKENS_FILE = "tokens.png"
 LEARNING_FILE = "learning.png"
-
-PORTABLE_AGENTS = ("text_dqn",)
-"""Agents stored without pickles: their files run no code when they are read, and their training can be resumed."""
-
-
-# --- opening a run
-
-
-@dataclass(frozen=True)
-class Run:
-    """A configuration with everything that it names, opened."""
-
-    config: RunConfig
-    env: TextGenVectorEnv  # the agent learns in it, on the training prompts
-    agent: BaseAlgorithm
-    test_prompts: PromptSource
-    notes: tuple[str, ...]  # for readers of the results
-    given: Mapping[str, Any]  # Python objects in place of configured names
-
-    def yardstick(self, say: Callable[[str], None]) -> Yardstick:
-        """Measure the policies without learning on the test prompts."""
-        config, reward = self.env.episodes.config, self.env.episodes.reward
-        keys = ["logprobs", "action_mask"]
-        if reward.running() is not None and config.top_k is not None:
-            keys += ["score", "candidate_scores"]
-        env = open_env(self.config, self.env.language_model, self.test_prompts, reward, tuple(keys))
-        return Yardstick.measure(
-            env,
-            self.test_prompts,
-            beta=self.config.beta,
-            texts=self.config.eval_texts,
-            samples=self.config.eval_samples,
-            seed=self.config.seed,
-            say=say,
-        )
-
-    def evaluate(self, say: Callable[[str], None]) -> list[Evaluation]:
-        """Measure the agent on the test prompts: at its own temperature, then at others."""
-        return evaluate_agent(
-            self.agent,
-            self.env,
-            self.test_prompts,
-            texts=self.config.eval_texts,
-            seed=self.config.seed,
-            deterministic=self.greedy,
-            say=say,
-        )
-
-    def report(self, yardstick: Yardstick, evaluations: list[Evaluation]) -> Report:
-        """Return the report of ``evaluations`` beside the policies without learning."""
-        betas = acting_betas(self.agent)
-        return yardstick.report(self.agent_name, evaluations, self.notes, betas, self.seen_of_reward)
-
-    @property
-    def seen_of_reward(self) -> str:
-        """What the agent sees of the reward while it writes."""
-        episodes = self.env.episodes
-        if "candidate_scores" in episodes.keys:
-            return SEEN[LOOKAHEAD]
-        return "sees the running score" if episodes.reward.running() and "score" in episodes.keys else "sees no score"
-
-    @property
-    def agent_name(self) -> str:
-        return f"{self.config.agent}, trained"
-
-    @property
-    def greedy(self) -> bool:
-        """True for a Q-learner without a distribution: the actions that it draws are exploration."""
-        return acts_greedily(self.config.agent, self.agent)
-
-
-def open_run(
-    config: RunConfig, *, model: Any = None, prompts: Any = None, reward: Any = None, load: Path | None = None
-) -> Run:
-    """Return the run of ``config``, with an untrained agent or the one saved in ``load``.
-
-    The user's own code that ``config`` names is run; ``stored_config`` and ``read_config`` decide for files.
-
-    Args:
-        model, prompts, reward: Python objects in place of those that the configuration names.
-
-    Raises:
-        TextGenError: something that cannot be used, or an object that is missing.
-    """
-    given = {"model": model, "prompts": prompts, "reward": reward}
-    missing = [name for name in OBJECTS if given[name] is None]
-    given |= load_objects(config, missing)
-    model, prompts, reward = given.values()
-    _check_given(config, given)
-    language_model, note = open_language_model(config) if model is None else (load_language_model(model), None)
-    train_prompts, test_prompts, split = split_prompts(
-        config.prompts if prompts is None else prompts, config.eval_prompts, config.seed
-    )
-    env = open_env(config, language_model, train_prompts, config.reward if reward is None else reward)
-    budget = Budget(config.steps, config.envs, config.env_config().max_new_tokens, config.beta)
-    if load is None:
-        agent = make_agent(config.agent, env, config.seed, budget, config.agent_settings)
-    else:
-        agent = AGENTS[config.agent](budget)[0].load(load, env=SB3VecEnv(env))
-    return Run(config, env, agent, test_prompts, tuple(filter(None, (note, split))), given)
-
-
-def _check_given(config: RunConfig, given: Mapping[str, Any]) -> None:
-    missing = [name for name in config.objects if given[name] is None and getattr(config, name) is None]
-    if missing:
-        raise ConfigError(
-            f"the run was made with Python objects that JSON cannot hold: {', '.join(missing)}. Give them again, in "
-            f"Python: load_run(folder, {', '.join(f'{name}=...' for name in missing)}), or name a function in a file: "
-            + " ".join(f"--{name} FILE.py:NAME" for name in missing)
-        )
-
-
-def load_run(
-    folder: str | os.PathLike[str], *, model: Any = None, prompts: Any = None, reward: Any = None, trust: bool = False
-) -> Run:
-    """Return the run in ``folder``, with its trained agent.
-
-    Args:
-        model, prompts, reward: The Python objects that the run was made with, if it was; or in place of code that
-            it names, and that is then not run.
-        trust: Also load agents that Stable-Baselines3 unpickles, which runs code that the file holds; and run code
-            that the configuration names and that this user has never named.
-
-    Raises:
-        RunFolderError: the folder holds no run, or no trained agent.
-        ConfigError: the agent would be unpickled, without ``trust``; or code was changed, or is not known.
-        TextGenError: as of ``open_run``.
-    """
-    path = Path(folder)
-    config = _opened_config(path, trust, {"model": model, "prompts": prompts, "reward": reward})
-    if not (path / AGENT_FILE).is_file():
-        reason = "the run was stopped before it had learned anything"
-        if newest_checkpoint(path / CHECKPOINTS) is not None:
-            reason = f"the run was cut off; go on with textgen train --resume {path}"
-        raise RunFolderError(f"{str(path)!r} holds no {AGENT_FILE}: {reason}")
-    if config.agent not in PORTABLE_AGENTS and not trust:
-        raise ConfigError(
-            f"{str(path / AGENT_FILE)!r} holds a {config.agent!r}, which Stable-Baselines3 unpickles, and that runs "
-            "any code that the file holds: load only what you trust, with --trust, or trust=True in Python"
-        )
-    return open_run(config, model=model, prompts=prompts, reward=reward, load=path / AGENT_FILE)
 
 
 # --- a run from start to end
@@ -258,6 +130,7 @@ def train(
     reward: Any = None,
     text_source: TextSource = local,
     console: Console | None = None,
+    minutes: float | None = None,
 ) -> RunResult:
     """Train an agent, measure it, and leave everything in the folder ``out``.
 
@@ -270,6 +143,7 @@ def train(
         model, prompts, reward: Python objects in place of those that the configuration names.
         text_source: This process, or ``agents.distributed.actors.RayTextSource``.
         console: Shows progress. None: silence.
+        minutes: How long the whole should take: steps, texts and samples are chosen by the speed of this machine.
 
     Raises:
         RunFolderError: ``out`` holds something already (nothing is ever overwritten), or cannot be written to.
@@ -277,8 +151,14 @@ def train(
     """
     folder, console = Path(out), console or Console(quiet=True)
     check_free(folder)
+    started = time.perf_counter()
     with console.status("loading the language model"):
         run = open_run(config, model=model, prompts=prompts, reward=reward)
+    if minutes is not None:
+        with console.status("timing a few steps"):
+            run, estimate = sized(run, minutes, started)
+        config = run.config
+        say(console, estimate)
     with text_source(run, partial(say, console)), no_new_folders_of_a_failed_start(folder), locked(folder):
         check_free(folder)  # loading took a while
         with no_folder_of_a_failed_start(folder):
@@ -342,29 +222,29 @@ def _return_to_checkpoint(run: Run, stored: RunConfig, path: Path) -> Mapping[st
     return log
 
 
-def load_writer(
-    folder: str | os.PathLike[str], *, prompts: Any = None, reward: Any = None, trust: bool = False
-) -> tuple[Run, str]:
-    """Return the run in ``folder``, and "", or the reason why its texts cannot be scored: its reward cannot be loaded.
+def sized(run: Run, minutes: float, started: float) -> tuple[Run, str]:
+    """Return ``run`` with sizes for so many minutes since ``started``, and a line that says how long its parts take.
 
     Raises:
-        TextGenError: as of ``load_run``; if the agent sees the reward, also about the reward.
+        ConfigError: too few minutes for the smallest run.
     """
-    try:
-        return load_run(folder, prompts=prompts, reward=reward, trust=trust), ""
-    except ConfigError as error:
-        config = located(stored_config(Path(folder), trust, check=False), Path(folder))
-        if reward is not None or config.agent_sees_reward:
-            raise
-        return load_run(folder, prompts=prompts, reward=without_reward(config), trust=trust), str(error)
-
-
-def _opened_config(path: Path, trust: bool, given: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of the run in ``path``, its paths from here; without code that ``given`` replaces."""
-    config = located(stored_config(path, trust, check=False), path)
-    replaced: dict[str, Any] = {name: None for name, value in given.items() if value is not None}
-    check_stored_code(replace(config, **replaced), trust)
-    return config
+    config, episodes = run.config, run.env.episodes
+    trial = open_env(config, run.env.language_model, episodes.prompts, episodes.reward)
+    work = work_of(config, run.env, run.test_prompts)
+    tried = sizes = None
+    for _ in range(2):  # an agent's settings follow its steps, and with them the cost of a step
+        budget = budget_of(config if sizes is None else sizes.of(config))
+        settings = AGENTS[config.agent](budget)[1]
+        if settings == tried:
+            break
+        tried, timed = settings, replace(config, steps=budget.steps)
+        speed = measured_speed(timed, trial, run.scoring_env())
+        found = fit(minutes, time.perf_counter() - started, speed, work)
+        sizes = found if sizes is None else replace(found, steps=min(found.steps, sizes.steps))
+    assert sizes is not None
+    chosen = sizes.of(config)
+    agent = make_agent(chosen.agent, run.env, chosen.seed, budget_of(chosen), chosen.agent_settings)
+    return replace(run, config=chosen, agent=agent, notes=(*run.notes, sizes.note(minutes))), sizes.estimate()
 
 
 def _check_resumable(path: Path, config: RunConfig) -> None:
@@ -426,12 +306,12 @@ def _say_how_to_go_on(folder: Path, console: Console) -> None:
 
 
 def _measure_and_learn(run: Run, log: RunLog, folder: Path, console: Console) -> Report:
-    with console.status("measuring") as status:
-        yardstick = run.yardstick(lambda policy: status.update(status_text(f"measuring: {policy}")))
+    with JobProgress(console, "texts") as progress:
+        yardstick = run.yardstick(progress.measuring)
     _learn(run, log, folder)
     draw_learning(log.rows, yardstick.samples.reward, folder / LEARNING_FILE)
-    with console.status("measuring") as status:
-        evaluations = run.evaluate(lambda policy: status.update(status_text(f"measuring: {policy}")))
+    with JobProgress(console, "texts") as progress:
+        evaluations = run.evaluate(progress.measuring)
     report = run.report(yardstick, evaluations)
     draw_plane(report, folder / PLANE_FILE)
     write_file(folder / SAMPLES_FILE, samples_page(yardstick.samples, evaluations[0], run.notes))

@@ -23,8 +23,10 @@ from gymnasium import spaces
 from torch import nn
 from torch.nn import functional
 
+from agents.text_dqn.scorer import JudgedTexts, TextScorer, Visited, directions
 from textgen_env.errors import ConfigError, ModelError
 from textgen_env.models.base import LanguageModel
+from textgen_env.policies import Floats
 
 NEEDED_KEYS = ("tokens", "length", "budget", "candidates", "logprobs", "action_mask", "hidden")
 MASKED_LOGIT = -1e9  # added to what must not be chosen: finite, since 0 * inf is not a number
@@ -177,6 +179,7 @@ class CandidateQNetwork(nn.Module):
     """
 
     _language_model: LanguageModel | None
+    _directions: Floats | None
     support: torch.Tensor | None  # (atoms,) the values that returns are spread over
 
     def __init__(
@@ -188,13 +191,16 @@ class CandidateQNetwork(nn.Module):
         heads: int = 2,
         atoms: int = 0,
         beta: float = 0.1,
+        vocab_size: int | None = None,
         **head_kwargs: Any,
     ) -> None:
         super().__init__()
         check_observation_space(observation_space)
         self.max_new_tokens = max_new_tokens
-        self.uses_score = "score" in observation_space.spaces
-        self.uses_candidate_scores = self.uses_score and "candidate_scores" in observation_space.spaces
+        self.scorer = None if vocab_size is None else TextScorer(vocab_size, max_new_tokens)
+        keys = set(observation_space.spaces) | ({"score", "candidate_scores"} if self.scorer else set())
+        self.uses_score = "score" in keys
+        self.uses_candidate_scores = {"score", "candidate_scores"} <= keys
         hidden_size = int(np.prod(observation_space["hidden"].shape or ()))
         self._heads = nn.ModuleList(
             CandidateHead(
@@ -212,6 +218,7 @@ class CandidateQNetwork(nn.Module):
         self.float()  # whatever torch's default is: features are float32
         # Held outside module registration: shared by online and target network, never saved.
         object.__setattr__(self, "_language_model", None)
+        object.__setattr__(self, "_directions", None)
 
     @property
     def device(self) -> torch.device:
@@ -236,6 +243,30 @@ class CandidateQNetwork(nn.Module):
                 f"{language_model.embedding_size}: load it with the model that it was trained on"
             )
         object.__setattr__(self, "_language_model", language_model)
+        if self.scorer is not None:
+            self.scorer.describe(language_model)
+
+    def fit_scorer(self, texts: JudgedTexts, visited: Visited) -> float:
+        """Fit the scorer; return R2 on texts that were left out. See ``TextScorer.fit``."""
+        if self.scorer is None or self._language_model is None:
+            raise ModelError("no scorer to fit, or no language model to read embeddings from: call bind")
+        known = directions(self._language_model) if self._directions is None else self._directions
+        object.__setattr__(self, "_directions", known)
+        return self.scorer.fit(texts, known, visited)
+
+    def scored(self, observations: Tensors) -> Tensors:
+        """Return observations of single states (B, ...) with the learned scores, where there is a scorer."""
+        if self.scorer is None or "candidate_scores" in observations:
+            return observations
+        tokens, length = observations["tokens"].long(), observations["length"].long()
+        generated = self._generated(observations)
+        places = length - generated + torch.arange(self.max_new_tokens, device=tokens.device)
+        own = tokens.gather(1, places.clamp(max=tokens.shape[1] - 1))
+        score, candidates = self.scorer(own, generated, observations["candidates"].long().unsqueeze(1))
+        return {**observations, "score": score.squeeze(1), "candidate_scores": candidates.squeeze(1)}
+
+    def _generated(self, observations: Tensors) -> torch.Tensor:
+        return ((1.0 - observations["budget"].float()) * self.max_new_tokens).round().long()  # (B, 1)
 
     def set_training_mode(self, mode: bool) -> None:
         """Switch dropout on or off: the name by which SB3's policies ask for it."""
@@ -260,6 +291,11 @@ class CandidateQNetwork(nn.Module):
         place = ((returns - self.support[0]) / step).clamp(0, len(self.support) - 1).unsqueeze(-1)
         return (1 - (place - torch.arange(len(self.support), device=place.device)).abs()).clamp(min=0)
 
+    @property
+    def reads_given_scores(self) -> bool:
+        """Whether the environment's running scores are an input, and not those of a scorer of its own."""
+        return self.uses_score and self.scorer is None
+
     def known(self, observations: Tensors) -> torch.Tensor:
         """Return the part of Q that is not learned, (..., k)."""
         known = known_advantage(observations) if self.uses_candidate_scores else None
@@ -267,8 +303,13 @@ class CandidateQNetwork(nn.Module):
 
     def forward(self, observations: Tensors) -> torch.Tensor:
         """Return Q of single states, (B, k)."""
+        return self.head_values(observations).mean(0)
+
+    def head_values(self, observations: Tensors) -> torch.Tensor:
+        """Return Q of single states by each head, (heads, B, k)."""
+        observations = self.scored(observations)
         tokens, length = observations["tokens"].long(), observations["length"].long()  # (B, T), (B, 1)
-        generated = ((1.0 - observations["budget"].float()) * self.max_new_tokens).round().long()  # (B, 1)
+        generated = self._generated(observations)
         offset = torch.arange(-max(1, int(generated.max())), 0, device=tokens.device)  # (t,), right-aligned
         inside = (offset >= -generated).unsqueeze(-1)  # (B, t, 1)
         looked_up = self.look_up(observations["candidates"], tokens.gather(1, (length + offset).clamp(min=0)))
@@ -278,7 +319,7 @@ class CandidateQNetwork(nn.Module):
             vectors = vectors * inside
             memory = (head.contributions(vectors, shifted(vectors)) * inside).sum(-2)
             outputs.append(self._head(head, observations, candidates, memory, vectors[:, -1]))
-        return self._q(torch.stack(outputs), observations).mean(0)
+        return self._q(torch.stack(outputs), observations)
 
     def episode_values(self, observations: Tensors, looked_up: LookedUp) -> torch.Tensor:
         """Return Q of every step of whole episodes, for each head: (heads, B, T, c); see ``episode_outputs``."""

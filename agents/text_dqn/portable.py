@@ -37,6 +37,7 @@ from textgen_env.errors import ConfigError, ModelError, PromptError, TextGenErro
 from textgen_env.files import MOST_BYTES, parse_json, read_json, whole_file, write_file
 from textgen_env.models.base import LanguageModel
 from textgen_env.rewards import reward_spec
+from textgen_env.vector_env import TextGenVectorEnv
 
 SETTINGS_FILE = "agent.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -270,7 +271,43 @@ def task_of(env: VecEnv) -> dict[str, Any]:
         "top_p": config.top_p,
         "min_new_tokens": config.min_new_tokens,
         "max_new_tokens": config.max_new_tokens,
+        "stop": list(config.stop),
     }
+
+
+def env_to_write_in(
+    env: VecEnv | None, task: Mapping[str, Any] | None, model: LanguageModel, reward: Any, sees_scores: bool
+) -> tuple[TextGenVectorEnv, bool]:
+    """Return an environment of one row like the one that an agent was trained in, and True if its reward is known.
+
+    Args:
+        env: The agent's own. None, or of another make: ``task`` describes it.
+        task: From ``task_of``.
+        model: That the agent was trained on.
+        reward: See ``make_reward``. None: that of ``env`` or ``task``; where that was not stored every text gets 0.
+        sees_scores: The agent's observation has running scores.
+
+    Raises:
+        ConfigError: the task is unknown, or the agent needs scores of a reward that was not stored.
+    """
+    if env is not None and env.has_attr("episodes"):
+        episodes = env.get_attr("episodes")[0]
+        settings = vars(episodes.config) | {"observation": "default", "render_mode": None}
+        reward = episodes.reward if reward is None else reward
+    elif task is not None and "top_k" in task:
+        names = ("top_k", "top_p", "min_new_tokens", "max_new_tokens", "stop")
+        settings = {name: task[name] for name in names if name in task}
+        settings["max_prompt_tokens"] = max(1, min(512, model.max_context - task["max_new_tokens"]))
+        reward = task["reward"] if reward is None else reward
+        if reward is None and task["scores"] and sees_scores:
+            raise ConfigError(
+                f"the agent sees running scores of reward {task['reward_name']!r}, a Python object that was not "
+                "stored: give it again, as reward=..."
+            )
+    else:
+        raise ConfigError("the agent does not know its task: it was trained in an environment of another make")
+    is_known = reward is not None
+    return TextGenVectorEnv(1, model, None, reward if is_known else (lambda text: 0.0), **settings), is_known
 
 
 def fingerprint(model: LanguageModel) -> dict[str, Any]:

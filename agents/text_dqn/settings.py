@@ -65,12 +65,16 @@ class Range:
 NATS = "reward units a nat"
 COUNT = Range(0, MANY, whole=True)
 
+SCORES = ("auto", "given", "learned", "judge", None)
+"""Where running scores come from; see ``TextDQN``."""
+
 SETTINGS: Mapping[str, Range] = {
     "beta": Range(above=True, unit=NATS),
     "target_beta": Range(above=True, unit=NATS),
     "beta_start": Range(above=True, unit=NATS),
     "exploration_fraction": Range(0, 1),
     "trace_lambda": Range(0, 1),
+    "lm_share": Range(0, 1, optional=True),
     "learning_rate": Range(0),
     "learning_starts": COUNT,
     "steps_per_update": Range(1, MANY, whole=True),
@@ -107,4 +111,8 @@ def check_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     if "target" in given:
         OBJECTIVES[given["target"]]
         checked["target"] = given["target"]
+    if "score" in given:
+        if given["score"] not in SCORES:
+            raise ConfigError(f"score must be one of {SCORES}, got {given['score']!r}")
+        checked["score"] = given["score"]
     return checked

@@ -222,7 +222,7 @@ class Steering(LogitsProcessor):
     # --- running scores
 
     def _running_score(self, reward: Any) -> RunningScore[Any] | None:
-        if not self._task["scores"] or not (self._network.uses_score or self._network.uses_candidate_scores):
+        if not self._task["scores"] or not self._network.reads_given_scores:
             return None
         reward = self._task["reward"] if reward is None else reward
         if reward is None:

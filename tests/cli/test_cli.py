@@ -23,6 +23,15 @@ def textgen(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "160"})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _cache_of_its_own(tmp_path_factory):
+    """Yardsticks of these runs stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setattr("agents.runs.yardsticks.cache_folder", lambda: cache)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_lm, tmp_path_factory):
     """The tiny model, its prompts, and a run on them."""
@@ -72,6 +81,43 @@ def test_generate_without_json_prints_a_line_a_text(run, folder):
     assert len(lines) == 2
     assert lines[0] == lines[1]  # greedy
     assert "the film|" in lines[0]
+
+
+def test_generate_draws_each_text_from_weighted_ones(run, folder):
+    command = ("generate", folder / "run", "--prompt", "the film", "--num", 3, "--particles", 5)
+    result = textgen(*command, "--json")
+    assert result.exit_code == 0, result.output
+    texts = json.loads(result.stdout)
+    assert len(texts) == 3
+    for text in texts:
+        assert len(text["particles"]) == 5
+        assert sum(particle["weight"] for particle in text["particles"]) == pytest.approx(1)
+        assert (text["completion"], text["reward"]) in [(p["completion"], p["reward"]) for p in text["particles"]]
+        assert text["tokens"] == 5 * 4
+        assert text["logprob"] < 0
+    value = sum(text["value_at_least"] for text in texts) / 3
+    shown = textgen(*command)
+    assert "Each drawn from 5 by weight, at 20 tokens" in shown.stderr
+    assert f"at least J = {value:.3f}" in shown.stderr
+    unjudged = textgen(*command, "--no-judge")
+    assert unjudged.stdout.count("unjudged  the film|") == 3
+    assert "the last weight is left out" in unjudged.stderr
+    of_model = ("generate", "--model", folder / "model", "--max-new-tokens", 3, "--particles", 4, "--beta", 0.05)
+    assert "Each drawn from 4 by weight, at 12 tokens" in textgen(*of_model, "--prompt", "the film").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--particles", "2", "--greedy"], "leave one out"),
+        (["--no-judge"], "a setting of --particles"),
+        (["--particles", "100000000000"], "use fewer rows"),
+    ],
+)
+def test_generate_says_which_particles_it_cannot_draw(arguments, message, run, folder):
+    result = textgen("generate", folder / "run", "--prompt", "the film", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
 
 
 def test_record_writes_a_dataset_of_a_run_or_of_a_language_model(run, folder, monkeypatch):
@@ -142,6 +188,20 @@ def test_a_pruned_and_healed_model_writes(folder, tmp_path):
     assert written.output.count("the film|") == 2
 
 
+def test_evaluate_measures_what_more_tokens_buy(run, folder):
+    result = textgen("evaluate", folder / "run", "--particles", "1, 2", "--out", folder / "tokens")
+    assert result.exit_code == 0, result.output
+    assert "more tokens a text" in result.stdout
+    points = json.loads((folder / "tokens" / "summary.json").read_text())["spending"]
+    assert [(point["way"], point["n"]) for point in points if point["tokens"] == 8] == [
+        (way, 2) for way in ("best of n", "weighted best of n", "guided best of n", "particles")
+    ]
+    assert (folder / "tokens" / "tokens.png").is_file()
+    refused = textgen("evaluate", folder / "run", "--particles", "2,none")
+    assert refused.exit_code == 2
+    assert "like 1,2,4,8, got '2,none'" in refused.stderr
+
+
 def test_evaluate_repeats_the_table_and_draws_the_plane(run, folder):
     result = textgen("evaluate", folder / "run")
     assert result.exit_code == 0, result.output
@@ -195,6 +255,10 @@ def test_a_stored_configuration_is_a_start_for_another_run(run, folder):
         (["train", "--resume", "{run}", "--steps", "3", "--candidate-scores"], "leave out --candidate-scores, --steps"),
         (["train", "--resume", "{run}", "--engine", "local"], "a finished run"),
         (["train", "--config", "nowhere.json"], "cannot read 'nowhere.json'"),
+        (["train", "--minutes", "0"], "--minutes must be above 0"),
+        (["train", "--minutes", "3", "--steps", "9", "--texts", "9"], "--minutes chooses --steps, --texts"),
+        (["train", "--minutes", "3", "--engine", "ray"], "--minutes times this machine alone"),
+        (["train", "--resume", "{run}", "--minutes", "3"], "leave out --minutes"),
         (["train", "--max-new-tokens", "4", "--min-new-tokens", "5"], "min_new_tokens must be at most"),
         (["train", "--model", "{model}", "--top-k", "4", "--max-prompt-tokens", "200"], "exceed the 128 tokens"),
         (["generate"], "give either the folder of a run, or --model"),

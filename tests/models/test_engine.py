@@ -14,17 +14,21 @@ from gymnasium.utils.env_match import check_environments_match
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import textgen_env
 from textgen_env.errors import CapacityError, ConfigError, ModelError, PromptError, ResetNeeded
 from textgen_env.models import hf as hf_module
+from textgen_env.models import llama as llama_module
 from textgen_env.models.base import Proposals, Slots
 from textgen_env.models.candidates import top_candidates
-from textgen_env.models.device import NARROW, pick_dtype
+from textgen_env.models.device import NARROW, numpy_blas, one_blas_thread, pick_dtype
 from textgen_env.models.generic import GenericDecoder
 from textgen_env.models.hf import HFModel
-from textgen_env.models.llama import LlamaDecoder, Projection, can_pack
+from textgen_env.models.llama import LlamaDecoder
 from textgen_env.models.one_row import OneRow
+from textgen_env.models.products import product
+from textgen_env.models.projections import ColumnProjection, PackedProjection, Projection, can_pack
 from textgen_env.models.slots import LRUCache
 
 VOCAB = 99
@@ -444,6 +448,14 @@ def test_a_fork_swaps_rows_at_once():
     np.testing.assert_allclose(proposed(slots).logprobs, before.logprobs[[1, 0, 2]], atol=1e-4)
 
 
+def test_a_fork_of_no_rows_changes_nothing():
+    slots = engine().slots(2, 8, None)
+    slots.start(every(slots), [[4, 5, 6], [7]])
+    nobody = np.zeros(0, np.int64)
+    slots.fork(nobody, nobody)
+    assert [slots.ids_of(row) for row in (0, 1)] == [[4, 5, 6], [7]]
+
+
 def test_rows_of_other_models_and_impossible_rows_are_refused():
     model = engine()
     slots = model.slots(2, 4, 3)
@@ -564,27 +576,89 @@ def test_all_ends_of_text_are_found():
     assert HFModel(model, tokenizer).end_ids == (1, 2, 3, 4)
 
 
-@pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="no oneDNN here")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+KINDS = [
+    (Projection, torch.float32),
+    (Projection, torch.bfloat16),
+    (ColumnProjection, torch.float32),
+    *((PackedProjection, dtype) for dtype in (torch.float32, torch.bfloat16) if can_pack(torch.zeros(1, dtype=dtype))),
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 300])
-def test_packed_projections_equal_the_layers_they_pack(rows, bias, dtype):
+def test_a_projection_of_each_kind_equals_the_layers_behind_the_norm(rows, bias, kind, dtype):
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(64, n, bias=bias, dtype=dtype) for n in (96, 32, 200)]
-    x = torch.randn(rows, 64, dtype=dtype)
+    layers = [torch.nn.Linear(64, n, bias=bias, dtype=torch.float64) for n in (96, 32, 200)]
+    norm = LlamaRMSNorm(64, eps=1e-3).to(dtype)
+    norm.weight.data.uniform_(0.5, 2.0)
+    x, other = torch.randn(rows, 64, dtype=dtype), torch.randn(rows, 328, dtype=dtype)
     with torch.inference_mode():
-        expected = torch.cat([layer.to(torch.float64)(x.double()) for layer in layers], -1)
-        layers = [layer.to(dtype) for layer in layers]
-        for pack in (True, False):
-            packed, other = Projection(layers, pack), torch.randn(rows, 328, dtype=dtype)
-            for found, wanted in [
-                (packed(x), expected),
-                (packed.silu(x), torch.nn.functional.silu(expected)),
-                (packed.multiplied(x, other.clone()), expected * other),
-                (packed.added_to(other, x), expected + other),
-            ]:
-                atol = 1e-5 if dtype == torch.float32 else 0.03
-                torch.testing.assert_close(found.double(), wanted.double(), atol=atol, rtol=1e-2)
+        normed = torch.nn.functional.rms_norm(x.double(), (64,), norm.weight.double(), 1e-3)
+        expected = torch.cat([layer(normed) for layer in layers], -1)
+        projection = kind([layer.to(dtype) for layer in layers], norm)
+        read = projection.normed(x)
+        for found, wanted in [
+            (projection(read), expected),
+            (projection.silu(read), torch.nn.functional.silu(expected)),
+            (projection.multiplied(read, other.clone()), expected * other),
+            (projection.added_to(other, read), expected + other),
+        ]:
+            atol = 1e-5 if dtype == torch.float32 else 0.1
+            torch.testing.assert_close(found.double(), wanted.double(), atol=atol, rtol=1e-2)
+
+
+@pytest.mark.parametrize("relayout", [False, True])
+def test_a_module_keeps_its_values_and_shares_its_memory_only_where_it_may_be_laid_out_anew(relayout):
+    torch.manual_seed(0)
+    layer, norm, x = torch.nn.Linear(64, 96), LlamaRMSNorm(64), torch.randn(3, 64)
+    norm.weight.data.uniform_(0.5, 2.0)
+    before, expected = layer.weight.detach().clone(), layer(norm(x)).detach()
+    projection = ColumnProjection([layer], norm, relayout)
+    assert torch.equal(layer.weight, before)
+    assert layer.weight.is_contiguous() != relayout
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(norm(x)), expected)
+        torch.testing.assert_close(projection(projection.normed(x)), expected)
+        layer.weight.zero_()
+        assert bool((projection(x) == layer.bias).all()) == relayout  # True: one memory
+
+
+@pytest.mark.parametrize("kind", [Projection, PackedProjection, ColumnProjection])
+def test_a_decoder_of_each_kind_of_product_agrees_with_the_model(kind, monkeypatch):
+    if kind is PackedProjection and not can_pack(torch.zeros(1)):
+        pytest.skip("no oneDNN here")
+    monkeypatch.setattr(llama_module, "best_projection", lambda *args: kind)
+    pair = engine("llama", memo_bytes=0).slots(3, 40, None), UncachedSlots(engine("llama"), 3, 40, None)
+    assert isinstance(pair[0].decoder, LlamaDecoder)
+    for slots in pair:
+        slots.start(every(slots), [[4], list(range(20)), [8, 9]])
+    for token in (5, 6):
+        found, expected = (proposed(slots) for slots in pair)
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
+        for slots in pair:
+            slots.advance(every(slots), np.full(3, token))
+
+
+def test_numpy_gets_its_threads_back_after_a_forward():
+    if not numpy_blas():
+        pytest.skip("NumPy has no OpenBLAS")
+    before = [library.get_num_threads() for library in numpy_blas()]
+    with one_blas_thread():
+        assert {library.get_num_threads() for library in numpy_blas()} == {1}
+    assert [library.get_num_threads() for library in numpy_blas()] == before
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(600,), (1, 600), (5, 600)])
+def test_a_product_on_some_threads_is_the_product(shape, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    rng = np.random.default_rng(0)
+    x, columns = (rng.normal(size=size).astype(np.float32) for size in (shape, (600, 1001)))
+    found = product(x, columns)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, x.astype(np.float64) @ columns, atol=1e-3)
+    assert np.array_equal(found, product(x, columns))
 
 
 def test_precision_follows_the_hardware_unless_said(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 import agents.playground.desk as desk_module
 from agents.baselines.one_step import LookaheadAgent
-from agents.playground.desk import LANGUAGE_MODEL, Desk, bar, branches
+from agents.playground.desk import MODEL_WRITER, Desk, bar, branches
 from textgen_env.errors import ConfigError, IllegalAction, PromptError
 from textgen_env.models.table import TableModel
 from textgen_env.rewards import Keywords
@@ -35,7 +35,7 @@ def test_candidates_show_the_prior_the_policy_and_what_a_token_is_worth():
     desk = make_desk()
     sheet = desk.start(" a")
     mu = np.array([0.4, 0.3, 0.2]) / 0.9
-    view = desk.view(sheet, LANGUAGE_MODEL)
+    view = desk.view(sheet, MODEL_WRITER)
     assert [c.text for c in view.candidates] == [" a", " b", " c"]
     np.testing.assert_allclose([c.prior for c in view.candidates], mu, rtol=1e-6)
     np.testing.assert_allclose([c.policy for c in view.candidates], mu, rtol=1e-6)
@@ -53,24 +53,24 @@ def test_one_goes_back_and_branches_and_every_branch_stays():
     desk = make_desk()
     sheet = desk.start(" a")
     for action in (1, 0):
-        desk.step(sheet, LANGUAGE_MODEL, action)
-    first = desk.view(sheet, LANGUAGE_MODEL)
-    desk.go(sheet, LANGUAGE_MODEL, first.tokens[1][0])
-    second = desk.view(sheet, LANGUAGE_MODEL)
+        desk.step(sheet, MODEL_WRITER, action)
+    first = desk.view(sheet, MODEL_WRITER)
+    desk.go(sheet, MODEL_WRITER, first.tokens[1][0])
+    second = desk.view(sheet, MODEL_WRITER)
     assert first.tokens[:2] == second.tokens
-    desk.step(sheet, LANGUAGE_MODEL, 2)
-    assert len(desk.view(sheet, LANGUAGE_MODEL).branches) == 3  # the common part, and two ends
-    assert text(desk.view(sheet, LANGUAGE_MODEL)) != text(first)
-    nodes = len(sheet.trees[LANGUAGE_MODEL].nodes)
-    desk.go(sheet, LANGUAGE_MODEL, first.tokens[1][0])
-    desk.step(sheet, LANGUAGE_MODEL, 0)  # the same token again is the same place
-    assert desk.view(sheet, LANGUAGE_MODEL) == replace_branches(first, desk, sheet)
-    assert len(sheet.trees[LANGUAGE_MODEL].nodes) == nodes
+    desk.step(sheet, MODEL_WRITER, 2)
+    assert len(desk.view(sheet, MODEL_WRITER).branches) == 3  # the common part, and two ends
+    assert text(desk.view(sheet, MODEL_WRITER)) != text(first)
+    nodes = len(sheet.trees[MODEL_WRITER].nodes)
+    desk.go(sheet, MODEL_WRITER, first.tokens[1][0])
+    desk.step(sheet, MODEL_WRITER, 0)  # the same token again is the same place
+    assert desk.view(sheet, MODEL_WRITER) == replace_branches(first, desk, sheet)
+    assert len(sheet.trees[MODEL_WRITER].nodes) == nodes
     assert sheet.trees[AGENT].path() == [0]  # the other column stands where it stood
 
 
 def replace_branches(view, desk, sheet):
-    return type(view)(**{**vars(view), "branches": branches(sheet.trees[LANGUAGE_MODEL])})
+    return type(view)(**{**vars(view), "branches": branches(sheet.trees[MODEL_WRITER])})
 
 
 @pytest.mark.parametrize("kept", [1, 2, 64])
@@ -82,8 +82,8 @@ def test_a_place_without_a_snapshot_is_written_again(monkeypatch, kept):
         sheets = [desk.start(" a", seed) for seed in range(3)]  # three visitors in turns
         for action, sheet in itertools.product((1, 2, 0), sheets):
             desk.step(sheet, AGENT, action)
-            desk.go(sheet, LANGUAGE_MODEL, 0)
-            desk.step(sheet, LANGUAGE_MODEL, action)
+            desk.go(sheet, MODEL_WRITER, 0)
+            desk.step(sheet, MODEL_WRITER, action)
         views.append([desk.view(sheet, writer) for sheet in sheets for writer in desk.writers])
     assert views[0] == views[1]
 
@@ -173,6 +173,6 @@ def test_an_end_is_shown_as_such_and_text_stays_text():
         2, model, [" a"], "length", top_k=2, max_new_tokens=2, observation=("logprobs", "action_mask")
     )
     desk = Desk(env, scored=False)
-    view = desk.view(desk.start(" a"), LANGUAGE_MODEL)
+    view = desk.view(desk.start(" a"), MODEL_WRITER)
     assert [row[0] for row in candidate_rows(view)] == [HOSTILE, "(end)"]
     assert state_line(view, desk.scored) == "reward unknown, KL 0.00 nats"

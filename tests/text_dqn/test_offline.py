@@ -140,6 +140,7 @@ def test_q_converges_to_the_exact_soft_values_from_the_language_models_texts_alo
     agent = TextDQN(
         "CandidatePolicy",
         env,
+        score=None,  # Q itself, not what is left of it beside a learned potential
         beta=0.5,
         learning_rate=3e-3,
         tau=0.1,

@@ -6,12 +6,18 @@ chooses the same one and results stay reproducible.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import psutil
+from threadpoolctl import ThreadpoolController
 
 from textgen_env.config import DTYPES, check_one_of
 
@@ -42,6 +48,45 @@ def compute_alone_after_fork() -> None:
     import torch
 
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+
+def wait_passively() -> None:
+    """Let OpenMP's waiting threads sleep, unless the user has set ``OMP_WAIT_POLICY``.
+
+    By default they spin, which takes the cores from whoever would end the wait: on a busy machine two
+    threads are several times slower for it. OpenMP reads the variable when torch loads, so this is for
+    the beginning of a program; a library leaves its host's threads alone.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@cache
+def numpy_blas() -> Sequence[Any]:
+    """Return the controllers of the OpenBLAS that NumPy multiplies with, none if it has another library."""
+    build: Any = np.show_config(mode="dicts")
+    if "openblas" not in str(build["Build Dependencies"]["blas"].get("name")):
+        return ()
+    return tuple(ThreadpoolController().select(internal_api="openblas").lib_controllers)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Let NumPy's products use one thread within the context."""
+    above = [(library, found) for library in numpy_blas() if (found := library.get_num_threads()) > 1]
+    for library, _ in above:
+        library.set_num_threads(1)
+    try:
+        yield
+    finally:
+        for library, found in above:
+            library.set_num_threads(found)
+
+
+def release_freed_memory() -> None:
+    """Give freed memory back to the system, where the C library has a call for that (GNU's)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def own_cores() -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from textgen_env.config import check_at_least
 from textgen_env.errors import CapacityError, ConfigError, ModelError
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.cache import KeyValues
-from textgen_env.models.device import available_bytes, compute_alone_after_fork, forward_lock
+from textgen_env.models.device import available_bytes, compute_alone_after_fork, forward_lock, release_freed_memory
 from textgen_env.models.generic import GenericDecoder
 from textgen_env.models.llama import LlamaDecoder
 from textgen_env.models.packing import Decoder
@@ -45,6 +46,8 @@ class HFModel(LanguageModel):
         name: Shown in error messages and logs.
         memo_bytes: Bound of the memory of each ``slots``: half for proposals of prefixes seen
             before, half for the keys and values of prompts. 0 remembers nothing.
+        relayout: The module's weights may be laid out anew in memory, which saves a copy of them. Its values
+            stay, and it goes on working; its forward may differ in the last bits.
 
     Memory of ``slots(rows, length, k)``, see ``slots_bytes``:
         rows * length * layers * kv_heads * (key_size + value_size) * bytes per number
@@ -62,6 +65,7 @@ class HFModel(LanguageModel):
         *,
         name: str | None = None,
         memo_bytes: int = 64 << 20,
+        relayout: bool = False,
     ) -> None:
         self.name = name or model.config.name_or_path or type(model).__name__
         if tokenizer is None:
@@ -72,6 +76,7 @@ class HFModel(LanguageModel):
         embedding: Any = model.get_input_embeddings()
         self._embeddings: torch.Tensor = embedding.weight
         self.embedding_size = self._embeddings.shape[-1]
+        self._relayout = relayout
         self._weights = [weight for weight in model.parameters() if not weight.is_inference()]  # those have no version
         self.max_context = _max_context(model.config.get_text_config())
         self.end_ids = _end_ids(model, tokenizer, self.name)
@@ -80,8 +85,9 @@ class HFModel(LanguageModel):
         self._appends_end = _appends_end(tokenizer, self.end_ids)
         self._suppressed, self._begin_suppressed = _suppressed(model, self.name, self.vocab_size)
         with forward_lock(model):
+            self.decoder = _agreeing_decoder(self, relayout)
             self._seen = self._versions()
-            self.decoder = _agreeing_decoder(self)
+        release_freed_memory()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and deep copy: the same model and tokenizer, wrapped anew."""
@@ -91,8 +97,9 @@ class HFModel(LanguageModel):
         """Return the decoder of the weights as they are now."""
         if self._versions() != self._seen:
             with forward_lock(self.model):
-                if (found := self._versions()) != self._seen:
-                    self.decoder, self._seen = _agreeing_decoder(self), found
+                if self._versions() != self._seen:
+                    self.decoder = _agreeing_decoder(self, self._relayout)
+                    self._seen = self._versions()
         return self.decoder
 
     def _versions(self) -> list[tuple[int, int]]:
@@ -263,13 +270,15 @@ def _decoded(token: bytes) -> str | None:
         return None
 
 
-def _agreeing_decoder(model: HFModel) -> Decoder:
+def _agreeing_decoder(model: HFModel, relayout: bool) -> Decoder:
     """Return the fastest decoder that agrees with the model's own uncached forward.
 
     Raises:
         ModelError: none does.
     """
-    kinds = (LlamaDecoder, GenericDecoder) if LlamaDecoder.fits(model.model) else (GenericDecoder,)
+    kinds: list[Callable[[Any], Decoder]] = [GenericDecoder]
+    if LlamaDecoder.fits(model.model):
+        kinds.insert(0, partial(LlamaDecoder, relayout=relayout))
     allowed = 1e-3 if model.model.dtype in (torch.float32, torch.float64) else 0.15
     for kind in kinds:
         decoder = kind(model.model)

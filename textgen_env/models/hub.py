@@ -164,7 +164,7 @@ def _from_name(name: str, dtype: str, trust_remote_code: bool) -> LanguageModel:
 
     model, tokenizer = load_pretrained(name, dtype, trust_remote_code)
     model.to(pick_device())  # type: ignore[arg-type]  # transformers types it for itself
-    return HFModel(model, tokenizer, name=name)
+    return HFModel(model, tokenizer, name=name, relayout=True)  # nobody else holds it
 
 
 def load_pretrained(

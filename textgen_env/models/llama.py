@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,32 +10,32 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from textgen_env.models.cache import CacheShape, KeyValues
-from textgen_env.models.device import available_bytes, forward_lock
-from textgen_env.models.one_row import OneRow
+from textgen_env.models.device import forward_lock, one_blas_thread
+from textgen_env.models.one_row import OneRow, column_layers
 from textgen_env.models.packing import AttentionGroup, RaggedBatch
+from textgen_env.models.projections import ColumnProjection, Projection, best_projection
 
 
 class LlamaDecoder:
-    """Llama, Mistral and Qwen2 with fused projections and weights laid out for oneDNN.
+    """Llama, Mistral and Qwen2 with fused projections, in the layout that this machine multiplies fastest.
 
-    On x86 CPUs the weights are copied once into oneDNN's blocked layout, which it would otherwise
-    produce again in every call: 1.3 to 2.5 times as fast as ``F.linear``. That copy is as large as
-    the model and is only made while it takes less than half of the free memory; elsewhere the
-    module's own weights are used. Either way the module itself stays as it is.
+    See ``textgen_env.models.projections``. The module itself stays as it is, unless ``relayout`` allows to
+    lay its weights out anew in memory, where it keeps its values and goes on working.
     """
 
     splits = True
     FUSED_HEADS = 96
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, relayout: bool = False) -> None:
         config, body = model.config, model.model
         self.lock = forward_lock(model)
         embed = body.embed_tokens.weight
-        pack = can_pack(embed) and 2 * _nbytes(model) < available_bytes(embed.device)
+        kind = best_projection(model, embed, relayout)
+        self._in_numpy = kind is ColumnProjection
         self._embed = embed
-        self._layers = [_LlamaLayer(layer, pack) for layer in body.layers]
+        self._layers = [_LlamaLayer(layer, kind, relayout) for layer in body.layers]
         self._norm = body.norm
-        self._head = Projection([model.lm_head], pack)
+        self._head = kind([model.lm_head])
         self._rotary = body.rotary_emb
         self._cos = self._sin = torch.empty(0)
         attention = body.layers[0].self_attn
@@ -44,9 +43,16 @@ class LlamaDecoder:
         self._heads = attention.k_proj.out_features // size
         self._groups = attention.q_proj.out_features // size // self._heads
         self._scale = attention.scaling
-        self._one_row = OneRow(model) if OneRow.fits(model) else None
+        self._one_row = self._for_one_row(model)
         self.alone = self._one_row is not None
         self.shape = CacheShape(config.num_hidden_layers, self._heads, size, size, embed.dtype, embed.device)
+
+    def _for_one_row(self, model: Any) -> OneRow | None:
+        """Return the decoder of a lone row, on this one's own products where those are NumPy's."""
+        products: Any = [(x.qkv, x.out, x.gate, x.up, x.down) for x in self._layers], self._head
+        if self._in_numpy:
+            return OneRow(model, *products)
+        return OneRow(model, *column_layers(model)) if OneRow.fits(model) else None
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -64,6 +70,10 @@ class LlamaDecoder:
         )
 
     def __call__(self, batch: RaggedBatch, cache: KeyValues) -> tuple[Tensor, Tensor]:
+        with one_blas_thread():
+            return self._forward(batch, cache)
+
+    def _forward(self, batch: RaggedBatch, cache: KeyValues) -> tuple[Tensor, Tensor]:
         cos, sin = self._rotation(batch.positions, cache.reach)
         if self._one_row is not None and not batch.groups:
             where = int(batch.ids), int(batch.rows), int(batch.positions)
@@ -132,91 +142,15 @@ class LlamaDecoder:
 
 
 class _LlamaLayer:
-    def __init__(self, layer: Any, pack: bool) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], pack, layer.input_layernorm)
-        self.out = Projection([attention.o_proj], pack)
-        self._gate = Projection([mlp.gate_proj], pack, layer.post_attention_layernorm)
-        self._up = Projection([mlp.up_proj], pack, layer.post_attention_layernorm)
-        self._down = Projection([mlp.down_proj], pack)
+    def __init__(self, layer: Any, kind: type[Projection], relayout: bool) -> None:
+        attention, mlp, after = layer.self_attn, layer.mlp, layer.post_attention_layernorm
+        self.qkv = kind([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm)
+        self.out = kind([attention.o_proj], relayout=relayout)
+        self.gate = kind([mlp.gate_proj], after, relayout)
+        self.up = kind([mlp.up_proj], after, relayout)
+        self.down = kind([mlp.down_proj], relayout=relayout)
 
     def mlp(self, x: Tensor) -> Tensor:
         """Return ``x`` plus the feed-forward block's output."""
-        normed = self._gate.normed(x)  # as ``_up`` wants it too
-        return self._down.added_to(x, self._up.multiplied(normed, self._gate.silu(normed)))
-
-
-class Projection:
-    """Linear layers that read the same input, as one: (N, d) -> (N, sum of outputs).
-
-    Where the weights are packed, oneDNN also does the operation that follows the product (SiLU, the
-    gate, the residual sum), before the result is rounded: a pass over memory less. The weight of the norm before
-    the layers is folded into packed weights.
-    """
-
-    MANY = 64  # rows from which multiplying within oneDNN is the faster way
-
-    def __init__(self, linears: Sequence[nn.Linear], pack: bool, norm: Any = None) -> None:
-        self._linears, self._norm = linears, norm
-        self._packed: Tensor | None = None
-        if pack:
-            weight = torch.cat([linear.weight for linear in linears])
-            if norm is not None:
-                weight = (weight.float() * norm.weight.float()).to(weight.dtype)
-            biases: list[Tensor] = [linear.bias for linear in linears]
-            self._bias = None if biases[0] is None else torch.cat(biases)
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-
-    def normed(self, x: Tensor) -> Tensor:
-        """Return ``x`` as the layers read it: its root mean square 1, times the norm's weight unless that is folded."""
-        width, eps = x.shape[-1], self._norm.variance_epsilon
-        if self._packed is None:
-            return F.rms_norm(x, (width,), self._norm.weight, eps)
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, (width,), None, eps)
-        # Batch norm with rows as channels: one pass in bfloat16, where rms_norm makes float32 copies.
-        square = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square_().div_(width)
-        return F.batch_norm(x[None], torch.zeros_like(square), square, eps=eps)[0]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        found = [F.linear(x, linear.weight, linear.bias) for linear in self._linears]
-        return found[0] if len(found) == 1 else torch.cat(found, -1)
-
-    def silu(self, x: Tensor) -> Tensor:
-        """Return SiLU of the projection of ``x``."""
-        if self._packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "swish", [], "")
-        return F.silu(self(x), inplace=True)
-
-    def multiplied(self, x: Tensor, factor: Tensor) -> Tensor:
-        """Return the projection of ``x`` times ``factor``, which may be overwritten."""
-        if self._packed is not None and len(x) >= self.MANY:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self._packed, self._bias, "mul")
-        return factor.mul_(self(x))
-
-    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """Return ``residual`` plus the projection of ``x``."""
-        if self._packed is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self._bias, "add")
-        return self(x).add_(residual)
-
-
-def can_pack(weight: Tensor) -> bool:
-    """Return True if oneDNN's prepacked matrix product (not a public function of torch) is there."""
-    return (
-        weight.device.type == "cpu"
-        and platform.machine() in {"x86_64", "AMD64"}
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and (
-            weight.dtype == torch.float32
-            or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
-    )
-
-
-def _nbytes(model: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
+        normed = self.gate.normed(x)  # as ``up`` wants it too
+        return self.down.added_to(x, self.up.multiplied(normed, self.gate.silu(normed)))

@@ -55,7 +55,7 @@ class HFSlots(Slots):
         self._suppressed, self._begin_suppressed = list(suppressed), list(begin_suppressed)
         self.cache = KeyValues(decoder.shape, rows, length)
         self.cached = np.zeros(rows, np.int64)  # how many tokens of each row have keys and values
-        self._memo: LRUCache[Arrays] = LRUCache(memo_bytes // 2)
+        self._memo = Memo(memo_bytes // 2)
         self._prompts: LRUCache[tuple[Tensor, Tensor]] = LRUCache(memo_bytes // 2)
 
     # --- the cache
@@ -101,25 +101,27 @@ class HFSlots(Slots):
         self._check_rows(rows, started=True)
         self._heed_new_weights()
         block_end = np.asarray(block_end, bool)
-        keys = [
-            self._key(row, self.lengths[row]) + (b"\1" if flag else b"\0")
-            for row, flag in zip(rows, block_end, strict=True)
-        ]
+        keys = self._keys(rows, block_end)
         known = [self._memo.get(key) for key in keys]
         hit = np.array([entry is not None for entry in known], bool)
         # A row that lacks one token rides along in the forward for almost nothing, and stays in
         # step. So it is left out only if half of the rows are; rows that lack more always are.
         if 2 * hit.sum() < len(rows):
             hit &= self.lengths[rows] - self.cached[rows] > 1
-        found = {i: known[i] for i in np.flatnonzero(hit).tolist()}
-        if len(new := np.flatnonzero(~hit)):
-            computed = self._forward(rows[new], block_end[new])
-            for j, i in enumerate(new.tolist()):
-                found[i] = entry = tuple(array[j].copy() for array in computed)
-                self._memo.put(keys[i], entry, sum(array.nbytes for array in entry) + len(keys[i]))
-            if len(new) == len(rows):
-                return Proposals(*computed)
-        return Proposals(*(np.array(column) for column in zip(*(found[i] for i in range(len(rows))), strict=True)))
+        new, old = np.flatnonzero(~hit), np.flatnonzero(hit)
+        if not len(old):
+            computed = self._forward(rows, block_end)
+            self._memo.put(keys, computed)
+            return Proposals(*computed)
+        remembered = [np.array(column) for column in zip(*(known[i] or () for i in old.tolist()), strict=True)]
+        if not len(new):
+            return Proposals(*remembered)
+        computed = self._forward(rows[new], block_end[new])
+        self._memo.put([keys[i] for i in new.tolist()], computed)
+        found: list[Any] = [np.empty((len(rows), part.shape[1]), part.dtype) for part in computed]
+        for whole, fresh, kept in zip(found, computed, remembered, strict=True):
+            whole[new], whole[old] = fresh, kept
+        return Proposals(*found)
 
     @torch.inference_mode()
     def _forward(self, rows: Rows, block_end: npt.NDArray[np.bool_]) -> Arrays:
@@ -181,6 +183,66 @@ class HFSlots(Slots):
 
     def _key(self, row: int, length: int) -> bytes:
         return self.tokens[row, :length].tobytes()
+
+    def _keys(self, rows: Rows, block_end: npt.NDArray[np.bool_]) -> list[bytes]:
+        """Return the memo's keys of rows: their ids, and whether end tokens are blocked."""
+        every = self.tokens[rows].tobytes()  # one call for all rows
+        starts = np.arange(len(rows)) * (self.length * self.tokens.itemsize)
+        ends = starts + self.lengths[rows] * self.tokens.itemsize
+        flags = (b"\0", b"\1")
+        return [
+            every[start:end] + flags[flag]
+            for start, end, flag in zip(starts.tolist(), ends.tolist(), block_end.tolist(), strict=True)
+        ]
+
+
+class Memo:
+    """Proposals by prefix within ``limit`` bytes. A forward's rows come and go together: that takes no call a row."""
+
+    PARTS = 8  # of the limit, that the rows of one forward may take together
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.size = 0
+        self._places: dict[bytes, tuple[int, int]] = {}  # number of the forward, row in it
+        self._forwards: OrderedDict[int, tuple[Arrays, list[bytes], int]] = OrderedDict()
+        self._next = 0
+
+    def get(self, key: bytes) -> tuple[npt.NDArray[Any], ...] | None:
+        """Return the arrays of one row, which must not be changed, or None."""
+        place = self._places.get(key)
+        if place is None:
+            return None
+        self._forwards.move_to_end(place[0])
+        return tuple(array[place[1]] for array in self._forwards[place[0]][0])
+
+    def put(self, keys: list[bytes], arrays: Arrays) -> None:
+        """Keep a copy of (B, ...) arrays under B keys, in groups that fit."""
+        row_bytes = sum(array[0].nbytes for array in arrays) + max(len(key) for key in keys)
+        if row_bytes > self.limit:
+            return
+        rows = max(1, self.limit // self.PARTS // row_bytes)
+        for start in range(0, len(keys), rows):
+            part = slice(start, start + rows)
+            self._keep(keys[part], tuple(array[part].copy() for array in arrays), row_bytes)  # type: ignore[arg-type]
+
+    def _keep(self, keys: list[bytes], arrays: Arrays, row_bytes: int) -> None:
+        number, size = self._next, row_bytes * len(keys)
+        self._next += 1
+        self._forwards[number] = arrays, keys, size
+        self._places.update((key, (number, row)) for row, key in enumerate(keys))
+        self.size += size
+        while self.size > self.limit:
+            oldest, (_, gone, freed) = self._forwards.popitem(last=False)
+            self.size -= freed
+            for key in gone:
+                if self._places.get(key, (-1, 0))[0] == oldest:
+                    del self._places[key]
+
+    def clear(self) -> None:
+        self._places.clear()
+        self._forwards.clear()
+        self.size = 0
 
 
 class LRUCache(Generic[T]):

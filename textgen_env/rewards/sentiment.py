@@ -87,25 +87,22 @@ class SentimentScore(IncrementalScore[Settled]):
         text = _describe_emojis(text)
         words = _words(text)
         window = acc.last + words
-        rateable = range(_unrated(acc), max(_unrated(acc), len(window) - 2))
+        rateable = range(_unrated(acc), len(window) - 2)
         return Settled(
             last=window[-5:],
             words=acc.words + len(words),
-            shouted=acc.shouted + sum(word.shouted for word in words),
+            shouted=acc.shouted + sum([word.shouted for word in words]),
             exclamations=acc.exclamations + text.count("!"),
             questions=acc.questions + text.count("?"),
-            calm=tuple(_rate(window, rateable, False, acc.calm)),
-            loud=tuple(_rate(window, rateable, True, acc.loud)),
+            calm=_rate(window, rateable, False, acc.calm),
+            loud=_rate(window, rateable, True, acc.loud),
         )
 
     def value(self, acc: Settled, tail: str) -> float:
         tail = _describe_emojis(tail)
         words = _words(tail)
         window = acc.last + words
-        shouted = acc.shouted
-        for word in words:
-            if word.shouted:
-                shouted += 1
+        shouted = acc.shouted + sum([word.shouted for word in words])
         is_loud = 0 < shouted < acc.words + len(words)
         settled = acc.loud if is_loud else acc.calm
         valences = _rate(window, range(_unrated(acc), len(window)), is_loud, settled)
@@ -117,9 +114,10 @@ def _unrated(acc: Settled) -> int:
     return max(0, len(acc.last) - 2)
 
 
-def _rate(window: tuple[Word, ...], positions: Iterable[int], is_loud: bool, before: tuple[float, ...]) -> list[float]:
-    """Return the valences ``before``, then those of the words at ``positions``, as in ``Settled``."""
-    valences = list(before)
+def _rate(
+    window: tuple[Word, ...], positions: Iterable[int], is_loud: bool, valences: tuple[float, ...]
+) -> tuple[float, ...]:
+    """Return ``valences``, then those of the words at ``positions``, as in ``Settled``."""
     for i in positions:
         word = window[i]
         if word.rated:
@@ -127,19 +125,21 @@ def _rate(window: tuple[Word, ...], positions: Iterable[int], is_loud: bool, bef
             context = tuple([neighbour.as_neighbour for neighbour in window[first : i + 3]])
             valence = _valence(word.text, context, i - first, is_loud)
             if valence:
-                valences.append(valence)
+                valences = (*valences, valence)
         elif word.turns and 0.0 not in valences:
-            valences.append(0.0)
+            valences = (*valences, 0.0)
     return valences
 
 
-def _compound(valences: list[float], exclamations: int, questions: int) -> float:
+@lru_cache(maxsize=1 << 12)
+def _compound(rated: tuple[float, ...], exclamations: int, questions: int) -> float:
     """Return VADER's compound score of a text, to its four decimals."""
-    if 0.0 in valences:
+    valences: Sequence[float] = rated
+    if 0.0 in rated:
         # VADER looks for "but" among the words and pairs them with valences by position. Words of
         # valence zero change nothing there, so the others may stand for themselves.
-        words = [""] * valences.index(0.0) + ["but"]
-        valences = _analyzer()._but_check(words, valences)
+        words = [""] * rated.index(0.0) + ["but"]
+        valences = _analyzer()._but_check(words, list(rated))
     total = float(sum(valences))
     if not total:
         return 0.0

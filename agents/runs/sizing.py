@@ -1,0 +1,183 @@
+"""A run that fits into so many minutes: a few steps of it are timed, and its sizes follow.
+
+    environment, agent  ->  Speed (seconds a token)  ->  fit(minutes)  ->  Sizes: steps, texts, samples
+
+Texts and samples are halved until measuring takes at most ``MEASURING`` of the time; learning gets the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from agents.baselines.one_step import SampleAgent
+from agents.runs.config import RunConfig
+from agents.runs.progress import minutes
+from agents.zoo import AGENTS, Budget, make_agent
+from textgen_env.errors import ConfigError
+from textgen_env.evaluation import play
+from textgen_env.vector_env import TextGenVectorEnv
+
+MEASURING = 0.4
+"""Largest share of the time that goes into measuring: the yardstick and the agent."""
+
+LEAST_SHARE = 1 / 8
+"""Of a run's usual texts and samples: fewer say little."""
+
+LEAST_STEPS = 4_000
+"""Fewer teach an agent nothing."""
+
+END = 5.0
+"""Seconds for pictures, table and files."""
+
+TRIED = 8  # steps of all rows that are timed, after two that warm up
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds a token, all rows together."""
+
+    score: float  # writing as the yardstick does, with the running score of every candidate
+    write: float  # writing as the agent does
+    learn: float  # writing and learning
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of a run beside learning."""
+
+    prompts: int  # that it is measured on
+    tokens: int  # of a text, at most
+    texts: int  # of each agent, as usual
+    samples: int  # of the language model a prompt, as usual
+    lookahead: bool  # the reward can score prefixes
+
+    def seconds(self, share: float, speed: Speed) -> tuple[float, float]:
+        """Return how long yardstick and agent take to measure with ``share`` of the usual texts and samples."""
+        texts, samples = self.sizes(share)
+        agent = 2 * texts  # at its own temperature, then half as many at each of two others
+        yardstick = max(texts, samples * self.prompts) + self.prompts + (agent if self.lookahead else 0)
+        return yardstick * self.tokens * speed.score, agent * self.tokens * speed.write
+
+    def sizes(self, share: float) -> tuple[int, int]:
+        """Return ``share`` of the usual texts and samples."""
+        return max(1, round(self.texts * share)), max(2, round(self.samples * share))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a run, and the seconds that its parts are expected to take."""
+
+    steps: int
+    texts: int
+    samples: int
+    yardstick: float
+    learning: float
+    agent: float
+
+    def of(self, config: RunConfig) -> RunConfig:
+        """Return ``config`` with these sizes."""
+        return replace(config, steps=self.steps, eval_texts=self.texts, eval_samples=self.samples)
+
+    def note(self, given: float) -> str:
+        """Return a line for the readers of the results."""
+        return (
+            f"Sized for {given:g} minutes on this machine: {self.steps:,} steps, {self.texts} texts an agent, "
+            f"{self.samples} samples a prompt."
+        )
+
+    def estimate(self) -> str:
+        """Return a line that says how long the parts will take."""
+        whole = self.yardstick + self.learning + self.agent + END
+        return (
+            f"about {minutes(whole)} from here: measuring the language model {minutes(self.yardstick)}, learning "
+            f"{minutes(self.learning)}, measuring the agent {minutes(self.agent)}"
+        )
+
+
+def fit(given: float, spent: float, speed: Speed, work: Work) -> Sizes:
+    """Return the sizes with which a run takes ``given`` minutes, ``spent`` seconds of them so far.
+
+    Raises:
+        ConfigError: it is too short for the smallest run; says how much is needed.
+    """
+    seconds = 60 * given - spent - END
+    share = 1.0
+    while share > LEAST_SHARE and sum(work.seconds(share, speed)) > MEASURING * seconds:
+        share /= 2
+    yardstick, agent = work.seconds(share, speed)
+    steps = int((seconds - yardstick - agent) / speed.learn) // 100 * 100
+    if steps < LEAST_STEPS:
+        least = sum(work.seconds(LEAST_SHARE, speed)) + LEAST_STEPS * speed.learn + spent + END
+        # Rounded up to a tenth, and a tenth for a second measurement that comes out otherwise.
+        needed = math.ceil(10 * 1.1 * least / 60) / 10
+        raise ConfigError(
+            f"--minutes {given:g} is too short on this machine: the smallest run needs {needed:g} (loading and timing "
+            f"took {minutes(spent)}; {LEAST_STEPS:,} steps to learn from take {minutes(LEAST_STEPS * speed.learn)}). "
+            "Give it more minutes, or a smaller model"
+        )
+    return Sizes(steps, *work.sizes(share), yardstick, steps * speed.learn, agent)
+
+
+def measured_speed(config: RunConfig, own: TextGenVectorEnv, scoring: TextGenVectorEnv) -> Speed:
+    """Time a few steps of a run, in environments that it does not go on with.
+
+    Args:
+        config: With the steps that the agent's settings should be those of.
+        own: An environment as the agent learns in.
+        scoring: An environment as the yardstick is measured in.
+    """
+    tokens = own.episodes.config.max_new_tokens
+    trial = config.envs * (tokens + 2)
+    budget, settings = Budget(config.steps, config.envs, tokens, config.beta), dict(config.agent_settings)
+    if issubclass(AGENTS[config.agent](budget)[0], OffPolicyAlgorithm):
+        settings["learning_starts"] = trial // 2  # updates are owed for the steps before it, too
+    agent = make_agent(config.agent, own, config.seed, budget, settings)
+    clock = _StepTimes()
+    started = time.perf_counter()
+    agent.learn(trial, callback=clock)
+    learn = (time.perf_counter() - started) / agent.num_timesteps
+    write = float(np.median(clock.seconds[2 : 2 + TRIED] or [learn * config.envs])) / config.envs
+    return Speed(_scoring_seconds(scoring), min(write, learn), learn)
+
+
+def _scoring_seconds(env: TextGenVectorEnv) -> float:
+    """Return the seconds a token of the language model in ``env``."""
+    prompts = [env.episodes.prompts.draw(np.random.default_rng(row)) for row in range(env.num_envs)]
+    times, before = [], time.perf_counter()
+    for step in play(SampleAgent(), env, prompts, seed=0):
+        now = time.perf_counter()
+        times.append((now - before) / len(step.rows))
+        before = now
+        if len(times) == 2 + TRIED:
+            break
+    return float(np.median(times[2:] or times))
+
+
+class _StepTimes(BaseCallback):
+    """The seconds of each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+        self._before = math.nan
+
+    def _on_step(self) -> bool:
+        now = time.perf_counter()
+        if not math.isnan(self._before):
+            self.seconds.append(now - self._before)
+        self._before = now
+        return True
+
+
+def work_of(config: RunConfig, env: TextGenVectorEnv, prompts: Any) -> Work:
+    """Return the work of a run that is measured on ``prompts``."""
+    tokens = env.episodes.config.max_new_tokens
+    lookahead = env.episodes.reward.running() is not None and config.env_config().top_k is not None
+    return Work(len(prompts), tokens, config.eval_texts, config.eval_samples, lookahead)

@@ -1,0 +1,365 @@
+"""A learned running score: what a text is worth so far, from rewards of finished texts alone.
+
+A judge says one number about a finished text. The scorer spreads it over the text: an index z, a
+sum of contributions of what occurs in it, and a rising curve g from z to the reward.
+
+    finished texts, rewards  ->  fit      ->  contributions, potentials
+    a prefix, k candidates   ->  forward  ->  score (B, 1), candidate_scores (B, k)
+
+The contributions are a ridge regression on sparse features, which need few texts: tokens, tokens
+that occur for the first time, pairs of neighbours, the last token, the length in characters. The
+curve is fitted to predictions for texts that were left out. It bends where the judge saturates, and
+it is flat where nothing was learned: a random judge scores every prefix alike.
+
+The score of a prefix is the mean of g over what the rest of the text will add, if the language
+model writes on as it does on average. As a potential it moves no optimum, however wrong it is.
+
+Source: return decomposition, Arjona-Medina et al. 2019, arXiv:1806.07857; single-index models,
+Kakade et al. 2011, arXiv:1104.2018; hashed features, Weinberger et al. 2009, arXiv:0902.2206.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from agents.text_dqn.ridge import PENALTIES, Design, Fitted, cross_fit, rising_curve
+from textgen_env.models.base import LanguageModel
+from textgen_env.policies import Floats
+
+FOLDS = 5
+"""Parts of the texts. Weights of a part have never seen it; one more set, the last, is the mean of all."""
+
+PAIRS = 2**17
+"""Pairs of tokens are hashed to so many numbers."""
+
+RESIDUES = 4096
+"""A token counts as seen where one of the same residue has occurred: exact for vocabularies up to this."""
+
+DIRECTIONS = 64
+"""Principal directions of the token embeddings that the regression sees."""
+
+MARKS = np.linspace(-2.5, 2.5, 11)
+"""Lengths in characters that have a weight, in standard deviations from the mean; linear in between."""
+
+GRID = (64, 48)
+"""Values of z and of the length for which potentials are tabulated."""
+
+LEAST_TEXTS = 50
+"""Finished texts below which nothing is fitted."""
+
+LEAST_EVIDENCE = 3.0
+"""Standard errors that the correlation with left-out rewards must have for the scorer to speak."""
+
+Indices = npt.NDArray[np.int64]
+
+
+class JudgedTexts(NamedTuple):
+    """n texts with their rewards."""
+
+    tokens: Indices  # (n, T) generated ids, padded at the end
+    lengths: Indices  # (n,) at least 1
+    rewards: Floats  # (n,)
+    folds: Indices  # (n,) in 0..FOLDS - 1
+    finished: npt.NDArray[np.bool_]  # (n,) False for prefixes that were judged as they stood
+
+
+class Visited(NamedTuple):
+    """States that were visited, for what the language model adds on average."""
+
+    tokens: torch.Tensor  # (m, T)
+    candidates: torch.Tensor  # (m, T, k)
+    probabilities: torch.Tensor  # (m, T, k) under the language model
+    acted: torch.Tensor  # (m, T) bool
+
+
+class TextScorer(nn.Module):
+    """Scores of prefixes and of their candidates. All its state is buffers, so networks save and load it.
+
+    Silent, with the same score everywhere, until ``fit``.
+
+    Args:
+        vocab_size: V.
+        max_new_tokens: T.
+    """
+
+    characters: torch.Tensor
+    ends: torch.Tensor
+    penalty: torch.Tensor
+    bias: torch.Tensor
+    token: torch.Tensor
+    first: torch.Tensor
+    pair: torch.Tensor
+    last: torch.Tensor
+    potential: torch.Tensor
+    drift: torch.Tensor
+    grid: torch.Tensor
+
+    def __init__(self, vocab_size: int, max_new_tokens: int) -> None:
+        super().__init__()
+        self.vocab_size, self.max_new_tokens = vocab_size, max_new_tokens
+        shapes = {
+            "characters": (vocab_size,),  # of each token
+            "ends": (vocab_size,),  # 1 for end tokens
+            "penalty": (),  # of the last fit, 0 before the first
+            "bias": (FOLDS + 1,),
+            "token": (FOLDS + 1, vocab_size),
+            "first": (FOLDS + 1, vocab_size),
+            "pair": (FOLDS + 1, PAIRS),
+            "last": (FOLDS + 1, vocab_size),
+            "potential": (max_new_tokens + 1, *GRID),  # after t tokens, by the z and the length that are to be expected
+            "drift": (2, max_new_tokens + 1),  # of z and of the length, still to come after t tokens
+            "grid": (2, 2),  # lowest value and step, of z and of the length
+        }
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
+        self.silence()
+
+    def silence(self) -> None:
+        """Score every text alike."""
+        self.potential.zero_()
+        self.grid.fill_(1.0)
+
+    def describe(self, language_model: LanguageModel) -> None:
+        """Read how many characters each token has, and which ones end a text."""
+        texts = language_model.continuations([], [], range(self.vocab_size))
+        self.characters.copy_(torch.tensor([float(len(text)) for text in texts]))
+        self.ends.zero_()
+        self.ends[list(language_model.end_ids)] = 1.0
+
+    # --- scoring
+
+    @torch.no_grad()
+    def forward(
+        self, tokens: torch.Tensor, steps: torch.Tensor, candidates: torch.Tensor, folds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scores of prefixes, (B, S, 1), and of the texts that each candidate leads to, (B, S, k).
+
+        Args:
+            tokens: (B, T) generated ids, from the first on. What follows a prefix is not read.
+            steps: (B, S) how many of them each prefix has.
+            candidates: (B, S, k) ids.
+            folds: (B,) whose weights to use. None: the mean of all.
+        """
+        index, length, more, longer = self._parts(tokens, steps, candidates, folds)
+        done = (steps.unsqueeze(-1) >= self.max_new_tokens - 1) | _at(self.ends, candidates).bool()
+        table = self._table(tokens, folds).view(-1, 1, 1)
+        more = more + torch.where(done, _at(self.last, table * self.vocab_size + candidates), 0.0)
+        after = torch.where(done, self.max_new_tokens, steps.unsqueeze(-1) + 1)
+        score = self._look_up(steps, index, length).unsqueeze(-1)
+        return score, self._look_up(after, index.unsqueeze(-1) + more, length.unsqueeze(-1) + longer)
+
+    def _parts(
+        self, tokens: torch.Tensor, steps: torch.Tensor, candidates: torch.Tensor, folds: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return z and length of the prefixes, (B, S), and what candidates add to both, (B, S, k)."""
+        table = self._table(tokens, folds)
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        seen_from = _first_places(tokens)  # (B, RESIDUES)
+        own = self._added(table, tokens.unsqueeze(-1), places, tokens, seen_from).squeeze(-1)
+        index = self.bias[table].unsqueeze(-1) + _of_prefixes(own, steps)
+        length = _of_prefixes(_at(self.characters, tokens), steps)
+        more = self._added(table, candidates, steps, tokens, seen_from)
+        return index, length, more, _at(self.characters, candidates)
+
+    def _added(
+        self, table: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor, tokens: torch.Tensor, seen: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what ids (B, S, c) add to z after prefixes of ``steps`` (B, S) tokens."""
+        own = table.view(-1, 1, 1) * self.vocab_size + ids
+        before = tokens.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1)
+        pairs = _at(self.pair, table.view(-1, 1, 1) * PAIRS + pair_index(before, ids))
+        pairs = torch.where(steps.unsqueeze(-1) > 0, pairs, 0.0)
+        places = seen.gather(1, (ids % RESIDUES).flatten(1)).view(ids.shape)
+        fresh = torch.where(places < steps.unsqueeze(-1), 0.0, _at(self.first, own))
+        return _at(self.token, own) + pairs + fresh
+
+    def _table(self, tokens: torch.Tensor, folds: torch.Tensor | None) -> torch.Tensor:
+        return torch.full((len(tokens),), FOLDS, device=tokens.device) if folds is None else folds
+
+    def _look_up(self, steps: torch.Tensor, index: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        """Return the potential after ``steps`` tokens, bilinear in z and length; flat outside the table."""
+        corners = []
+        for axis, value in enumerate((index, length)):
+            low, step = self.grid[axis].tolist()
+            place = ((value + _at(self.drift[axis], steps) - low) / step).clamp(0, GRID[axis] - 1)
+            floor = place.floor().long().clamp(max=GRID[axis] - 2)
+            corners.append((floor, place - floor))
+        (i, a), (j, b) = corners
+        values, corner = self.potential.view(-1), (steps * GRID[0] + i) * GRID[1] + j
+        low_z = (1 - b) * _at(values, corner) + b * _at(values, corner + 1)
+        high_z = (1 - b) * _at(values, corner + GRID[1]) + b * _at(values, corner + GRID[1] + 1)
+        return (1 - a) * low_z + a * high_z
+
+    # --- learning
+
+    def fit(self, texts: JudgedTexts, vectors: Floats, visited: Visited) -> float:
+        """Learn from texts and their rewards; return R2 on the texts that were left out.
+
+        Args:
+            texts: At least ``LEAST_TEXTS``.
+            vectors: (V, ``DIRECTIONS``) of the tokens; see ``directions``.
+            visited: Some states, under the language model's own probabilities.
+        """
+        design, marks = self._design(texts, vectors)
+        if np.unique(texts.folds).size == 1:
+            return 0.0
+        strongest = 3 * float(self.penalty) or max(PENALTIES)
+        fitted = cross_fit(design, texts.rewards, texts.folds, FOLDS, [p for p in PENALTIES if p <= strongest * 1.01])
+        self.penalty.fill_(fitted.penalty)
+        predicted, rewards = fitted.left_out[texts.finished], texts.rewards[texts.finished]
+        if not _correlates(predicted, rewards):
+            self.silence()
+            return 0.0
+        curve = rising_curve(predicted, rewards)
+        of_length = self._take_weights(design, fitted, vectors)
+        self._tabulate(curve, marks, of_length, predicted, visited)
+        return float(1 - ((rewards - predicted) ** 2).mean() / rewards.var())
+
+    def _design(self, texts: JudgedTexts, vectors: Floats) -> tuple[Design, tuple[float, float]]:
+        """Return the features of texts, and mean and deviation of their lengths in characters."""
+        vocabulary, padding = self.vocab_size, 3 * self.vocab_size + PAIRS
+        tokens, lengths = texts.tokens, texts.lengths
+        inside = np.arange(tokens.shape[1]) < lengths[:, None]
+        places = _first_places(torch.from_numpy(tokens)).gather(1, torch.from_numpy(tokens % RESIDUES)).numpy()
+        fresh = inside & (places == np.arange(tokens.shape[1]))
+        pairs = pair_index(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])).numpy()
+        ended = texts.finished[:, None]
+        last = np.take_along_axis(tokens, lengths[:, None] - 1, 1)
+        sparse = {
+            "token": np.where(inside, tokens, padding),
+            "first": np.where(fresh, vocabulary + tokens, padding),
+            "last": np.where(ended, 2 * vocabulary + last, padding),
+            "pair": np.where(inside[:, 1:], 3 * vocabulary + pairs, padding),
+        }
+        length = (self.characters.cpu().numpy()[tokens] * inside).sum(1)
+        marks = (float(length.mean()), float(length.std()) + 1e-6)
+        means = (vectors[tokens] * inside[..., None]).sum(1)
+        return Design.of(sparse, {"vector": means, "length": _hats(length, marks)}, padding), marks
+
+    def _take_weights(self, design: Design, fitted: Fitted, vectors: Floats) -> Floats:
+        """Fill the tables of contributions; return the weights of the marks, their mean over the folds."""
+        vocabulary, scales = self.vocab_size, design.scales
+        weights = np.concatenate([fitted.weights, fitted.weights.mean(0, keepdims=True)])
+        biases = np.append(fitted.biases, fitted.biases.mean())
+        occurring, dense = design.parts(weights)
+        sparse = np.zeros((FOLDS + 1, 3 * vocabulary + PAIRS))
+        sparse[:, design.used] = occurring[:, :-1]
+        token, first, last = (sparse[:, i * vocabulary : (i + 1) * vocabulary] for i in range(3))
+        of_vectors = dense[:, : vectors.shape[1]] @ vectors.T
+        for table, values in (
+            (self.token, token * scales["token"] + of_vectors * scales["vector"]),
+            (self.first, first * scales["first"]),
+            (self.last, last * scales["last"]),
+            (self.pair, sparse[:, 3 * vocabulary :] * scales["pair"]),
+            (self.bias, biases),
+        ):
+            table.copy_(torch.from_numpy(values))
+        of_length: Floats = dense[-1, vectors.shape[1] :] * scales["length"]
+        return of_length
+
+    def _tabulate(
+        self,
+        curve: tuple[Floats, Floats],
+        marks: tuple[float, float],
+        of_length: Floats,
+        predicted: Floats,
+        visited: Visited,
+    ) -> None:
+        """Tabulate the potential: the mean of the curve over a normal law of what is still to come."""
+        means, variances = self._course(visited)  # (2, T) a step
+        self.drift.copy_(torch.from_numpy(_still_to_come(means)))
+        deviations = np.sqrt(_still_to_come(variances))  # (2, T + 1)
+        mean, deviation = marks
+        length = np.linspace(max(0.0, mean - 4 * deviation), mean + 4 * deviation, GRID[1])
+        added = _hats(length, marks) @ of_length
+        reach = 0.25 * (np.ptp(predicted) + np.ptp(added)) + 1e-6
+        index = np.linspace(predicted.min() - added.max() - reach, predicted.max() - added.min() + reach, GRID[0])
+        nodes, shares = np.polynomial.hermite_e.hermegauss(7)
+        shares = shares / shares.sum()
+        potential = np.zeros(self.potential.shape)
+        for node_z, share_z in zip(nodes, shares, strict=True):
+            for node_c, share_c in zip(nodes, shares, strict=True):
+                lengths = length + deviations[1][:, None] * node_c  # (T + 1, GRID[1])
+                z = index[:, None] + (_hats(lengths, marks) @ of_length)[:, None, :]
+                z = z + deviations[0][:, None, None] * node_z
+                potential += share_z * share_c * np.interp(z, *curve)
+        self.potential.copy_(torch.from_numpy(potential))
+        for axis, values in enumerate((index, length)):
+            self.grid[axis] = torch.tensor([values[0], values[1] - values[0]])
+
+    @torch.no_grad()
+    def _course(self, visited: Visited) -> tuple[Floats, Floats]:
+        """Return mean and variance of what the language model adds to z and to the length at each step, (2, T)."""
+        tokens, mu = visited.tokens, visited.probabilities
+        steps = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        _, _, more, longer = self._parts(tokens, steps, visited.candidates, None)
+        means, variances = np.zeros((2, 2, self.max_new_tokens))
+        weight = visited.acted.double()
+        for axis, added in enumerate((more.double(), longer.double())):
+            at_states = (mu * added).sum(-1)  # (m, T)
+            squares = (mu * added**2).sum(-1)
+            total = weight.sum(0).clamp(min=1)
+            mean = (at_states * weight).sum(0) / total
+            means[axis, : len(mean)] = mean.cpu().numpy()
+            variances[axis, : len(mean)] = ((squares * weight).sum(0) / total - mean**2).clamp(min=0).cpu().numpy()
+        return means, variances
+
+
+def directions(language_model: LanguageModel) -> Floats:
+    """Return the principal directions of the token embeddings, (V, at most ``DIRECTIONS``), of mean size 1."""
+    vectors = language_model.embed(np.arange(language_model.vocab_size)).astype(np.float32)
+    vectors -= vectors.mean(0)
+    if vectors.shape[1] > DIRECTIONS:
+        _, axes = np.linalg.eigh(vectors.T @ vectors)
+        vectors = vectors @ axes[:, -DIRECTIONS:]
+    size = float(np.linalg.norm(vectors, axis=1).mean())
+    return np.asarray(vectors / (size or 1.0), np.float64)
+
+
+def pair_index(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return the number in 0..PAIRS - 1 of each pair of ids."""
+    return ((first * 0x9E3779B1 + second * 0x85EBCA77) >> 7) % PAIRS
+
+
+def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return the entries of ``values`` (n,) at any indices: several times as fast as plain indexing."""
+    return values.take(index)
+
+
+def _first_places(tokens: torch.Tensor) -> torch.Tensor:
+    """Return where each residue of ids occurs first in tokens (B, T): (B, RESIDUES), T where it does not."""
+    length = tokens.shape[1]
+    places = torch.arange(length, device=tokens.device).expand(tokens.shape)
+    found = torch.full((len(tokens), RESIDUES), length, device=tokens.device)
+    return found.scatter_reduce(1, tokens % RESIDUES, places, "amin")
+
+
+def _of_prefixes(added: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Return the sums of (B, T) numbers over the first ``steps`` (B, S) of them."""
+    return nn.functional.pad(added.cumsum(1), (1, 0)).gather(1, steps)
+
+
+def _hats(length: Floats, marks: tuple[float, float]) -> Floats:
+    """Return (..., marks) weights of the marks next to each length, which sum to 1."""
+    mean, deviation = marks
+    place = np.clip((length - mean) / deviation, MARKS[0], MARKS[-1])
+    hats: Floats = np.maximum(0.0, 1 - np.abs(place[..., None] - MARKS) / (MARKS[1] - MARKS[0]))
+    return hats
+
+
+def _still_to_come(values: Floats) -> Floats:
+    """Return the sums of (2, T) values from each step on, (2, T + 1)."""
+    return np.pad(values[:, ::-1].cumsum(1)[:, ::-1], ((0, 0), (0, 1)))
+
+
+def _correlates(predicted: Floats, rewards: Floats) -> bool:
+    """Return True if left-out predictions go with the rewards beyond chance."""
+    if predicted.std() < 1e-9 or rewards.std() < 1e-9:
+        return False
+    correlation = float(np.corrcoef(predicted, rewards)[0, 1])
+    return correlation * np.sqrt(len(rewards)) > LEAST_EVIDENCE

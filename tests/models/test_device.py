@@ -1,0 +1,44 @@
+"""How threads wait: a program of ours sleeps, a library changes nothing, the user's own settings stay."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+AS_A_LIBRARY = f"""
+import os
+import textgen_env.models, agents.text_dqn
+textgen_env.models.load_language_model("tiny")
+assert not os.environ.keys() & {set(SETTINGS)}
+"""
+AS_A_PROGRAM = """
+import sys
+from agents.cli.app import main
+sys.argv = ["textgen", "list", "models"]
+try:
+    main()
+finally:
+    import torch
+"""
+
+
+def stderr_of(program, **settings):
+    env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    env |= {"OMP_DISPLAY_ENV": "TRUE", **settings}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what GNU OpenMP prints")
+@pytest.mark.parametrize(("own", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_of_the_command_line_wait_passively_unless_the_user_says_otherwise(own, policy):
+    assert f"OMP_WAIT_POLICY = '{policy}'" in stderr_of(AS_A_PROGRAM, **own)
+
+
+def test_to_import_the_library_and_load_a_model_leaves_the_settings_of_the_process():
+    stderr_of(AS_A_LIBRARY)
