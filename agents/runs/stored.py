@@ -184,7 +184,8 @@ def store(config: RunConfig, folder: Path, **given: Any) -> RunConfig:
         del objects["reward"]
         config = replace(config, reward=spec)
     config = replace(config, agent_sees_reward=_agent_sees_reward(config, objects.get("reward")))
-    kept = kept_prompts(objects.get("prompts", config.prompts))
+    in_file = isinstance(config.prompts, list | tuple) and "prompts" not in objects  # plain data of the configuration
+    kept = None if in_file else kept_prompts(objects.get("prompts", config.prompts))
     if kept is not None:
         objects.pop("prompts", None)
         write_file(folder / PROMPTS_FILE, kept)
@@ -230,7 +231,7 @@ def without_reward(config: RunConfig) -> Any:
 def kept_prompts(spec: Any) -> str | None:
     """Return the lines of ``prompts.jsonl``, or None for prompts that need no copy, or of which there is none.
 
-    Names in the box and lists of strings need none; there is none of endless, very large or unusual prompts.
+    Names in the box need none; there is none of endless, very large or unusual prompts.
     """
     plain = spec is None or (isinstance(spec, str) and spec.rpartition(":")[0] in PROMPT_NAMES)
     if plain or (isinstance(spec, str) and (spec in PROMPT_NAMES or is_own_code(spec))):
