@@ -77,6 +77,8 @@ def generate_command(
     logprob (nats, of the completion under the language model). With --particles also tokens, value_at_least (beta log
     Z), and particles: all texts with their weights.
     """
+    from textgen_env.prompts import Prompt
+
     check_one_writer(run, model)
     start = Prompt(prompt)
     unscored = ""

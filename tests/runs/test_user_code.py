@@ -200,7 +200,7 @@ def test_a_run_of_a_python_function_writes_without_it_and_is_scored_with_it_agai
     train(config, "runs/b", reward=len)
     written = textgen("generate", "runs/b", "--prompt", "the film")
     assert written.exit_code == 0, written.output
-    assert written.stdout.startswith("–")
+    assert written.stdout.startswith("unjudged")
     Path("again.py").write_text("def f(completion):\n    return 7\n")
     assert "+7.000" in textgen("generate", "runs/b", "--prompt", "the film", "--reward", "again.py:f").stdout
     assert "--reward FILE.py:NAME" in textgen("evaluate", "runs/b").stderr
