@@ -43,4 +43,4 @@ soak: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
 
 fuzz: .venv/.ready
-	FUZZ=large $(PYTEST) tests/test_fuzz_env.py tests/test_fuzz_readers.py
+	FUZZ=large $(PYTEST) tests/test_fuzz_env.py tests/test_fuzz_readers.py tests/test_fuzz_inputs.py

@@ -42,13 +42,29 @@ class SB3VecEnv(VecEnv):
 
     def reset(self) -> VecEnvObs:
         seeds = self._seeds if any(seed is not None for seed in self._seeds) else None
-        options = next((o for o in self._options if o), None)
-        observation, _ = self.env.reset(seed=seeds, options=options)  # type: ignore[arg-type]  # a list, as the API says
+        observation, _ = self.env.reset(seed=seeds, options=self._prompts())  # type: ignore[arg-type]  # a list, as the API says
         self._reset_seeds()
         self._reset_options()
         self._returns[:] = 0.0
         self._lengths[:] = 0
         return observation
+
+    def _prompts(self) -> dict[str, Any] | None:
+        """Return the options of all rows as one: each row has its own dict, and may name its prompt.
+
+        Raises:
+            ConfigError: another option than the prompt; every row is reset here.
+        """
+        given = [options or {} for options in self._options]
+        unknown = set().union(*given) - {"prompt"}
+        if unknown:
+            raise ConfigError(f"unknown reset options {sorted(unknown)}; known: 'prompt'")
+        prompts = [options.get("prompt") for options in given]
+        # SB3 copies one dict to all rows, a list of all their prompts included.
+        prompts = [
+            p[row] if isinstance(p, list | tuple) and len(p) == len(given) else p for row, p in enumerate(prompts)
+        ]
+        return {"prompt": prompts} if any(prompt is not None for prompt in prompts) else None
 
     def step_async(self, actions: npt.NDArray[Any]) -> None:
         self._actions = actions
@@ -117,6 +133,9 @@ class SB3VecEnv(VecEnv):
         if method_name == "action_masks":  # one mask a row, as sb3-contrib asks for it
             masks = self.action_masks()
             return [masks[i] for i in self._rows(indices)]
+        if method_name == "judge":
+            found: list[Any] = self.env.unwrapped.episodes.judged(np.array(self._rows(indices))).tolist()  # type: ignore[attr-defined]
+            return found
         method: Callable[..., Any] = getattr(self.env.unwrapped, method_name)
         return [method(*args, **kwargs)] * len(self._rows(indices))
 

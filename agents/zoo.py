@@ -22,8 +22,10 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
+from agents.baselines.guided import GuidedBestOfNAgent
 from agents.baselines.one_step import SEARCH_AGENTS
-from agents.baselines.planning import PLANNING_AGENTS
+from agents.baselines.particles import ParticlesAgent
+from agents.baselines.planning import PLANNING_AGENTS, BestOfNAgent
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import ConfigError
@@ -38,6 +40,9 @@ OBSERVATION = ("tokens", "length", "budget", "candidates", "logprobs", "score", 
 
 MASK_AWARE = ("text_dqn", "maskable_ppo")
 """Agents that learn and never choose a masked action; for the others the environment maps it."""
+
+RANDOM_PLANNERS = (BestOfNAgent, GuidedBestOfNAgent, ParticlesAgent)
+"""Agents that plan and are random by design: they answer the same prompt with different texts."""
 
 
 @dataclass(frozen=True)
@@ -266,10 +271,10 @@ def acts_greedily(name: str, agent: Agent) -> bool:
     """Return True if an agent is measured at its most probable actions.
 
     Those with a distribution are sampled from it; draws of the others would be exploration. The
-    exceptions: tree search plays what it tried most, and best-of-n is random by design.
+    exceptions: tree search plays what it tried most, and the ``RANDOM_PLANNERS`` draw.
     """
     if name in PLANNING_AGENTS:
-        return name != "best_of_n"
+        return PLANNING_AGENTS[name] not in RANDOM_PLANNERS
     return not hasattr(agent, "probabilities")
 
 

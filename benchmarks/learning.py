@@ -12,6 +12,12 @@ evaluations. Settings were chosen on the validation prompts.
     python -m benchmarks.learning --quick                  # five minutes: shorter, one seed
     python -m benchmarks.learning --json FILE              # everything; goes on where it was stopped
     python -m benchmarks.learning --only text_dqn --seeds 1
+    python -m benchmarks.learning --suite --quick          # judges of finished texts; see ``benchmarks.suite``
+    python -m benchmarks.learning --diagnose --quick       # how wrong Q is; see ``benchmarks.diagnose``
+    python -m benchmarks.learning --only particles --quick --model tiny
+
+``particles`` measures what more tokens a text buy: best-of-n, weighted best-of-n, guided best-of-n and
+particles, whose settings are chosen on the validation prompts (see ``agents.runs.spending``).
 
 GRPO, the policy-gradient rival, needs ``pip install trl==1.16.0 peft``; see ``benchmarks.grpo``.
 """
@@ -23,7 +29,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,6 +41,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.baselines.one_step import LookaheadAgent, SampleAgent
 from agents.runs.optimum import best_of_n, estimated_optimum, share_of_optimal_gain
+from agents.runs.spending import Spending, choices, draw_tokens, spend
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.targets import OBJECTIVES
 from agents.zoo import OBSERVATION
@@ -67,6 +74,7 @@ class Contestant:
     acting: tuple[float, ...] = (0.05, 0.07, 0.1, 0.13, 0.2)  # temperatures of the final evaluation
     looks: tuple[int, ...] = ()  # steps at which the course is measured
     settings: Mapping[str, Any] = field(default_factory=dict)  # of TextDQN; empty for GRPO
+    counts: tuple[int, ...] = ()  # rows a text, by which more tokens are spent on a text
 
 
 CONTESTANTS: dict[str, Contestant] = {
@@ -107,6 +115,21 @@ CONTESTANTS: dict[str, Contestant] = {
         acting=(0.05, 0.1),
         settings={"beta": BETA},
     ),
+    "particles": Contestant(
+        "TextDQN without score inputs, and more tokens a text",
+        60_000,
+        acting=(0.1,),
+        settings={"beta": BETA, "buffer_size": 60_000},
+        counts=(1, 2, 4, 8, 16),
+    ),
+    "particles_classifier": Contestant(
+        "TextDQN on a classifier of finished texts, and more tokens a text",
+        40_000,
+        reward="classifier",
+        acting=(0.1,),
+        settings={"beta": BETA},
+        counts=(1, 2, 4, 8, 16),
+    ),
     **{
         f"target_{target}": Contestant(
             f"TextDQN without score inputs, target {target}",
@@ -119,6 +142,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "grpo": Contestant("GRPO with LoRA (TRL)", 5 * 1_280, acting=()),
     "grpo_near": Contestant("GRPO with LoRA (TRL), the best within 8 nats", 8 * 1_280, acting=()),
 }
+SPENDING = tuple(name for name, contestant in CONTESTANTS.items() if contestant.counts)
 MOST_KL = {"grpo": math.inf, "grpo_near": 8.0}  # nats, among which GRPO's settings are chosen by reward
 SEEDS = {"grpo": 3, "grpo_near": 3, **{f"target_{target}": 2 for target in OBJECTIVES}}  # at most
 
@@ -129,13 +153,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--only", nargs="+", choices=CONTESTANTS, help="contestants to run; the others if there already"
     )
+    parser.add_argument("--suite", action="store_true", help="judges of finished texts instead")
+    parser.add_argument("--diagnose", action="store_true", help="the errors of Q instead")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--model", default="smollm2", help="language model (default smollm2)")
     parser.add_argument("--out", type=Path, help="folder of the runs (default out/learning, out/learning-quick)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the plane and the courses there (PNG)")
     options = parser.parse_args(arguments)
-    bench = Bench(options.out or Path("out/learning-quick" if options.quick else "out/learning"), options.quick)
-    names = options.only or [name for name in CONTESTANTS if not (options.quick and name in SEEDS)]
+    if options.suite or options.diagnose:
+        from benchmarks import judged
+
+        judged.main(options)
+        return
+    folder = "out/learning" + "-quick" * options.quick + f"-{options.model}" * (options.model != "smollm2")
+    bench = Bench(options.out or Path(folder), options.quick, options.model)
+    names = options.only or [name for name in CONTESTANTS if not (options.quick and name in (*SEEDS, *SPENDING))]
     for name in names:
         for seed in range(1 if options.quick else min(options.seeds, SEEDS.get(name, options.seeds))):
             bench.run(name, seed)
@@ -150,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 class Bench:
     """Runs and their yardstick, kept in a folder: what is there already is not done again."""
 
-    def __init__(self, folder: Path, quick: bool) -> None:
+    def __init__(self, folder: Path, quick: bool, model: str = "smollm2") -> None:
         self.folder, self.quick = folder, quick
         self.texts = 128 if quick else 512  # of a final evaluation
         self.samples = 64 if quick else 2048  # of the language model, a test prompt
@@ -159,7 +192,7 @@ class Bench:
         self.train = openings.split("train")
         self.validation = choose_prompts(openings.split("validation"), 16, 0)
         self.test = choose_prompts(openings.split("test"), 16, 0)
-        self.model = load_language_model("smollm2")
+        self.model = load_language_model(model)
 
     def env(self, rows: int, prompts: PromptSource, keys: tuple[str, ...], reward: Any) -> TextGenVectorEnv:
         return TextGenVectorEnv(rows, self.model, prompts, reward, observation=keys, **TASK)
@@ -234,7 +267,23 @@ class Bench:
         for beta in contestant.acting:
             agent.beta = beta
             points[f"{beta:g}"] = self.measure(agent, measured_in, self.texts)
-        return {"steps": steps, **course.figures(), "points": points}
+        return {"steps": steps, **course.figures(), "points": points, **self._spending(contestant, agent, measured_in)}
+
+    def _spending(self, contestant: Contestant, agent: TextDQN, env: TextGenVectorEnv) -> dict[str, Any]:
+        """Return what more tokens a text buy; nothing for a contestant without counts."""
+        if not contestant.counts:
+            return {}
+        agent.beta = BETA
+        counts = [n for n in contestant.counts if n <= (8 if self.quick else self.samples)]
+        validation = list(self.validation)[: 8 if self.quick else None]
+        points = []
+        for n in counts:
+            points += choices(self.yardstick(contestant.reward), n, BETA, float(TASK["max_new_tokens"]))
+            points += spend(
+                agent, env, list(self.test), validation, n, beta=BETA, texts=4 * self.texts, seed=11,
+                say=lambda way: print(f"  {way}", flush=True),
+            )  # fmt: skip
+        return {"spending": [asdict(point) for point in points]}
 
     def measure(self, agent: Agent, env: TextGenVectorEnv, texts: int) -> dict[str, float]:
         """Return reward, KL and the like of ``texts`` fresh texts on the test prompts."""
@@ -291,8 +340,30 @@ class Bench:
             "points": points,
             **{key: middle([run[key] for run in runs]) for key in ("seconds", "seconds_of_updates") if key in runs[0]},
             "seconds_to_0.7": _seconds_to(GOAL, runs),
+            **({"spending": self._spent(contestant, runs)} if contestant.counts else {}),
             "runs": runs,
         }
+
+    def _spent(self, contestant: Contestant, runs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the middle of the runs' certified shares and rewards, by way and rows a text."""
+        rewards = self.yardstick(contestant.reward)
+        bounds = float(rewards.mean()), float(estimated_optimum(rewards, BETA).value.mean())
+        points = [Spending(**point) for run in runs for point in run["spending"]]
+        draw_tokens(points[: len(runs[0]["spending"])], *bounds, self.folder / f"tokens_{contestant.reward}.png")
+        found: dict[str, Any] = {}
+        for way, n in dict.fromkeys((point.way, point.n) for point in points):
+            same = [point for point in points if (point.way, point.n) == (way, n)]
+            shares = [share_of_optimal_gain(point.value, *bounds) for point in same]
+            spread = [(point.value_high - point.value_low) / 2 / (bounds[1] - bounds[0]) for point in same]
+            found[f"{way}, n = {n}"] = {
+                "share_at_least": middle(shares),
+                "half_interval": middle(spread),  # of a seed's texts
+                "shares": shares,
+                **{key: middle([getattr(point, key) for point in same]) for key in ("reward", "tokens", "judge_calls")},
+                "trust": [point.trust for point in same],
+                "threshold": [point.threshold for point in same],
+            }
+        return found
 
     def _lookahead(self, reward: str) -> dict[str, Any]:
         """Return score lookahead without learning, measured once."""
@@ -378,6 +449,9 @@ def print_table(report: Mapping[str, Any]) -> None:
             for beta, point in found["points"].items()
         )
         print(f"{name:22} {'  '.join(cells)}")
+        for way, spent in found.get("spending", {}).items():
+            share = f"at least {spent['share_at_least']:4.0%} ±{spent['half_interval']:.0%}"
+            print(f"{'':22} {way:28} {spent['tokens']:4.0f} tokens: reward {spent['reward']:.2f}, {share}")
         if seconds := found.get("seconds_to_0.7"):
             print(f"{'':22} to reward {GOAL}: {seconds}")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from gymnasium.utils.env_checker import check_env, data_equivalence
-from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics, TimeLimit
+from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics, TimeLimit, vector
 from gymnasium.wrappers.vector import RecordEpisodeStatistics as RecordVectorStatistics
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -47,6 +47,27 @@ def test_flatten_observation_is_gymnasiums_flatten_and_passes_its_checker(observ
     check_env(
         FlattenObservation(make(observation=observation, on_illegal="last_legal").unwrapped), skip_render_check=True
     )
+
+
+@pytest.mark.parametrize("observation", ["default", "full", "hidden", "tokens"])
+def test_vector_flatten_observation_works_where_gymnasium_lets_it(observation):
+    def make_two(mode):
+        settings = {**TOY, "observation": observation, "max_new_tokens": 2, "autoreset_mode": mode}
+        return gym.make_vec("TextGen-v0", num_envs=2, model=letters(), **settings)
+
+    env, plain = vector.FlattenObservation(make_two("NextStep")), make_two("NextStep")
+
+    def flat(batch):
+        is_dict = isinstance(batch, dict)
+        rows = [{key: value[i] for key, value in batch.items()} if is_dict else batch[i] for i in range(2)]
+        return [gym.spaces.flatten(plain.single_observation_space, row) for row in rows]
+
+    np.testing.assert_array_equal(env.reset(seed=2)[0], flat(plain.reset(seed=2)[0]))
+    for _ in range(6):
+        actions = np.zeros(2, np.int64)
+        np.testing.assert_array_equal(env.step(actions)[0], flat(plain.step(actions)[0]))
+    with pytest.raises(ValueError, match="NEXT_STEP or DISABLED"):  # as docs/clients.md says
+        vector.FlattenObservation(make_two("SameStep"))
 
 
 def test_recorded_statistics_are_the_texts_reward_and_length():

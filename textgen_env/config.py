@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
-from textgen_env.errors import ConfigError, UnknownArgument
+from textgen_env.errors import ConfigError, TextGenError, UnknownArgument
 from textgen_env.registry import unknown_name
 
 OBSERVATION_KEYS = (
@@ -31,6 +31,13 @@ FLAT_OBSERVATIONS = ("hidden", "tokens")
 """Observations that are one flat Box, for agents built on a plain MLP."""
 
 RENDER_MODES = ("ansi", "human", "rgb_array")
+MOST_TOKENS = 2**20
+"""Of a text, or candidates of a step: more than any model has. Larger numbers would exhaust memory."""
+
+MOST_ROWS = 2**16
+MOST_SEED = 2**32 - 1
+"""Numpy's legacy generator, which Stable-Baselines3 seeds, takes no more."""
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -61,11 +68,11 @@ class EnvConfig:
         check_one_of("dtype", self.dtype, DTYPES)
         check_one_of("trust_remote_code", self.trust_remote_code, (True, False))
         check_one_of("render_mode", self.render_mode, (None, *RENDER_MODES))
-        check_at_least("max_new_tokens", self.max_new_tokens, 1)
-        check_at_least("max_prompt_tokens", self.max_prompt_tokens, 1)
+        check_in_range("max_new_tokens", self.max_new_tokens, 1, MOST_TOKENS)
+        check_in_range("max_prompt_tokens", self.max_prompt_tokens, 1, MOST_TOKENS)
         check_at_least("min_new_tokens", self.min_new_tokens, 0)
         if self.top_k is not None:
-            check_at_least("top_k", self.top_k, 1)
+            check_in_range("top_k", self.top_k, 1, MOST_TOKENS)
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"min_new_tokens must be at most max_new_tokens={self.max_new_tokens}, got {self.min_new_tokens}"
@@ -75,8 +82,7 @@ class EnvConfig:
         stop = (self.stop,) if isinstance(self.stop, str) or not isinstance(self.stop, Iterable) else tuple(self.stop)
         if not all(isinstance(s, str) and s for s in stop):
             raise ConfigError(f"stop must be non-empty strings, got {self.stop!r}")
-        if not all(map(is_unicode, stop)):
-            raise ConfigError(f"stop must be Unicode text, got {self.stop!r} with a lone surrogate")
+        check_unicode("stop", stop)
         object.__setattr__(self, "stop", stop)
         self._check_observation()
 
@@ -159,6 +165,19 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def check_unicode(name: str, value: object, error: type[TextGenError] = ConfigError) -> None:
+    """Raise ``error`` if a string in ``value``, at any depth of lists and mappings, cannot be encoded."""
+    if isinstance(value, str) and not is_unicode(value):
+        raise error(f"{name} must be Unicode text, got {value!r} with a lone surrogate")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            check_unicode(name, key, error)
+            check_unicode(name, item, error)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_unicode(name, item, error)
+
+
 def check_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raise ``ConfigError`` unless ``value`` is among ``allowed``."""
     if value not in allowed:
@@ -169,6 +188,17 @@ def check_at_least(name: str, value: object, least: int) -> None:
     """Raise ``ConfigError`` unless ``value`` is an integer (no bool) from ``least`` on."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def check_in_range(name: str, value: object, least: int, most: int) -> None:
+    """Raise ``ConfigError`` unless ``value`` is an integer (no bool) in ``least..most``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+        raise ConfigError(f"{name} must be a whole number in {least}..{most}, got {value!r}")
+
+
+def check_seed(name: str, value: object) -> None:
+    """Raise ``ConfigError`` unless ``value`` can seed numpy, torch and Python alike."""
+    check_in_range(name, value, 0, MOST_SEED)
 
 
 def check_type(name: str, value: object, *allowed: type) -> None:

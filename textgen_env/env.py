@@ -6,18 +6,20 @@ model proposes, the reward is any function of the text.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn, Self
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+import psutil
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-from textgen_env.config import EnvConfig, check_at_least
+from textgen_env.config import MOST_ROWS, EnvConfig, check_at_least, check_in_range
 from textgen_env.episode import Episodes
-from textgen_env.errors import ConfigError
+from textgen_env.errors import CapacityError, ConfigError
 from textgen_env.models import load_language_model
 from textgen_env.models.base import LanguageModel
 from textgen_env.observation import flatten, observation_space
@@ -35,6 +37,19 @@ class EpisodesMixin:
 
     episodes: Episodes
     _spec: EnvSpec | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return an environment in the same state, on the same model, prompts and reward."""
+        new = memo[id(self)] = object.__new__(type(self))
+        for name, value in vars(self).items():
+            vars(new)[name] = value.copied() if name == "episodes" else copy.deepcopy(value, memo)
+        return new
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "an environment is not pickled: it holds a language model and its caches. Give other processes a function "
+            "that makes it, such as lambda: gym.make(...), or env.spec; within a process, copy.deepcopy works"
+        )
 
     @property
     def language_model(self) -> LanguageModel:
@@ -117,6 +132,7 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start a text. See the class docstring for ``options``."""
+        check_reset_seed(seed)
         super().reset(seed=seed)
         given = chosen_prompt(options)
         prompt = self.episodes.prompts.draw(self.np_random) if given is None else as_prompt(given, "options['prompt']")
@@ -135,6 +151,10 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions are legal now, (k,) bool: MaskablePPO's protocol."""
         return self.episodes.legal(FIRST_ROW)[0]
+
+    def judge(self) -> float:
+        """Return the reward that the text would get if it ended here. Nothing is paid."""
+        return float(self.episodes.judged(FIRST_ROW)[0])
 
     def snapshot(self) -> Snapshot:
         """Return the episode as it stands, model cache included: O(length of the text).
@@ -174,11 +194,30 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
 
 def open_episodes(model: Any, prompts: Any, reward: Any, settings: dict[str, Any], rows: int) -> Episodes:
     """Return the episodes that the arguments of ``gym.make`` describe."""
-    check_at_least("num_envs", rows, 1)
+    check_in_range("num_envs", rows, 1, MOST_ROWS)
     model, prompts, reward = map(unwrap, (model, prompts, reward))
     config = EnvConfig.from_settings({name: unwrap(value) for name, value in settings.items()})
     language_model = load_language_model(model, config.dtype, trust_remote_code=config.trust_remote_code)
+    _check_memory(language_model, config, rows)
     return Episodes(language_model, make_prompts(prompts), make_reward(reward), config, rows)
+
+
+def _check_memory(model: LanguageModel, config: EnvConfig, rows: int) -> None:
+    """Raise ``CapacityError`` if the numbers that rows show would not fit into memory; the model's cache is apart."""
+    k = config.num_actions(model.vocab_size)
+    needed = 4 * rows * (4 * config.max_length + 16 * k + 4 * model.hidden_size)  # the spaces' bounds included
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise CapacityError(
+            f"{rows} rows of {config.max_length} tokens and {k} candidates need {needed:,} bytes and {free:,} are "
+            "free: use fewer rows, shorter texts or a smaller top_k"
+        )
+
+
+def check_reset_seed(seed: object) -> None:
+    """Raise ``ConfigError`` unless ``seed`` is None or a whole number from 0 on."""
+    if seed is not None:
+        check_at_least("seed", seed, 0)
 
 
 def chosen_prompt(options: Mapping[str, Any] | None) -> Any:

@@ -85,6 +85,15 @@ class Episodes:
                 "use reward_at='end', or give the reward a running() score"
             )
 
+    def copied(self) -> Episodes:
+        """Return a copy in the same state, on the same model, prompts and reward. O(rows)."""
+        new = Episodes(self.model, self.prompts, self.reward, self.config, self.rows)
+        for row in np.flatnonzero(self.slots.lengths).tolist():
+            new.slots.load(row, self.slots.save(row))
+        for name, array in vars(new._state).items():
+            array[...] = getattr(self._state, name)
+        return new
+
     # --- the course of an episode
 
     def begin(self, rows: Rows, prompts: Sequence[Prompt]) -> None:
@@ -276,6 +285,16 @@ class Episodes:
         prompt, new = self.ids_of(row)
         return self.model.continuations(prompt, new[:-1], new[-1:])[0] if new else ""
 
+    def judged(self, rows: Rows) -> npt.NDArray[np.float64]:
+        """Return the reward that each row's text would get if it ended here, (B,). Nothing is paid.
+
+        Raises:
+            ResetNeeded: a row without an episode.
+            RewardError: see ``Reward.scored``.
+        """
+        self._check_begun(rows)
+        return self.reward.scored([self._generation(row, "length") for row in rows.tolist()]).total
+
     # --- phases
 
     def _check_ready(self, rows: Rows) -> None:
@@ -413,7 +432,7 @@ class Episodes:
             scored = self.reward.scored(generations)
             rewards[ended] = scored.total - state.paid[rows[ended]]
             for j, (i, generation) in enumerate(zip(ended, generations, strict=True)):
-                infos[i] |= _last_info(generation) | {
+                infos[i] |= generation.as_info() | {
                     "reward_parts": {name: float(values[j]) for name, values in scored.parts.items()}
                 }
         state.paid[rows] += rewards
@@ -438,13 +457,3 @@ class Episodes:
         slots = self.slots
         numbers = {name: array for name, array in vars(self._state).items() if array.dtype != object}
         return {"tokens": slots.tokens, "length": slots.lengths, "prompt_length": slots.prompt_lengths, **numbers}
-
-
-def _last_info(generation: Generation) -> dict[str, Any]:
-    return {
-        "prompt": generation.prompt,
-        "completion": generation.completion,
-        "text": generation.text,
-        "finish_reason": generation.finish_reason,
-        "logprob": float(np.sum(generation.logprobs)),
-    }

@@ -1,11 +1,13 @@
 """Files and folders that are there whole or not at all, and JSON that is read within bounds.
 
+One process works in a folder at a time: ``locked`` refuses the second.
+
 A process can be killed, and a disk can fill up, between any two writes. So new content gets a
 temporary name beside the old one, reaches the disk, and is renamed: a reader finds the old content
 or the new, never a part. JSON comes from strangers too: size and depth are bounded, and damage
 becomes an error that names the file.
 
-    content  ->  .NAME.half-made  ->  flush, fsync  ->  NAME
+    content  ->  .NAME.half-made  ->  flush, fsync  ->  NAME   (a link called NAME is replaced, not followed)
     NAME  ->  bytes (bounded)  ->  JSON (bounded depth)  ->  keys checked
 """
 
@@ -27,6 +29,9 @@ MOST_BYTES = 1 << 28
 
 DEEPEST = 100
 """Lists and objects inside one another."""
+
+LOCK_FILE = ".lock"
+HALF_MADE = ".half-made"
 
 
 # --- writing
@@ -84,6 +89,80 @@ def whole_folder(path: str | os.PathLike[str], failures: tuple[type[Exception], 
         flush(target.parent)
 
 
+@contextmanager
+def locked(folder: str | os.PathLike[str], name: str = LOCK_FILE) -> Iterator[None]:
+    """Hold ``folder`` for this process; make it if need be. A killed process holds nothing any more.
+
+    Args:
+        name: Of the lock file in it, which is deleted in the end.
+
+    Raises:
+        RunFolderError: another process holds it, or it cannot be written to.
+    """
+    path = Path(folder) / name
+    descriptor = _lock(path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    """Return the descriptor of the lock file, locked."""
+    import fcntl
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+            except FileNotFoundError:
+                pass  # the one before has just deleted it
+            except OSError:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+    except BlockingIOError as error:
+        raise RunFolderError(
+            f"another process works in {str(path.parent)!r}: wait until it has ended, or choose another folder"
+        ) from error
+    except OSError as error:
+        raise RunFolderError(f"cannot work in {str(path.parent)!r}: {error}") from error
+
+
+def refuse_links(folder: str | os.PathLike[str]) -> None:
+    """Raise ``RunFolderError`` if an entry of ``folder`` is a link: what is written there would land elsewhere."""
+    path = Path(folder)
+    links = sorted(entry.name for entry in path.iterdir() if entry.is_symlink()) if path.is_dir() else []
+    if links:
+        raise RunFolderError(
+            f"{str(path / links[0])!r} is a link, and results are not written through links: delete it"
+        )
+
+
+def is_free(folder: str | os.PathLike[str]) -> bool:
+    """Return True if ``folder`` does not exist, or holds nothing but what a killed process left."""
+    path = Path(folder)
+    if not path.is_dir():
+        return not (path.exists() or path.is_symlink())
+    return all(entry.name == LOCK_FILE or _is_half_made(entry) for entry in path.iterdir())
+
+
+def _is_half_made(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(HALF_MADE)
+
+
+def clear_half_made(folder: str | os.PathLike[str]) -> None:
+    """Delete the temporary files that killed processes left in ``folder``."""
+    for path in Path(folder).glob(f".*{HALF_MADE}"):
+        _remove(path)
+
+
 def flush(path: Path) -> None:
     """Have the disk hold the content of a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -94,13 +173,11 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def _half_made(target: Path, failures: tuple[type[Exception], ...]) -> Iterator[Path]:
-    half_made = target.with_name(f".{target.name}.half-made")
+def reporting_full_disk(target: Path, failures: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn what the disk and ``failures`` raise into one ``RunFolderError`` that names ``target``."""
     expected: tuple[type[Exception], ...] = (OSError, *failures)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(half_made)  # a killed process left it
-        yield half_made
+        yield
     except TextGenError:
         raise
     except expected as error:
@@ -109,6 +186,16 @@ def _half_made(target: Path, failures: tuple[type[Exception], ...]) -> Iterator[
             f"cannot write {str(target)!r}: {reason}. Make room, or choose a folder that can be written to; what was "
             "there before is unchanged"
         ) from error
+
+
+@contextmanager
+def _half_made(target: Path, failures: tuple[type[Exception], ...]) -> Iterator[Path]:
+    half_made = target.with_name(f".{target.name}{HALF_MADE}")
+    try:
+        with reporting_full_disk(target, failures):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove(half_made)  # a killed process left it
+            yield half_made
     finally:
         _remove(half_made)
 

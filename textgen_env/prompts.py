@@ -10,7 +10,6 @@ test by template, since two fillings of one template are nearly the same prompt.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from abc import ABC, abstractmethod
 from array import array
@@ -22,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from textgen_env.config import is_unicode
+from textgen_env.config import check_unicode
 from textgen_env.errors import PromptError
+from textgen_env.files import parse_json
 from textgen_env.openings import OPENINGS
 from textgen_env.registry import unknown_name
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 """Parts of a source; they hold 80, 10 and 10% of its templates."""
+
+CELLS_AT_A_TIME = 1000
+"""Rows of a dataset that are read at a time when it is opened."""
 
 PROMPT_NAMES = ("openings", *OPENINGS)
 """Prompts in the box: all openings, or those of one topic."""
@@ -59,9 +62,8 @@ class Prompt:
             raise PromptError(f"a prompt must not be empty, got {self.text!r}")
         if not isinstance(self.reference, str | None):
             raise PromptError(f"a reference must be a string or None, got {type(self.reference).__name__}")
-        for name, text in (("prompt", self.text), ("reference", self.reference or "")):
-            if not is_unicode(text):
-                raise PromptError(f"a {name} must be Unicode text, got {text!r} with a lone surrogate")
+        for name, value in (("prompt", self.text), ("reference", self.reference), ("metadata", self.metadata)):
+            check_unicode(name, value, PromptError)
 
 
 class PromptSource(ABC):
@@ -228,8 +230,8 @@ class FilePrompts(PromptSource):
         if self._path.suffix == ".txt" or not text.strip():
             return as_prompt(text, place)
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(text, "it", PromptError, allow_nan=True)
+        except PromptError as error:
             raise PromptError(f"{place}: not JSON ({error}); give one object a line") from error
         if not isinstance(row, dict):
             raise PromptError(f'{place}: expected an object like {{"prompt": ...}}, got {text[:40]!r}')
@@ -264,6 +266,17 @@ class DatasetPrompts(PromptSource):
         self._dataset = dataset
         self._prompt = prompt
         self._reference = reference
+        self._check_cells()
+
+    def _check_cells(self) -> None:
+        """Read the texts once: an empty cell is found now and not in the middle of a run."""
+        columns = [name for name in (self._prompt, self._reference) if name in self._dataset.column_names]
+        texts = self._dataset.select_columns(columns)
+        for start in range(0, len(texts), CELLS_AT_A_TIME):
+            cells = texts[start : start + CELLS_AT_A_TIME]
+            references = cells.get(self._reference) or [None] * len(cells[self._prompt])
+            for index, pair in enumerate(zip(cells[self._prompt], references, strict=True), start):
+                as_prompt(dict(zip(("prompt", "reference"), pair, strict=True)), f"row {index} of the dataset")
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -328,7 +341,7 @@ def chat(source: Any, tokenizer: PreTrainedTokenizerBase, system: str | None = N
         system: A system message in front.
 
     Raises:
-        PromptError: the tokenizer has no chat template.
+        PromptError: the tokenizer has no chat template, or one that fails.
     """
     if not tokenizer.chat_template:
         raise PromptError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template")
@@ -339,11 +352,17 @@ def chat(source: Any, tokenizer: PreTrainedTokenizerBase, system: str | None = N
 
     def in_template(prompt: Prompt) -> Prompt:
         turns = [*opening, {"role": "user", "content": prompt.text}]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # whatever the template does: it is a program of its author, in a sandbox
+            raise PromptError(
+                f"the chat template of tokenizer {tokenizer.name_or_path!r} fails: {type(error).__name__}: {error}"
+            ) from error
         if adds_begin:
             text = text.removeprefix(begin)
         return replace(prompt, text=text, metadata={**prompt.metadata, "prompt": prompt.text})
 
+    in_template(Prompt("Hello"))  # a template that fails is found now, and not in the middle of a run
     return _Mapped(make_prompts(source), in_template)
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from textgen_env.episode import Episodes
 from textgen_env.rows import Phase
+from textgen_env.terminal import printable
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
@@ -29,7 +30,7 @@ def describe(episodes: Episodes, row: int) -> str:
         return "(no episode: call reset)"
     prompt_ids, ids = episodes.ids_of(row)
     completion = episodes.text_of(row)
-    lines = [f"{prompt.text}│{completion}{'   [end]' if phase == Phase.ENDED else ''}"]
+    lines = [printable(f"{prompt.text}│{completion}{'   [end]' if phase == Phase.ENDED else ''}")]
     lines.append(f"{len(ids)} of {episodes.config.max_new_tokens} tokens, score {episodes.score_of(row):.3f}")
     if phase == Phase.ENDED:
         return "\n".join(lines)
@@ -40,7 +41,7 @@ def describe(episodes: Episodes, row: int) -> str:
     for action, token, text in zip(best, tokens, texts, strict=True):
         if legal[action]:
             probability = float(np.exp(proposals.logprobs[0, action]))
-            shown = "<end>" if token in episodes.model.end_ids else repr(text)
+            shown = "<end>" if token in episodes.model.end_ids else printable(repr(text))
             lines.append(f"{action:>4} {probability:6.1%} {'█' * round(BAR * probability):<{BAR}} {shown}")
     return "\n".join(lines)
 

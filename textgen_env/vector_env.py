@@ -16,12 +16,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from textgen_env.config import check_one_of
-from textgen_env.env import EpisodesMixin, TextGenEnv, chosen_prompt, open_episodes
+from textgen_env.env import EpisodesMixin, TextGenEnv, check_reset_seed, chosen_prompt, open_episodes
 from textgen_env.episode import Outcome
 from textgen_env.errors import ConfigError, IllegalAction
 from textgen_env.models.base import Rows
 from textgen_env.observation import flatten, observation_space
-from textgen_env.prompts import as_prompt
+from textgen_env.prompts import Prompt, as_prompt
 from textgen_env.render import describe, draw
 from textgen_env.rows import Phase
 from textgen_env.spec import unwrap
@@ -33,7 +33,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
     Ended rows restart as ``autoreset_mode`` says: in the same step (the default; their last
     observation and info are in ``infos["final_obs"]`` and ``infos["final_info"]``), at the next
     step (whose action they ignore), or when ``reset(options={"reset_mask": (N,) bool})`` says so.
-    ``options["prompt"]`` is one text for all rows, or a list of N.
+    ``options["prompt"]`` is one text for all rows, or a list of N; None in it draws one.
     """
 
     metadata: dict[str, Any]
@@ -169,14 +169,20 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
 
     def _begin(self, rows: Rows, given: Any) -> None:
         if given is None:
-            prompts = [self.episodes.prompts.draw(self._generator(row)) for row in rows]
+            prompts = [self._one_prompt(row, None) for row in rows]
         elif not isinstance(given, list | tuple):
             prompts = [as_prompt(given, "options['prompt']")] * len(rows)
         elif len(given) == self.num_envs:
-            prompts = [as_prompt(given[row], f"options['prompt'][{row}]") for row in rows]
+            prompts = [self._one_prompt(row, given[row]) for row in rows]
         else:
             raise ConfigError(f"options['prompt'] must be one text or {self.num_envs} of them, got {len(given)}")
         self.episodes.begin(rows, prompts)
+
+    def _one_prompt(self, row: int, given: Any) -> Prompt:
+        """Return the prompt ``given`` to a row, or the one that it draws."""
+        if given is None:
+            return self.episodes.prompts.draw(self._generator(row))
+        return as_prompt(given, f"options['prompt'][{row}]")
 
     def _generator(self, row: int) -> np.random.Generator:
         generator = self._generators[row]
@@ -191,6 +197,8 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         seeds = [int(seed) + i for i in range(self.num_envs)] if isinstance(seed, int | np.integer) else list(seed)
         if len(seeds) != self.num_envs:
             raise ConfigError(f"seed must be one number or {self.num_envs} of them, got {len(seeds)}")
+        for value in seeds:
+            check_reset_seed(value)
         for row in rows:
             if seeds[row] is not None:
                 self._generators[row], _ = seeding.np_random(seeds[row])

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from agents.zoo import find_agent
 from textgen_env import DIAGNOSTIC_TASKS
-from textgen_env.config import check_at_least
+from textgen_env.config import check_at_least, check_seed
 from textgen_env.errors import ConfigError
 from textgen_env.registry import unknown_name
 from textgen_env.tasks import TASKS, Bounds, Task, make_task
@@ -71,7 +71,7 @@ class BenchmarkConfig:
             if twice or not values:
                 raise ConfigError(f"{name} must be at least one, each once; got {', '.join(twice) or 'none'}")
         for seed in self.seeds:
-            check_at_least("a seed", seed, 0)
+            check_seed("a seed", seed)
         for name, least in (("steps", 1), ("envs", 1), ("evaluations", 2), ("texts", 1)):
             check_at_least(name, getattr(self, name), least)
         for task in self.tasks:
@@ -129,7 +129,7 @@ def open_task(spec: str) -> Task:
             raise ConfigError(f"the size of a task is written name=value, got {size!r} in {spec!r}")
         try:
             given[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             given[name] = value
     return make_task(id, **given)
 

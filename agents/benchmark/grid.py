@@ -31,8 +31,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from agents.benchmark.cells import CellResult, run_cell
 from agents.benchmark.config import BenchmarkConfig, Cell, known_bounds
 from agents.benchmark.results import RESULTS_FILE, write_results
+from agents.terminal import say, status_text
 from textgen_env.errors import RunFolderError
-from textgen_env.files import read_json, write_file
+from textgen_env.files import is_free, locked, read_json, refuse_links, write_file
 from textgen_env.models.device import own_cores
 
 BENCHMARK_FILE = "benchmark.json"
@@ -145,12 +146,25 @@ def run_benchmark(
 
     Raises:
         ConfigError: a task whose bounds nobody has searched, so that scores could not be normalised; says how to.
-        RunFolderError: the folder belongs to another configuration, or cannot be written to.
+        RunFolderError: the folder belongs to another configuration or to another process, has links in
+            it, or cannot be written to.
     """
     folder = Path(out)
     for task in config.tasks:
         known_bounds(task)
-    open_folder(folder, config)
+    with locked(folder):
+        open_folder(folder, config)
+        return _run_missing(config, folder, workers, retry_failed, cell_runner, console)
+
+
+def _run_missing(
+    config: BenchmarkConfig,
+    folder: Path,
+    workers: int | None,
+    retry_failed: bool,
+    cell_runner: CellRunner,
+    console: Console | None,
+) -> list[CellResult]:
     done = {result.cell: result for result in read_cells(folder)}
     if retry_failed:
         done = {cell: result for cell, result in done.items() if result.status != "failed"}
@@ -172,6 +186,7 @@ def open_folder(folder: Path, config: BenchmarkConfig) -> None:
     Raises:
         RunFolderError: it holds something else; says what differs.
     """
+    refuse_links(folder)
     path = folder / BENCHMARK_FILE
     if path.exists():
         held, asked = read_json(path, ()), json.loads(config.to_json())
@@ -182,7 +197,7 @@ def open_folder(folder: Path, config: BenchmarkConfig) -> None:
                 "or delete this one"
             )
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_free(folder):
         raise RunFolderError(f"{str(folder)!r} exists and holds no benchmark; choose another folder")
     write_file(path, config.to_json())
 
@@ -246,10 +261,10 @@ class CellProgress:
             self._running.remove(cell)
         if result.status == "failed":
             line = f"failed: {cell.agent} on {cell.task}, seed {cell.seed}: {result.error}"
-            self._bar.console.print(line, markup=False)
+            say(self._bar.console, line)
         self._bar.advance(self._task)
         self._show()
 
     def _show(self) -> None:
         names = ", ".join(f"{c.agent} on {c.task.removeprefix('TextGen/')} #{c.seed}" for c in self._running)
-        self._bar.update(self._task, description=f"runs ({names})" if names else "runs")
+        self._bar.update(self._task, description=status_text(f"runs ({names})" if names else "runs"))

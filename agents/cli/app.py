@@ -1,6 +1,7 @@
 """``textgen``: train an agent, let it write, measure it, and list the names to choose from.
 
-A user's mistake is answered in one line on stderr, with exit code 2; Ctrl-C ends with 130, SIGTERM with 143.
+A user's mistake is answered in one line on stderr, with exit code 2; Ctrl-C ends with 130, SIGTERM with 143,
+SIGHUP with 129.
 Heavy imports wait until a command needs them, so ``--help`` is quick.
 """
 
@@ -19,8 +20,10 @@ from agents.cli.list_names import list_command
 from agents.cli.prune import prune_command
 from agents.cli.record import record_command
 from agents.cli.train import train_command
+from agents.terminal import replace_what_cannot_be_encoded
 from textgen_env.errors import TextGenError
 from textgen_env.models.device import wait_passively
+from textgen_env.terminal import printable
 
 
 class _Group(TyperGroup):
@@ -30,7 +33,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except TextGenError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {printable(error, one_line=True)}", err=True)
             raise typer.Exit(2) from error
 
 
@@ -57,4 +60,5 @@ for name, command in COMMANDS.items():
 def main() -> None:
     """Run the command line: the console script ``textgen``."""
     wait_passively()
+    replace_what_cannot_be_encoded()
     app()

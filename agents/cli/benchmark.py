@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from agents.cli.options import Address, Engine, given, open_console, uses_ray
+from agents.cli.options import Address, Engine, given, uses_ray
+from agents.terminal import open_console, say, table_of
 from textgen_env.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from agents.benchmark.cells import CellResult
     from agents.benchmark.config import BenchmarkConfig
     from agents.benchmark.grid import CellRunner
@@ -89,8 +91,8 @@ def _compare(results: tuple[str, str], folder: Path | None, console: Console) ->
     for name, found in compare_results(*results, folder):
         chance = f"[{found.improvement_low:.2f}, {found.improvement_high:.2f}]"
         console.print(_grid(comparison_table(name, found)))
-        console.print(f"Probability that the first is better: {found.improvement:.2f} {chance}\n", markup=False)
-    console.print(COMPARISON_NOTE, markup=False)
+        say(console, f"Probability that the first is better: {found.improvement:.2f} {chance}\n")
+    say(console, COMPARISON_NOTE)
 
 
 def _settings(tasks: str, changes: dict[str, Any], quick: bool) -> BenchmarkConfig:
@@ -131,7 +133,7 @@ def _run(
         with stop_signals(lambda signum: False):
             results = run_benchmark(config, folder, **settings, cell_runner=cell_runner, console=console)
     except Stopped as stop:
-        console.print(f"stopped by {stop.name}: what is done is in {folder}/; the same command goes on")
+        say(console, f"stopped by {stop.name}: what is done is in {folder}/; the same command goes on")
         raise typer.Exit(128 + stop.signum) from stop
     write_report(folder, config, results)
     _show(config, folder, results, console)
@@ -147,16 +149,13 @@ def _show(config: BenchmarkConfig, folder: Path, results: list[CellResult], cons
     failed = sum(result.status == "failed" for result in results)
     unable = sorted({result.cell.agent for result in results if result.status == "inapplicable"})
     if unable:
-        console.print(f"cannot do some task, report.md says why: {', '.join(unable)}", markup=False)
-    console.print(f"{len(results)} runs, {failed} failed. Report: {folder}/report.html, report.md; rows: results.csv")
+        say(console, f"cannot do some task, report.md says why: {', '.join(unable)}")
+    say(console, f"{len(results)} runs, {failed} failed. Report: {folder}/report.html, report.md; rows: results.csv")
 
 
 def _grid(table: PageTable) -> Table:
     """Return a table of a report for the terminal."""
-    grid = Table(*table.headings, title=table.title or None, title_justify="left", box=None)
-    for row in table.rows:
-        grid.add_row(*row)
-    return grid
+    return table_of(table.headings, table.rows, table.title or None)
 
 
 def _parse_seeds(text: str | None) -> tuple[int, ...] | None:

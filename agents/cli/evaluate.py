@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from agents.cli.options import AsJson, Prompts, Samples, Texts, Trust, change, open_console
-from textgen_env.files import write_file
+from agents.cli.options import LARGEST_SEED, AsJson, Prompts, Samples, Texts, Trust, change
+from agents.terminal import json_text, open_console, say, table_of
+from textgen_env.errors import ConfigError
+from textgen_env.files import refuse_links, write_file
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from agents.runs.run import Run
 
 
@@ -25,7 +28,15 @@ def evaluate_command(
     texts: Texts = None,
     samples: Samples = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the evaluation's random numbers.", show_default="the run's")
+        int | None,
+        typer.Option(help="Of the evaluation's random numbers.", min=0, max=LARGEST_SEED, show_default="the run's"),
+    ] = None,
+    particles: Annotated[
+        str | None,
+        typer.Option(
+            help="Also measure what more tokens a text buy, by so many particles (and best-of-n): 1,2,4,8.",
+            metavar="N,N,...",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures.", show_default="RUN/evaluation")] = None,
     trust: Trust = False,
@@ -33,17 +44,31 @@ def evaluate_command(
 ) -> None:
     """Measure a trained agent again: the table, and the reward-KL plane as a picture.
 
-    On the run's own test prompts, or on all of --prompts (at most 32 of them).
+    On the run's own test prompts, or on all of --prompts (at most 32 of them). With --particles there is
+    a second table, and the share of the optimal gain against tokens a text as a picture.
     """
     from agents.runs.run import load_run
 
+    counts = _counts(particles)
     console = open_console(stderr=as_json)
     with console.status("loading"):
         opened = load_run(run, trust=trust)
     opened = replace(opened, config=change(opened.config, eval_texts=texts, eval_samples=samples, seed=seed))
     if prompts is not None:
         opened = _on_prompts(opened, prompts)
-    _measure(opened, out or run / "evaluation", console, as_json)
+    _measure(opened, counts, out or run / "evaluation", console, as_json)
+
+
+def _counts(particles: str | None) -> list[int]:
+    """Return the numbers of particles to measure, in order.
+
+    Raises:
+        ConfigError: no list of whole numbers of at least 1.
+    """
+    parts = [] if particles is None else particles.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--particles must be whole numbers of at least 1, like 1,2,4,8, got {particles!r}")
+    return sorted({int(part) for part in parts})
 
 
 def _on_prompts(run: Run, prompts: str) -> Run:
@@ -55,35 +80,41 @@ def _on_prompts(run: Run, prompts: str) -> Run:
     return replace(run, test_prompts=chosen, notes=(*run.notes[:-1], note))
 
 
-def _measure(run: Run, folder: Path, console: Console, as_json: bool) -> None:
+def _measure(run: Run, counts: Sequence[int], folder: Path, console: Console, as_json: bool) -> None:
     """Measure the agent, write the figures into ``folder``, and print them."""
     from agents.runs.progress import JobProgress
-    from agents.runs.report import draw_plane, samples_page, table, text_metrics
-    from agents.runs.run import PLANE_FILE, SAMPLES_FILE, SUMMARY_FILE
+    from agents.runs.report import draw_plane, samples_page, show, text_metrics
+    from agents.runs.run import PLANE_FILE, SAMPLES_FILE, SUMMARY_FILE, TOKENS_FILE
+    from agents.runs.spending import draw_tokens, spending_table
 
     with JobProgress(console, "texts") as progress:
         yardstick = run.yardstick(progress.measuring)
         evaluations = run.evaluate(progress.measuring)
+        spending = run.spending(yardstick, counts, lambda way: say(console, f"measuring: {way}"))
+    bounds = (yardstick.samples.reward, float(yardstick.best.value.mean()))
     report = yardstick.report(run.agent_name, evaluations, run.notes)
     references = [prompt.reference for prompt in run.test_prompts]
     metrics = {
         "language model": text_metrics(yardstick.samples, references),
         run.agent_name: text_metrics(evaluations[0], references),
     }
-    figures = json.dumps(report.as_dict() | {"metrics": metrics}, indent=2, ensure_ascii=False)
-    write_file(folder / SUMMARY_FILE, figures + "\n")
+    figures = report.as_dict() | {"metrics": metrics, "spending": [asdict(point) for point in spending]}
+    refuse_links(folder)
+    write_file(folder / SUMMARY_FILE, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     write_file(folder / SAMPLES_FILE, samples_page(yardstick.samples, evaluations[0], run.notes))
     draw_plane(report, folder / PLANE_FILE)
+    if spending:
+        draw_tokens(spending, *bounds, folder / TOKENS_FILE)
     if as_json:
-        typer.echo(figures)
+        typer.echo(json_text(figures))
         return
-    console.print(table(report))
+    show(report, console)
+    if spending:
+        console.print(spending_table(spending, *bounds))
     console.print(_metrics_table(*metrics.values()))
-    console.print(f"Figures, picture and texts are in {folder}/")
+    say(console, f"Figures, picture and texts are in {folder}/")
 
 
 def _metrics_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    grid = Table("metric", "language model", "trained agent", box=None)
-    for name in before:
-        grid.add_row(name, f"{before[name]:.3f}", f"{after[name]:.3f}")
-    return grid
+    rows = [(name, f"{before[name]:.3f}", f"{after[name]:.3f}") for name in before]
+    return table_of(("metric", "language model", "trained agent"), rows)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +19,14 @@ from agents.cli.options import (
     check_one_writer,
     parse_reward,
 )
+from agents.terminal import json_text
 from textgen_env.errors import ConfigError
+from textgen_env.terminal import printable
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from textgen_env.policies import Agent
     from textgen_env.vector_env import TextGenVectorEnv
 
@@ -46,6 +52,18 @@ def generate_command(
     ] = None,
     beta: ActingBeta = None,
     greedy: Greedy = False,
+    particles: Annotated[
+        int | None,
+        typer.Option(
+            help="Draw each text from so many, by weight: better texts, at so many times the tokens. Their values "
+            "come from RUN; without one from the reward's running score, if it has one.",
+            min=1,
+            show_default="1, unweighted",
+        ),
+    ] = None,
+    judge: Annotated[
+        bool, typer.Option("--judge/--no-judge", help="With --particles: ask the reward about finished texts.")
+    ] = True,
     seed: Seed = 0,
     trust: Trust = False,
     as_json: AsJson = False,
@@ -53,30 +71,93 @@ def generate_command(
     """Write texts with a trained agent, or with a language model itself.
 
     With --json: a list of objects with prompt, completion, reward, and logprob (nats, of the
-    completion under the language model).
+    completion under the language model). With --particles also tokens, value_at_least (beta log Z),
+    and particles: all texts with their weights.
     """
-    from textgen_env.evaluation import roll_out
-    from textgen_env.prompts import Prompt
-
     check_one_writer(run, model)
-    start = Prompt(prompt)
+    if particles is not None and greedy:
+        raise ConfigError("--particles draws texts by weight, --greedy takes the likeliest tokens: leave one out")
+    if particles is None and not judge:
+        raise ConfigError("--no-judge is a setting of --particles; without them texts are always scored")
     if run is None:
-        agent, env = _language_model(model, reward, max_new_tokens or 32, beta, rows=min(num, 64))
+        tilts = None if particles is not None else beta
+        agent, env = _language_model(model, reward, max_new_tokens or 32, tilts, rows=min(num, 64))
     else:
         if reward is not None or max_new_tokens is not None:
             raise ConfigError("--reward and --max-new-tokens are those that the run was trained with; leave them out")
         agent, env, run_is_greedy = _trained(run, beta, trust)
         greedy = greedy or run_is_greedy
-    texts = roll_out(agent, env, [start] * num, seed, deterministic=greedy)
-    written = [
+    if particles is None:
+        written = _plain(agent, env, prompt, num, seed, greedy)
+    else:
+        source: dict[str, Any] = {"values": None, "beta": beta} if run is None else _of_run(run, agent, particles)
+        written = _weighted(env, prompt, num, seed, n=particles, judge=judge, **source)
+    if as_json:
+        typer.echo(json_text(written))
+        return
+    for text in written:
+        reward_shown = "unjudged" if text["reward"] is None else f"{text['reward']:+.3f}"
+        typer.echo(printable(f"{reward_shown}  {text['prompt']}|{text['completion']}"))
+    if particles is not None:
+        typer.echo(_cost(written, particles), err=True)
+
+
+def _plain(agent: Agent, env: TextGenVectorEnv, prompt: str, num: int, seed: int, greedy: bool) -> list[dict[str, Any]]:
+    """Return ``num`` texts of an agent as plain data."""
+    from textgen_env.evaluation import roll_out
+    from textgen_env.prompts import Prompt
+
+    texts = roll_out(agent, env, [Prompt(prompt)] * num, seed, deterministic=greedy)
+    return [
         {"prompt": prompt, "completion": completion, "reward": float(value), "logprob": float(logprob)}
         for completion, value, logprob in zip(texts.completions, texts.rewards, texts.logprobs, strict=True)
     ]
-    if as_json:
-        typer.echo(json.dumps(written, indent=2, ensure_ascii=False))
-        return
-    for text in written:
-        typer.echo(f"{text['reward']:+.3f}  {text['prompt']}|{text['completion']}")
+
+
+def _weighted(env: TextGenVectorEnv, prompt: str, num: int, seed: int, **settings: Any) -> list[dict[str, Any]]:
+    """Return ``num`` texts, each drawn from weighted ones, as plain data."""
+    from agents.baselines.particles import ParticlesAgent
+    from agents.baselines.planning import ROWS
+
+    settings["rows"] = min(ROWS, num * settings["n"])
+
+    def plain(numbers: npt.NDArray[np.float64]) -> list[float | None]:
+        return [None if math.isnan(number) else number for number in numbers.tolist()]  # JSON knows no NaN
+
+    written = []
+    for text in ParticlesAgent(env, seed, **settings).write([prompt] * num):
+        rewards = plain(text.rewards)
+        columns = zip(text.completions, rewards, text.weights.tolist(), strict=True)
+        written.append(
+            {
+                "prompt": prompt,
+                "completion": text.completion,
+                "reward": rewards[text.chosen],
+                "logprob": float(text.logprobs[text.chosen]),
+                "tokens": text.tokens,
+                "value_at_least": text.value_at_least,
+                "particles": [{"completion": c, "reward": reward, "weight": weight} for c, reward, weight in columns],
+            }
+        )
+    return written
+
+
+def _of_run(run: Path, agent: Agent, particles: int) -> dict[str, Any]:
+    """Return the settings of a run's particles: tempered, if its evaluation has measured so many."""
+    from agents.runs.run import SUMMARY_FILE
+    from agents.runs.spending import tempered_settings
+
+    return {"values": agent, **tempered_settings(run / "evaluation" / SUMMARY_FILE, particles)}
+
+
+def _cost(written: Sequence[Mapping[str, Any]], particles: int) -> str:
+    """Return a line about what the texts cost and what they are worth."""
+    tokens = sum(text["tokens"] for text in written) / len(written)
+    line = f"Each drawn from {particles} by weight, at {tokens:.0f} tokens"
+    if written[0]["value_at_least"] is None:
+        return f"{line}; no text was judged, so the last weight is left out."
+    value = sum(text["value_at_least"] for text in written) / len(written)
+    return f"{line}; estimated to be worth at least J = {value:.3f}."
 
 
 def _trained(run: Path, beta: float | None, trust: bool) -> tuple[Agent, TextGenVectorEnv, bool]:
@@ -100,7 +181,9 @@ def _language_model(
     from textgen_env.vector_env import TextGenVectorEnv
 
     if beta is not None:
-        raise ConfigError("--beta is the temperature of a trained agent; the language model itself has none")
+        raise ConfigError(
+            "--beta is the temperature of a trained agent, or of --particles; the language model itself has none"
+        )
     loaded = load_language_model(model)
     settings: dict[str, Any] = {
         "top_k": min(16, loaded.vocab_size - len(loaded.end_ids)),

@@ -7,9 +7,8 @@ from inspect import signature
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from agents.cli.options import open_console
+from agents.terminal import open_console, table_of
 from textgen_env.registry import unknown_name
 
 Described = Iterator[tuple[str, str]]
@@ -26,10 +25,7 @@ def list_command(
         raise unknown_name("list", what, KINDS)
     console = open_console()
     for kind in KINDS if what is None else (what,):
-        grid = Table("name", "what it is", title=kind, title_justify="left", box=None)
-        for name, about in KINDS[kind]():
-            grid.add_row(name, about)
-        console.print(grid, "")
+        console.print(table_of(("name", "what it is"), KINDS[kind](), kind), "")
 
 
 def _agents() -> Described:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from textgen_env.config import MOST_SEED
 from textgen_env.errors import ConfigError
 from textgen_env.files import parse_json
 
@@ -30,7 +30,8 @@ Samples = Annotated[
     typer.Option(help="Samples a prompt to estimate the best possible policy from.", min=2, show_default="64"),
 ]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Take the most probable token at every step.")]
-Seed = Annotated[int, typer.Option(help="Of the random numbers.")]
+LARGEST_SEED = MOST_SEED
+Seed = Annotated[int, typer.Option(help="Of the random numbers.", min=0, max=LARGEST_SEED)]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Load agents other than text_dqn too; doing so runs what code their file holds.")
 ]
@@ -87,8 +88,3 @@ def uses_ray(engine: str, **ray_options: Any) -> bool:
     if engine == "local" and extra:
         raise ConfigError(f"{' and '.join(extra)} belong to a cluster: add --engine ray")
     return engine == "ray"
-
-
-def open_console(stderr: bool = False) -> Console:
-    """Return a console that shows names, paths and texts as they are: square brackets are no markup."""
-    return Console(stderr=stderr, markup=False, emoji=False)

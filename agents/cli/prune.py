@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from agents.cli.options import open_console
+from agents.cli.options import Seed
+from agents.terminal import open_console, say
 from textgen_env.files import read_text
 
 
@@ -30,7 +31,7 @@ def prune_command(
             show_default="the model writes its own",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the text that the model writes for itself.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Prune a model, heal it by distillation, and save it as a folder that --model takes."""
     from agents.pruning.healing import prune_and_heal
@@ -39,4 +40,4 @@ def prune_command(
     chosen = [(method, amount)] if cuts is None else parse_pruning(cuts)
     texts = None if text is None else read_text(text).splitlines()
     report = prune_and_heal(model, out, chosen, heal, texts=texts, seed=seed)
-    open_console().print(f"{report}. The model is in {out}/")
+    say(open_console(), f"{report}. The model is in {out}/")

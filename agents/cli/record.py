@@ -15,9 +15,9 @@ from agents.cli.options import (
     Seed,
     check_one_writer,
     given,
-    open_console,
     parse_reward,
 )
+from agents.terminal import open_console, say
 from textgen_env.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def record_command(
     source = choose_prompts(env.episodes.prompts if prompts is None else make_prompts(prompts), episodes, seed)
     texts = [source[i % len(source)] for i in range(episodes)]
     dataset = record(agent, env, texts, out, seed=seed, deterministic=greedy, metadata={"algorithm_name": name})
-    open_console().print(f"{dataset.total_episodes:,} texts of {dataset.total_steps:,} tokens are in {out}/")
+    say(open_console(), f"{dataset.total_episodes:,} texts of {dataset.total_steps:,} tokens are in {out}/")
 
 
 def _trained(run: Path) -> tuple[Agent, Any, str]:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from agents.cli.options import (
+    LARGEST_SEED,
     Address,
     Engine,
     Prompts,
@@ -18,10 +19,10 @@ from agents.cli.options import (
     Texts,
     change,
     given,
-    open_console,
     parse_reward,
     uses_ray,
 )
+from agents.terminal import open_console, say
 from textgen_env.errors import ConfigError
 from textgen_env.files import read_text
 
@@ -58,7 +59,9 @@ Steps = Annotated[
     int | None, typer.Option(help="Environment steps to learn from, one token each.", min=1, show_default="70000")
 ]
 Envs = Annotated[int | None, typer.Option(help="Texts written at a time.", min=1, show_default="64")]
-RunSeed = Annotated[int | None, typer.Option(help="Of prompts, agent and evaluation.", show_default="0")]
+RunSeed = Annotated[
+    int | None, typer.Option(help="Of prompts, agent and evaluation.", min=0, max=LARGEST_SEED, show_default="0")
+]
 Beta = Annotated[float | None, typer.Option(help="Price of KL, in reward units a nat.", show_default="0.1")]
 TopK = Annotated[int | None, typer.Option(help="Candidates a step: the number of actions.", min=1, show_default="16")]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Length limit of a text, in tokens.", min=1, show_default="20")]
@@ -200,14 +203,15 @@ def _free_folder(parent: Path, name: str) -> Path:
 
 def _show(result: RunResult, console: Console) -> None:
     """Print the table and the end of a run; one that was stopped exits with 128 + the signal's number."""
-    from agents.runs.report import table
+    from agents.runs.report import show
 
     if result.report is not None:
-        console.print(table(result.report))
+        show(result.report, console)
     state = "finished" if result.finished else "stopped early: what there is was saved"
-    console.print(
-        f"{state}. {result.steps:,} steps in {result.seconds:.0f} s of training. Everything is in {result.folder}/"
+    say(
+        console,
+        f"{state}. {result.steps:,} steps in {result.seconds:.0f} s of training. Everything is in {result.folder}/",
     )
     if not result.finished:
         raise typer.Exit(INTERRUPTED if result.signum is None else 128 + result.signum)
-    console.print(f'try: textgen generate {result.folder} --prompt "The movie was"')
+    say(console, f'try: textgen generate {result.folder} --prompt "The movie was"')

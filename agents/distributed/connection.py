@@ -89,8 +89,12 @@ def probe(address: str, timeout: float) -> None:
     Ray itself tries for minutes, and says nothing meanwhile.
     """
     host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit()):
-        raise ConfigError(f"the address of a cluster is HOST:PORT of its head, or 'auto'; got {address!r}")
+    is_port = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 2**16
+    if not host or not host.isascii() or not is_port:
+        raise ConfigError(
+            f"the address of a cluster is HOST:PORT of its head, with a port from 1 to 65535, or 'auto'; "
+            f"got {address!r}"
+        )
     hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty settings
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout) as connection:

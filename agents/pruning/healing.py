@@ -24,6 +24,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -32,9 +33,10 @@ from agents.pruning.calibration import Linear, Text, self_written, token_batches
 from agents.pruning.methods import PruningReport
 from agents.pruning.model import PrunedTransformerModel, load_transformer
 from textgen_env.errors import ConfigError, ModelError, RunFolderError
-from textgen_env.files import check_keys, whole_file
+from textgen_env.files import check_keys, locked, reporting_full_disk, whole_file
 
 CHECKPOINT = "distil.pt"
+HEALING = "healing"  # the folder of the checkpoint
 WRITTEN_ROWS = 512  # how much the teacher writes at most: about the time of 100 steps
 
 _log = logging.getLogger(__name__)
@@ -181,27 +183,34 @@ def prune_and_heal(
         dtype, seed, progress: As for ``PrunedTransformerModel`` and ``distil``.
 
     Raises:
-        RunFolderError: ``out`` holds a model already, or the checkpoint of a different run.
+        RunFolderError: ``out`` holds a model already, or the checkpoint of a different run; another
+            process works in it; or it cannot be written to.
         ConfigError, ModelError: as ``PrunedTransformerModel`` and ``distil`` do.
     """
-    folder, checkpoints = Path(out), Path(out) / "healing"
-    unfinished = folder / UNFINISHED
-    if (folder / "config.json").exists() and not unfinished.exists():
-        raise RunFolderError(f"{str(folder)!r} holds a model already; choose another folder")
+    folder = Path(out)
+    _check_no_model(folder)
     (method, amount), *others = cuts
     student = PrunedTransformerModel(name, amount, method, calibration=texts, dtype=dtype, seed=seed)
     for method, amount in others:
         student.prune(amount, method, calibration=texts, seed=seed)
-    if steps:
-        teacher, _ = load_transformer(name, dtype)
-        distil(student, teacher, texts, steps, seed=seed, folder=checkpoints, progress=progress)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished.touch()
-    student.save_pretrained(folder)
-    unfinished.unlink()
-    if checkpoints.is_dir():
-        shutil.rmtree(checkpoints)
+    with locked(folder):
+        _check_no_model(folder)  # pruning took a while
+        if steps:
+            teacher, _ = load_transformer(name, dtype)
+            distil(student, teacher, texts, steps, seed=seed, folder=folder / HEALING, progress=progress)
+        with reporting_full_disk(folder, (SafetensorError,)):
+            (folder / UNFINISHED).touch()
+            student.save_pretrained(folder)
+            (folder / UNFINISHED).unlink()
+        shutil.rmtree(folder / HEALING, ignore_errors=True)
     return student.report()
+
+
+def _check_no_model(folder: Path) -> None:
+    if (folder / "config.json").exists() and not (folder / UNFINISHED).exists():
+        if (folder / HEALING / CHECKPOINT).is_file():  # a kill at the very end left it
+            shutil.rmtree(folder / HEALING, ignore_errors=True)
+        raise RunFolderError(f"{str(folder)!r} holds a model already; choose another folder")
 
 
 class _Run:

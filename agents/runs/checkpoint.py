@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import ConfigError, RunFolderError, TextGenError
-from textgen_env.files import whole_folder
+from textgen_env.files import read_json, whole_folder
 
 
 def save_checkpoint(folder: str | os.PathLike[str], agent: TextDQN, extra: dict[str, Any]) -> Path:
@@ -77,7 +77,7 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], agent: TextDQN) -> dict[
     path = Path(checkpoint)
     try:
         tensors = load_file(path / "state.safetensors")
-        plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        plain = _read_state(path / "state.json")
         extra = dict(plain["extra"])
         _restore(agent, tensors, plain)
     except TextGenError:
@@ -88,13 +88,25 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], agent: TextDQN) -> dict[
     return extra
 
 
+def _read_state(path: Path) -> Any:
+    """Return what ``state.json`` holds.
+
+    Raises:
+        ValueError: no JSON, too large or too deep.
+    """
+    try:
+        return read_json(path, allow_nan=True)
+    except RunFolderError as error:
+        raise ValueError(str(error)) from error
+
+
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """Return the checkpoint with the most steps, or None."""
     return max(_checkpoints(Path(folder)), default=None)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("[0-9]*") if path.is_dir()] if folder.is_dir() else []
+    return [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()] if folder.is_dir() else []
 
 
 # --- what there is to store

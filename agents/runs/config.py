@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from agents.text_dqn.settings import MANY
 from agents.zoo import AGENTS, MASK_AWARE, OBSERVATION
-from textgen_env.config import EnvConfig, check_at_least, check_type
+from textgen_env.config import MOST_ROWS, EnvConfig, check_in_range, check_seed, check_type, check_unicode
 from textgen_env.errors import ConfigError
 from textgen_env.files import check_keys, parse_json
 from textgen_env.registry import unknown_name
+
+MOST_TEXTS = 2**24
+"""Of an evaluation."""
 
 ENV_SETTINGS: Mapping[str, Any] = {
     "top_k": 16,
@@ -52,6 +56,8 @@ class RunConfig:
         check_type("agent", self.agent, str)
         AGENTS[self.agent]
         self._check_numbers()
+        for item in fields(self):
+            check_unicode(item.name, getattr(self, item.name))
         for name in ("model", "prune"):
             check_type(name, getattr(self, name), str, type(None))
         for name in ("agent_settings", "env"):
@@ -69,11 +75,12 @@ class RunConfig:
         self.env_config()
 
     def _check_numbers(self) -> None:
-        for name in ("steps", "envs", "eval_prompts", "eval_texts"):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("checkpoint_every", self.checkpoint_every, 0)
-        check_at_least("eval_samples", self.eval_samples, 2)
-        check_at_least("seed", self.seed, 0)
+        check_in_range("steps", self.steps, 1, MANY)
+        check_in_range("envs", self.envs, 1, MOST_ROWS)
+        for name, least in (("eval_prompts", 1), ("eval_texts", 1), ("eval_samples", 2)):
+            check_in_range(name, getattr(self, name), least, MOST_TEXTS)
+        check_in_range("checkpoint_every", self.checkpoint_every, 0, MANY)
+        check_seed("seed", self.seed)
         check_type("beta", self.beta, int, float)
         if not 0 < self.beta < math.inf:
             raise ConfigError(f"beta must be above 0 (reward units a nat) and finite, got {self.beta!r}")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from agents.runs.checkpoint import save_checkpoint
 from agents.runs.config import RunConfig
 from agents.runs.progress import JobProgress
 from agents.runs.signals import Stopped
+from agents.terminal import say
 from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import RunFolderError
 from textgen_env.extras import is_installed
@@ -141,6 +144,7 @@ class RunLog(BaseCallback):
         self._gathered: Mapping[str, Any] | None = None  # by the logger, at the checkpoint that the run goes on from
         self._progress = JobProgress(console, "steps")
         self._recent = ""  # reward of recent texts, as it is shown
+        self._exits = ExitStack()
 
     @property
     def rows(self) -> list[dict[str, float]]:
@@ -153,13 +157,19 @@ class RunLog(BaseCallback):
         return self._texts.episodes
 
     def __enter__(self) -> RunLog:
+        self._exits.enter_context(quiet_event_threads())
         self._progress.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._progress.__exit__(*exception)
-        if self.steps:
-            self._write_row()
+        with self._exits:
+            if self.steps:
+                self._exits.callback(self._close_events)
+                self._write_row()
+
+    def _close_events(self) -> None:
+        with self._writing_events():
             self.logger.close()
 
     # --- SB3's hooks
@@ -176,7 +186,7 @@ class RunLog(BaseCallback):
         """Return the writer of TensorBoard events, or none if TensorBoard is not installed."""
         if not is_installed("tensorboard"):
             message = "no events for TensorBoard: pip install 'textgen-env[tensorboard]'"
-            self._console.print(message, markup=False, soft_wrap=True)
+            say(self._console, message)
             return []
         events = TensorBoardOutputFormat(str(self._folder / EVENTS))
         if self._gathered is not None:  # events after the checkpoint are written again: hide the first ones
@@ -226,7 +236,7 @@ class RunLog(BaseCallback):
             extra = {"config": json.loads(self._config.to_json()), "log": self._state_dict()}
             save_checkpoint(self._folder / CHECKPOINTS, self.model, extra)
         except RunFolderError as error:  # the run is worth more than its checkpoint
-            self._console.print(f"warning: {error}; the one before is still there")
+            say(self._console, f"warning: {error}; the one before is still there")
 
     def _state_dict(self) -> dict[str, Any]:
         logged = {name: dict(getattr(self.logger, name)) for name in LOGGER_DICTS}
@@ -248,11 +258,17 @@ class RunLog(BaseCallback):
             RunFolderError: ``state`` is not the log of a checkpoint.
         """
         check_keys(state, LOG_KEYS, "the log in the checkpoint")
-        self.steps, self.seconds = state["steps"], state["seconds"]
-        self._metrics.rows[:] = state["rows"]
-        self._next_row, self._schedule.next = state["next_row"], state["next_checkpoint"]
+        try:
+            self._restore(state)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise RunFolderError(f"the log in the checkpoint is damaged: {error}") from error
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.steps, self.seconds = int(state["steps"]), float(state["seconds"])
+        self._metrics.rows[:] = [{name: float(value) for name, value in row.items()} for row in state["rows"]]
+        self._next_row, self._schedule.next = int(state["next_row"]), int(state["next_checkpoint"])
         self._texts.load_state_dict(state)
-        self._gathered = state["logged"]
+        self._gathered = {name: dict(state["logged"][name]) for name in LOGGER_DICTS}
 
     # --- rows
 
@@ -265,8 +281,33 @@ class RunLog(BaseCallback):
         row = {"steps": float(self.steps), "seconds": self.seconds, "episodes": float(self.episodes), **means}
         for name, value in _numbers(self.logger.name_to_value).items():
             row[name.rpartition("/")[2]] = value
-        self.logger.dump(self.steps)
+        with self._writing_events():
+            self.logger.dump(self.steps)
         self._metrics.append(row)
+
+    @contextmanager
+    def _writing_events(self) -> Iterator[None]:
+        """Turn what TensorBoard's writer raises on a full disk into ``RunFolderError``."""
+        try:
+            yield
+        except OSError as error:
+            raise RunFolderError(f"cannot write events to {str(self._folder / EVENTS)!r}: {error}") from error
+
+
+@contextmanager
+def quiet_event_threads() -> Iterator[None]:
+    """Within, no traceback of TensorBoard's threads on a full disk: its writer raises the error again."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

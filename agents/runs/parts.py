@@ -11,7 +11,7 @@ from textgen_env.errors import PromptError
 from textgen_env.evaluation import choose_prompts
 from textgen_env.models import load_language_model, load_pretrained
 from textgen_env.models.base import LanguageModel
-from textgen_env.prompts import ListPrompts, PromptSource, make_prompts
+from textgen_env.prompts import ListPrompts, Prompt, PromptSource, make_prompts
 from textgen_env.vector_env import TextGenVectorEnv
 
 FEWEST_TO_SPLIT = 20
@@ -64,3 +64,11 @@ def split_prompts(spec: Any, most: int, seed: int) -> tuple[PromptSource, Prompt
     except PromptError:  # too few templates
         return source, choose_prompts(source, most, seed), too_few
     return train, test, f"Prompts: {len(train)} to learn from, {len(test)} others, of other templates, to measure on."
+
+
+def validation_prompts(source: PromptSource, seed: int, most: int = 16) -> list[Prompt]:
+    """Return some of the prompts that an agent learns from, to choose settings on."""
+    try:
+        return list(choose_prompts(source, most, seed))
+    except PromptError:  # a function's prompts never end
+        return [source[index] for index in range(most)]

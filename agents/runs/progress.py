@@ -7,6 +7,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from agents.terminal import say, status_text
+
 EVERY = 20.0
 """Seconds from one line to the next, without a terminal."""
 
@@ -41,13 +43,13 @@ class JobProgress:
         now = time.monotonic()
         if name != self._name:
             self._name, self._started, self._said, self._from = name, now, now, done
-            self._bar.reset(self._task, total=total, description=name, visible=True)
+            self._bar.reset(self._task, total=total, description=status_text(name), visible=True)
         self._bar.update(self._task, completed=min(done, total), note=note)
         if not self._console.is_terminal and now - self._said >= EVERY:
             self._said = now
             left = (now - self._started) * (total - done) / max(done - self._from, 1)
             line = f"{name}: {min(done, total):,} of {total:,} {self._unit}{note}, {minutes(left)} left"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(self._console, line)
 
     def measuring(self, policy: str, ended: int, texts: int) -> None:
         """Show that ``ended`` of the texts of a policy that is measured have ended."""

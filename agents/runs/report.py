@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -20,15 +21,18 @@ import numpy as np
 
 from agents.baselines.one_step import GreedyAgent, LookaheadAgent, SampleAgent
 from agents.runs.optimum import Optimum, Point, best_of_n, estimated_optimum, share_of_optimal_gain
+from agents.terminal import cell, say
 from textgen_env.evaluation import Evaluation, evaluate
 from textgen_env.extras import is_installed
 from textgen_env.files import whole_file
 from textgen_env.policies import Agent
 from textgen_env.prompts import PromptSource
+from textgen_env.terminal import printable
 from textgen_env.vector_env import TextGenVectorEnv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console
     from rich.table import Table
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
@@ -218,18 +222,24 @@ def evaluate_agent(
 
 
 def table(report: Report) -> Table:
-    """Return the rows as a ``rich`` table."""
+    """Return the rows as a ``rich`` table; ``show`` prints the notes as well."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    units = "± is half of the 95% interval; KL in nats a text, log-likelihood a token; distinct-2."
-    grid = Table(caption="\n".join((units, *report.notes)), caption_justify="left", box=SIMPLE_HEAD)
+    grid = Table(box=SIMPLE_HEAD)
     grid.add_column("policy", min_width=20)  # it wraps; figures never do
     for heading in ("reward", "KL", "loglik", "distinct", "J", "share"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
-        grid.add_row(row.name, *_figures(row), style="bold" if row.name == report.agent else None)
+        grid.add_row(cell(row.name), *_figures(row), style="bold" if row.name == report.agent else None)
     return grid
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the table and the notes."""
+    console.print(table(report))
+    units = "± is half of the 95% interval; KL in nats a text, log-likelihood a token; distinct-2."
+    say(console, units, *report.notes)
 
 
 def _figures(row: ReportLine) -> tuple[str, ...]:
@@ -349,10 +359,15 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Return ``text`` as one cell of a Markdown table: generated text is not Markdown, nor HTML."""
-    for old, new in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "\\`"), ("*", "\\*"), ("_", "\\_")):
-        text = text.replace(old, new)
-    return " ".join(text.split("\n")).strip()
+    """Return ``text`` as one cell of a Markdown table: generated text is not Markdown, HTML, nor a link."""
+    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+    text = re.sub(r"(?i)(https?|ftp|mailto|xmpp):|(www)\.|@", _without_link, text)
+    return printable(" ".join(text.split("\n"))).strip()
+
+
+def _without_link(found: re.Match[str]) -> str:
+    """Return an address so that Markdown makes no link of it: its sign as an entity."""
+    return f"{found[0][:-1]}&#{ord(found[0][-1])};"
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -22,7 +22,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,8 +35,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents.runs.checkpoint import load_checkpoint, newest_checkpoint
 from agents.runs.config import RunConfig
-from agents.runs.log import CHECKPOINTS, RunLog
-from agents.runs.parts import open_env, open_language_model, split_prompts
+from agents.runs.log import CHECKPOINTS, EVENTS, RunLog
+from agents.runs.parts import open_env, open_language_model, split_prompts, validation_prompts
 from agents.runs.progress import JobProgress
 from agents.runs.report import (
     Report,
@@ -50,13 +50,25 @@ from agents.runs.report import (
 )
 from agents.runs.signals import Stopped, stop_signals
 from agents.runs.sizing import fit, measured_speed, work_of
+from agents.runs.spending import Spending, choices, spend
 from agents.runs.yardsticks import known_or_measured
 from agents.sb3_vec import SB3VecEnv
+from agents.terminal import say
 from agents.text_dqn.agent import TextDQN
 from agents.zoo import AGENTS, Budget, acts_greedily, make_agent
-from textgen_env.errors import ConfigError, RunFolderError
+from textgen_env.errors import ConfigError, RunFolderError, TextGenError
 from textgen_env.evaluation import Evaluation
-from textgen_env.files import check_keys, read_json, read_text, whole_file, write_file
+from textgen_env.files import (
+    check_keys,
+    clear_half_made,
+    is_free,
+    locked,
+    read_json,
+    read_text,
+    refuse_links,
+    whole_file,
+    write_file,
+)
 from textgen_env.models import load_language_model
 from textgen_env.prompts import PromptSource
 from textgen_env.rewards import make_reward, reward_spec
@@ -67,6 +79,7 @@ AGENT_FILE = "agent.zip"
 SUMMARY_FILE = "summary.json"
 SAMPLES_FILE = "samples.md"
 PLANE_FILE = "plane.png"
+TOKENS_FILE = "tokens.png"
 LEARNING_FILE = "learning.png"
 
 SUMMARY_PACKAGES = ("textgen-env", "torch", "transformers", "stable-baselines3", "gymnasium", "numpy")
@@ -116,6 +129,23 @@ class Run:
             deterministic=self.greedy,
             watch=watch,
         )
+
+    def spending(self, yardstick: Yardstick, counts: Sequence[int], say: Callable[[str], None]) -> list[Spending]:
+        """Measure what ``counts`` times the tokens of a text buy on the test prompts; nothing for no counts.
+
+        Raises:
+            ConfigError: an agent without Q, or more rows than the yardstick has samples a prompt.
+        """
+        if not counts:
+            return []
+        config, samples = self.config, yardstick.samples
+        rewards, length = samples.by_prompt(samples.rewards), float(samples.lengths.mean())
+        points = [point for n in counts for point in choices(rewards, n, config.beta, length)]
+        some = validation_prompts(self.env.episodes.prompts, config.seed)
+        settings: Any = {"beta": config.beta, "texts": config.eval_texts, "seed": config.seed, "say": say}
+        for n in counts:
+            points += spend(self.agent, self.env, list(self.test_prompts), some, n, **settings)
+        return points
 
     @property
     def agent_name(self) -> str:
@@ -227,7 +257,7 @@ def train(
 ) -> RunResult:
     """Train an agent, measure it, and leave everything in the folder ``out``.
 
-    Ctrl-C and SIGTERM end the run: its state by then is saved, and the result says so. ``resume``
+    Ctrl-C, SIGTERM and SIGHUP end the run: its state by then is saved, and the result says so. ``resume``
     goes on with it.
 
     Args:
@@ -251,8 +281,8 @@ def train(
         with console.status("timing a few steps"):
             run, estimate = sized(run, minutes, started)
         config = run.config
-        console.print(estimate, markup=False)
-    with text_source(run, partial(console.print, markup=False)):
+        say(console, estimate)
+    with text_source(run, partial(say, console)), locked(folder):
         check_free(folder)  # loading took a while
         stored = _storable(config, model=model, prompts=prompts, reward=reward)
         write_file(folder / CONFIG_FILE, stored.to_json())
@@ -269,7 +299,7 @@ def resume(
     text_source: TextSource = local,
     console: Console | None = None,
 ) -> RunResult:
-    """Go on with a run that was stopped or killed, from its last checkpoint.
+    """Go on with a run that was stopped or killed, from its last checkpoint, or from the start before there is one.
 
     It ends with the weights and metrics of a run that passed the same checkpoints and was never
     stopped: bit for bit on the same machine with the same number of threads, on a CPU.
@@ -282,21 +312,36 @@ def resume(
         console: Shows progress. None: silence.
 
     Raises:
-        RunFolderError: no run, a finished one, or one without a checkpoint.
+        RunFolderError: no run, a finished one, one that another process works on, or one with links in it.
         ConfigError: an agent that cannot be resumed, or a configuration that was changed.
         TextGenError: as of ``train``.
     """
     path, console = Path(folder), console or Console(quiet=True)
     config = _stored_config(path, trust)
-    checkpoint = _checkpoint_to_resume(path, config)
-    with console.status("loading the language model"):
-        run = open_run(config, model=model, prompts=prompts, reward=reward)
+    _check_resumable(path, config)
+    with locked(path):
+        refuse_links(path)
+        with console.status("loading the language model"):
+            run = open_run(config, model=model, prompts=prompts, reward=reward)
+        log = _return_to_checkpoint(run, path)
+        if log is None:
+            say(console, "stopped before the first checkpoint: the run begins again")
+            shutil.rmtree(path / EVENTS, ignore_errors=True)
+        with text_source(run, partial(say, console)):
+            return _carry_out(run, config, path, console, log)
+
+
+def _return_to_checkpoint(run: Run, path: Path) -> Mapping[str, Any] | None:
+    """Put the agent where the newest checkpoint was made and return the log in it; None without a checkpoint."""
+    checkpoint = newest_checkpoint(path / CHECKPOINTS)
+    if checkpoint is None:
+        return None
     assert isinstance(run.agent, TextDQN)
     extra = load_checkpoint(checkpoint, run.agent)
     check_keys(extra, ("config", "log"), f"the checkpoint {str(checkpoint)!r}")
-    _check_unchanged(extra["config"], config)
-    with text_source(run, partial(console.print, markup=False)):
-        return _carry_out(run, config, path, console, extra["log"])
+    _check_unchanged(check_keys(extra["config"], (), "the configuration in the checkpoint"), run.config)
+    log: Mapping[str, Any] = extra["log"]
+    return log
 
 
 def sized(run: Run, minutes: float, started: float) -> tuple[Run, str]:
@@ -334,7 +379,7 @@ def _stored_config(path: Path, trust: bool = False) -> RunConfig:
     return RunConfig.from_json(read_text(path / CONFIG_FILE), trust)
 
 
-def _checkpoint_to_resume(path: Path, config: RunConfig) -> Path:
+def _check_resumable(path: Path, config: RunConfig) -> None:
     if config.agent not in PORTABLE_AGENTS:
         raise ConfigError(
             f"agent {config.agent!r} keeps no checkpoints, since Stable-Baselines3 does not say all that it is made "
@@ -342,14 +387,10 @@ def _checkpoint_to_resume(path: Path, config: RunConfig) -> Path:
         )
     summary = path / SUMMARY_FILE
     if summary.is_file() and read_json(summary, ["finished"], allow_nan=True)["finished"]:
+        with locked(path):  # a kill after the summary left them
+            shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+            clear_half_made(path)
         raise RunFolderError(f"{str(path)!r} holds a finished run: there is nothing to resume")
-    checkpoint = newest_checkpoint(path / CHECKPOINTS)
-    if checkpoint is None:
-        raise RunFolderError(
-            f"{str(path)!r} holds no checkpoint: it was stopped before the first. Start it again with textgen train "
-            f"--config {path / CONFIG_FILE} --out another folder"
-        )
-    return checkpoint
 
 
 def _check_unchanged(then: Mapping[str, Any], config: RunConfig) -> None:
@@ -366,7 +407,7 @@ def check_free(folder: Path) -> None:
     """Raise ``RunFolderError`` unless ``folder`` is new or empty."""
     if (folder / CONFIG_FILE).exists():
         raise RunFolderError(f"{str(folder)!r} already holds a run; choose another folder, or delete this one")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_free(folder):
         raise RunFolderError(f"{str(folder)!r} exists and is not an empty folder; choose another one")
 
 
@@ -374,12 +415,11 @@ def _carry_out(
     run: Run, stored: RunConfig, folder: Path, console: Console, logged: Mapping[str, Any] | None = None
 ) -> RunResult:
     """Measure, learn, measure, from the start or from the checkpoint that holds ``logged``."""
-    for note in run.notes:
-        console.print(note)
+    say(console, *run.notes)
     log = RunLog(folder, stored, console)
     if logged is not None:
         log.restore(logged)
-        console.print(f"going on after {log.steps:,} steps")
+        say(console, f"going on after {log.steps:,} steps")
     report: Report | None = None
     signum: int | None = None
     try:
@@ -388,14 +428,23 @@ def _carry_out(
     except KeyboardInterrupt as stop:
         stopped = stop if isinstance(stop, Stopped) else Stopped()
         signum = stopped.signum
-        console.print(f"stopped by {stopped.name} after {log.steps:,} steps")
-        if newest_checkpoint(folder / CHECKPOINTS) is not None:
-            console.print(f"go on with: textgen train --resume {folder}", soft_wrap=True, markup=False)
+        say(console, f"stopped by {stopped.name} after {log.steps:,} steps")
+        _say_how_to_go_on(folder, console)
+    except TextGenError:
+        _say_how_to_go_on(folder, console)
+        raise
     finally:
         write_summary(folder / SUMMARY_FILE, log, report)
     if report is not None:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return RunResult(folder, report is not None, log.steps, log.seconds, report, signum)
+
+
+def _say_how_to_go_on(folder: Path, console: Console) -> None:
+    checkpoint = newest_checkpoint(folder / CHECKPOINTS)
+    if checkpoint is not None:
+        say(console, f"the last checkpoint is of step {int(checkpoint.name):,}")
+        say(console, f"go on with: textgen train --resume {folder}")
 
 
 def _measure_and_learn(run: Run, log: RunLog, folder: Path, console: Console) -> Report:
@@ -418,8 +467,8 @@ def _learn(run: Run, log: RunLog, folder: Path) -> None:
         with log:
             agent.learn(run.config.steps - done, log, log_interval=sys.maxsize, reset_num_timesteps=not done)
     finally:
-        with whole_file(folder / AGENT_FILE, (RuntimeError,)) as half_made:
-            agent.save(half_made)
+        with whole_file(folder / AGENT_FILE, (RuntimeError,)) as half_made, half_made.open("wb") as file:
+            agent.save(file)
 
 
 def write_summary(path: Path, log: RunLog, report: Report | None) -> None:

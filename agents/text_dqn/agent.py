@@ -10,7 +10,7 @@ language model (or score lookahead), which the policy is before the first update
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -27,6 +27,8 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Rollout
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 
+from agents.baselines.particles import ParticlesAgent, WeightedTexts
+from agents.baselines.planning import ROWS
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn import portable
 from agents.text_dqn.learner import Learner
@@ -36,16 +38,28 @@ from agents.text_dqn.replay import EpisodeReplay
 from agents.text_dqn.settings import check_settings
 from agents.text_dqn.sources import EpisodeSource, add_step
 from agents.text_dqn.steering import Steering
+from agents.text_dqn.validation import Validated, validate
 from textgen_env.errors import ConfigError
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.hub import load_language_model
+from textgen_env.prompts import Prompt
+from textgen_env.vector_env import TextGenVectorEnv
 
 Self = TypeVar("Self", bound="TextDQN")
 
 SHELL_SETTINGS = ("score", "learning_rate", "learning_starts", "buffer_size", "stats_window_size", "seed")
 """Settings that the learner does not have."""
 
-LEARNER_SETTINGS = ("beta", "target_beta", "beta_start", "target", "score", "trace_lambda", "steps_per_update")
+LEARNER_SETTINGS = (
+    "beta",
+    "target_beta",
+    "beta_start",
+    "target",
+    "score",
+    "trace_lambda",
+    "lm_share",
+    "steps_per_update",
+)
 """Settings that SB3 does not have."""
 
 
@@ -94,6 +108,7 @@ class TextDQN(DQN):
         target: str = "retrace",
         score: str | None = "auto",
         trace_lambda: float = 1.0,
+        lm_share: float | None = None,
         learning_rate: float | Any = 1e-3,
         learning_starts: int = 5_000,
         steps_per_update: int = 80,
@@ -119,6 +134,7 @@ class TextDQN(DQN):
                 "target": target,
                 "score": score,
                 "trace_lambda": trace_lambda,
+                "lm_share": lm_share,
                 "learning_rate": learning_rate,
                 "learning_starts": learning_starts,
                 "steps_per_update": steps_per_update,
@@ -186,6 +202,42 @@ class TextDQN(DQN):
         tensors, vectorized = self.policy.obs_to_tensor(observation)
         return self.learner.log_policy(tensors, self.beta), not vectorized  # type: ignore[arg-type]
 
+    def write(
+        self,
+        prompts: Sequence[str | Prompt],
+        particles: int = 8,
+        *,
+        reward: Any = None,
+        seed: int | None = None,
+        **settings: Any,
+    ) -> list[WeightedTexts]:
+        """Write a text for each prompt, each drawn from ``particles`` weighted ones.
+
+        It costs so many times the tokens of a text, and one call of the reward for each of them. With 1
+        the texts are the policy's own.
+
+        Args:
+            prompts: Texts, or ``Prompt`` objects.
+            particles: Texts to draw each text from, at least 1.
+            reward: What judges them. None: that of the agent's environment, or the stored one. Where it
+                was not stored the last weight is left out: the texts follow Q alone.
+            seed: Of the random numbers. None: goes on with the agent's own.
+            settings: ``threshold``, ``trust``, ``judge`` and ``rows`` of ``ParticlesAgent``.
+
+        Raises:
+            ConfigError: a value out of range, a task that the agent does not know, or scores that it needs
+                of a reward that was not stored.
+            CapacityError: the rows do not fit into memory.
+        """
+        if seed is None:
+            seed = int(self.learner.rng.integers(2**63))
+        spaces = check_observation_space(self.observation_space).spaces
+        env, is_judged = portable.env_to_write_in(
+            self.env, self.task, self.language_model, reward, sees_scores="score" in spaces
+        )
+        settings = {"judge": is_judged, "rows": min(ROWS, particles * max(1, len(prompts))), **settings}
+        return ParticlesAgent(env, seed, n=particles, values=self, **settings).write(prompts)
+
     def logits_processor(self, model: Any, *, max_new_tokens: int | None = None, reward: Any = None) -> Steering:
         """Return what steers ``model.generate`` with this agent: a context manager and logits processor in one.
 
@@ -223,6 +275,13 @@ class TextDQN(DQN):
             )
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
+    def _setup_learn(
+        self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any
+    ) -> tuple[int, BaseCallback]:
+        if reset_num_timesteps or self._last_obs is None:  # SB3 resets the environment: its texts do not go on
+            self.replay_buffer.give_up_open()
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args)
+
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> RolloutReturn:
         """Take one step in the environment, or texts from ``episode_source``; as in SB3."""
         callback.on_rollout_start()
@@ -241,7 +300,7 @@ class TextDQN(DQN):
         self._update_info_buffer(infos, dones)
         if self._vec_normalize_env is not None:  # the replay keeps rewards as they are paid, as SB3's does
             rewards = self._vec_normalize_env.get_original_reward()
-        add_step(self.learner, observation, new_obs, acted, rewards, dones, infos)
+        add_step(self.learner, observation, new_obs, acted, rewards, dones, infos, self._judged(env, dones))
         self._last_obs = new_obs  # type: ignore[assignment]  # Dict observations
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
         for _ in range(int(dones.sum())):
@@ -251,6 +310,16 @@ class TextDQN(DQN):
                 self.dump_logs()
         callback.on_rollout_end()
         return RolloutReturn(env.num_envs, int(dones.sum()), continue_training=True)
+
+    def _judged(self, env: VecEnv, dones: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64] | None:
+        """Return what the judge says of some prefixes, (N,), NaN where it is not asked; None if it never is."""
+        if self.settings["score"] != "judge":
+            return None
+        judged = np.full(len(dones), np.nan)
+        rows = self.learner.asks_about(~dones)
+        if rows.size:
+            judged[rows] = env.env_method("judge", indices=rows.tolist())
+        return judged
 
     def _collect_from(self, source: EpisodeSource, callback: BaseCallback) -> RolloutReturn:
         found = source.collect(self.learner, self.logger, self._progress, self._total_timesteps - self.num_timesteps)
@@ -295,6 +364,10 @@ class TextDQN(DQN):
         self._n_updates = self.learner.updates
         return losses
 
+    def choose_beta(self, env: TextGenVectorEnv, texts: int = 256, seed: int = 0) -> Validated:
+        """Act at the temperature that does best in ``env``, the language model itself included; see ``validation``."""
+        return validate(self, self.learner, env, texts, seed)
+
     @property
     def _progress(self) -> float:
         """Share of the current ``learn`` that is done, in [0, 1]."""
@@ -325,7 +398,8 @@ class TextDQN(DQN):
             self.q_net_target,
             self.policy.optimizer,
             self.replay_buffer,
-            **{name: value for name, value in self.settings.items() if name not in SHELL_SETTINGS},
+            **{name: value for name, value in self.settings.items() if name not in (*SHELL_SETTINGS, "lm_share")},
+            lm_share=self._share_of_language_model(),
             rng=np.random.default_rng(self.seed),
         )
 
@@ -341,7 +415,11 @@ class TextDQN(DQN):
 
     def _learns_scores(self) -> bool:
         has_scores = "score" in check_observation_space(self.observation_space).spaces
-        return self.settings["score"] == "learned" or (self.settings["score"] == "auto" and not has_scores)
+        return self.settings["score"] in ("learned", "judge") or (self.settings["score"] == "auto" and not has_scores)
+
+    def _share_of_language_model(self) -> float:
+        share = self.settings["lm_share"]
+        return (0.5 if self._learns_scores() else 0.0) if share is None else share
 
     def _find_language_model(self) -> LanguageModel:
         if self.env is not None:

@@ -35,6 +35,9 @@ FIRST_SAMPLE = 256
 REFIT = 1.3
 """The learned scorer is fitted anew when there are so many times as many texts."""
 
+ASKED = 4
+"""Prefixes of a text about which the judge is asked, on average, with ``score="judge"``."""
+
 VISITED = 256
 """Texts from which the scorer takes what the language model adds on average."""
 
@@ -61,6 +64,7 @@ class Learner:
         target_beta: The trade E[R] - target_beta KL that Q is trained for.
         beta_start: Temperature of the behaviour at the first step; it falls geometrically to
             ``beta`` over ``exploration_fraction`` of the training.
+        lm_share: Share of the texts that the language model writes: what the scorer learns most from.
         target, trace_lambda, gamma: See ``agents.text_dqn.targets``.
         steps_per_update: Environment steps for each update.
         batch_size: Whole episodes an update.
@@ -83,6 +87,7 @@ class Learner:
         target: str = "retrace",
         trace_lambda: float = 1.0,
         gamma: float = 1.0,
+        lm_share: float = 0.0,
         steps_per_update: int = 80,
         batch_size: int = 32,
         tau: float = 0.02,
@@ -97,6 +102,7 @@ class Learner:
         self.exploration_fraction = exploration_fraction
         self.target = target
         self.objective = ObjectiveSettings(target_beta, trace_lambda, gamma)
+        self.lm_share = lm_share
         self.steps_per_update = steps_per_update
         self.batch_size = batch_size
         self.tau = tau
@@ -105,6 +111,7 @@ class Learner:
         self.steps = 0  # environment steps ever learned from
         self.updates = 0
         self.offline_updates = 0  # updates that no environment step has paid for
+        self.judge_calls = 0  # texts and prefixes that the reward has judged
         self.held_out = 0.0  # R2 of the learned scorer on texts that were left out
         self._fit_at = LEAST_TEXTS  # finished texts at which the scorer is fitted next
         self._lm_takes_over_at: npt.NDArray[np.int64] = np.zeros(replay.n_envs, np.int64)  # step of each row's text
@@ -148,9 +155,29 @@ class Learner:
             )
         return logprobs.double().cpu().numpy()
 
+    def q(self, observation: Mapping[str, Any]) -> Floats:
+        """Return Q of the slow network, (B, k): the reward of the text, or what is left of it where ``score`` is seen.
+
+        Args:
+            observation: (B, ...) a key, arrays or tensors.
+        """
+        seen: Tensors = {key: torch.as_tensor(value, device=self.network.device) for key, value in observation.items()}
+        with torch.inference_mode():
+            tensors = self.slow_network.scored(seen)
+            values = self.slow_network(tensors)
+            if tensors is not seen:  # its values count from the learned score
+                values = values + tensors["score"]
+        q: Floats = values.double().cpu().numpy()
+        return q
+
     def draw(self, policy: Floats) -> npt.NDArray[np.int64]:
         """Return one action a row, each drawn with a random number of its own."""
         return sample(policy, self.rng.random(len(policy)))
+
+    def asks_about(self, going_on: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """Return the rows, of those that go on, (N,), about whose prefixes the judge is asked now."""
+        chosen = self.rng.random(len(going_on)) < ASKED / self.network.max_new_tokens
+        return np.flatnonzero(chosen & going_on)
 
     def behaviour_beta(self, progress: float) -> float:
         """Return the temperature that acts while learning, annealed from ``beta_start`` to ``beta``."""
@@ -158,12 +185,15 @@ class Learner:
         return float(self.beta_start * (self.beta / self.beta_start) ** share)
 
     def _chosen_by_lm(self, budget: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-        """Return the rows, (N,), that the language model finishes: from a random step on, for ``q_sharp``."""
-        if self.target != "q_sharp":
+        """Return the rows, (N,), where the language model writes: some texts; for ``q_sharp`` the ends of all."""
+        if self.target != "q_sharp" and not self.lm_share:
             return np.zeros(len(budget), bool)
         length = self.network.max_new_tokens
         step = np.rint((1.0 - budget) * length)
-        fresh = self.rng.integers(length, size=len(budget))
+        if self.target == "q_sharp":
+            fresh = self.rng.integers(length, size=len(budget))
+        else:
+            fresh = np.where(self.rng.random(len(budget)) < self.lm_share, 0, length)
         self._lm_takes_over_at = np.where(step == 0, fresh, self._lm_takes_over_at)
         return np.asarray(step >= self._lm_takes_over_at)
 
@@ -177,6 +207,7 @@ class Learner:
         rewards: npt.NDArray[Any],
         done: npt.NDArray[np.bool_],
         truncated: npt.NDArray[np.bool_],
+        judged: Floats | None = None,
     ) -> None:
         """Remember one step of N rows; see ``EpisodeReplay.add``."""
         self.replay.add(
@@ -188,7 +219,9 @@ class Learner:
             truncated,
             acted.logprobs,
             acted.by_language_model,
+            judged,
         )
+        self.judge_calls += int(done.sum()) + (0 if judged is None else int(np.isfinite(judged).sum()))
         self.steps += len(acted.actions)
 
     def put(self, steps: Mapping[str, npt.NDArray[Any]], lengths: npt.NDArray[np.int64], counted: int) -> None:
@@ -234,7 +267,11 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm)
         self._check_finite(loss=loss, **{"gradient norm": norm})
         self.optimizer.step()
-        self._check_finite(weights=torch.stack(torch._foreach_norm([weight.detach() for weight in weights])))
+        try:
+            self._check_finite(weights=torch.stack(torch._foreach_norm([weight.detach() for weight in weights])))
+        except DivergenceError:
+            self.network.load_state_dict(self.slow_network.state_dict())  # both are saved, and must be readable
+            raise
         with torch.no_grad():
             for own, slow in zip(self.network.parameters(), self.slow_network.parameters(), strict=True):
                 slow.mul_(1 - self.tau)
@@ -287,6 +324,7 @@ class Learner:
             "offline_updates": self.offline_updates,
             "fit_at": self._fit_at,
             "held_out": self.held_out,
+            "judge_calls": self.judge_calls,
             "lm_takes_over_at": self._lm_takes_over_at.tolist(),
             "rng": self.rng.bit_generator.state,
         }
@@ -308,6 +346,7 @@ class Learner:
             self._lm_takes_over_at = places
         self.steps, self.updates, self.offline_updates = steps, updates, offline
         self._fit_at = COUNT.check("fit_at", stored.get("fit_at", LEAST_TEXTS))
+        self.judge_calls = COUNT.check("judge_calls", stored.get("judge_calls", 0))
         self.held_out = Range(-MANY, 1).check("held_out", stored.get("held_out", 0.0))
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

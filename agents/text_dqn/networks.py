@@ -23,7 +23,7 @@ from gymnasium import spaces
 from torch import nn
 from torch.nn import functional
 
-from agents.text_dqn.scorer import Texts, TextScorer, Visited, directions
+from agents.text_dqn.scorer import JudgedTexts, TextScorer, Visited, directions
 from textgen_env.errors import ConfigError, ModelError
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
@@ -246,12 +246,13 @@ class CandidateQNetwork(nn.Module):
         if self.scorer is not None:
             self.scorer.describe(language_model)
 
-    def fit_scorer(self, texts: Texts, visited: Visited) -> float:
+    def fit_scorer(self, texts: JudgedTexts, visited: Visited) -> float:
         """Fit the scorer; return R2 on texts that were left out. See ``TextScorer.fit``."""
-        assert self.scorer is not None and self._language_model is not None  # the learner has checked
-        if self._directions is None:
-            object.__setattr__(self, "_directions", directions(self._language_model))
-        return self.scorer.fit(texts, self._directions, visited)
+        if self.scorer is None or self._language_model is None:
+            raise ModelError("no scorer to fit, or no language model to read embeddings from: call bind")
+        known = directions(self._language_model) if self._directions is None else self._directions
+        object.__setattr__(self, "_directions", known)
+        return self.scorer.fit(texts, known, visited)
 
     def scored(self, observations: Tensors) -> Tensors:
         """Return observations of single states (B, ...) with the learned scores, where there is a scorer."""
@@ -290,6 +291,11 @@ class CandidateQNetwork(nn.Module):
         place = ((returns - self.support[0]) / step).clamp(0, len(self.support) - 1).unsqueeze(-1)
         return (1 - (place - torch.arange(len(self.support), device=place.device)).abs()).clamp(min=0)
 
+    @property
+    def reads_given_scores(self) -> bool:
+        """Whether the environment's running scores are an input, and not those of a scorer of its own."""
+        return self.uses_score and self.scorer is None
+
     def known(self, observations: Tensors) -> torch.Tensor:
         """Return the part of Q that is not learned, (..., k)."""
         known = known_advantage(observations) if self.uses_candidate_scores else None
@@ -297,6 +303,10 @@ class CandidateQNetwork(nn.Module):
 
     def forward(self, observations: Tensors) -> torch.Tensor:
         """Return Q of single states, (B, k)."""
+        return self.head_values(observations).mean(0)
+
+    def head_values(self, observations: Tensors) -> torch.Tensor:
+        """Return Q of single states by each head, (heads, B, k)."""
         observations = self.scored(observations)
         tokens, length = observations["tokens"].long(), observations["length"].long()  # (B, T), (B, 1)
         generated = self._generated(observations)
@@ -309,7 +319,7 @@ class CandidateQNetwork(nn.Module):
             vectors = vectors * inside
             memory = (head.contributions(vectors, shifted(vectors)) * inside).sum(-2)
             outputs.append(self._head(head, observations, candidates, memory, vectors[:, -1]))
-        return self._q(torch.stack(outputs), observations).mean(0)
+        return self._q(torch.stack(outputs), observations)
 
     def episode_values(self, observations: Tensors, looked_up: LookedUp) -> torch.Tensor:
         """Return Q of every step of whole episodes, for each head: (heads, B, T, c); see ``episode_outputs``."""

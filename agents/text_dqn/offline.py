@@ -29,6 +29,7 @@ from agents.text_dqn.replay import EpisodeReplay
 from textgen_env.errors import CapacityError, ConfigError, DatasetError, RunFolderError
 from textgen_env.evaluation import play
 from textgen_env.extras import require
+from textgen_env.files import is_free, locked, whole_folder
 from textgen_env.observation import flatten
 from textgen_env.policies import Agent
 from textgen_env.prompts import Prompt
@@ -67,7 +68,8 @@ def record(
 
     Raises:
         ConfigError: the agent cannot say how probable its actions were, or Minari is not installed.
-        RunFolderError: the folder holds something already.
+        RunFolderError: the folder holds something already, another process records into it, or it
+            cannot be written to.
     """
     if not deterministic and not hasattr(agent, "probabilities"):
         raise ConfigError(
@@ -75,13 +77,18 @@ def record(
             "record it with deterministic=True (--greedy)"
         )
     folder = Path(folder).resolve()  # Minari joins a relative path twice
-    storage = _new_storage(folder, env, metadata or {})
-    waiting: list[tuple[Any, dict[str, str]]] = []
-    for text in _texts(agent, env, prompts, seed, deterministic):
-        waiting.append(text)
-        if len(waiting) == TEXTS_AT_A_TIME:
-            _write(storage, waiting)
-    _write(storage, waiting)
+    _minari()
+    if not is_free(folder):
+        raise RunFolderError(f"{str(folder)!r} exists and is not an empty folder; choose another one")
+    # A kill leaves no part of a dataset: the same call begins again.
+    with locked(folder.parent, f".{folder.name}.lock"), whole_folder(folder, (RuntimeError,)) as half_made:
+        storage = _new_storage(half_made, folder.name, env, metadata or {})
+        waiting: list[tuple[Any, dict[str, str]]] = []
+        for text in _texts(agent, env, prompts, seed, deterministic):
+            waiting.append(text)
+            if len(waiting) == TEXTS_AT_A_TIME:
+                _write(storage, waiting)
+        _write(storage, waiting)
     return open_dataset(folder)
 
 
@@ -191,20 +198,18 @@ def _write(storage: MinariStorage, texts: list[tuple[Any, dict[str, str]]]) -> N
         texts.clear()
 
 
-def _new_storage(folder: Path, env: TextGenVectorEnv, metadata: Mapping[str, Any]) -> MinariStorage:
+def _new_storage(folder: Path, name: str, env: TextGenVectorEnv, metadata: Mapping[str, Any]) -> MinariStorage:
     minari = _minari()
     from minari.dataset.minari_storage import MinariStorage
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunFolderError(f"{str(folder)!r} exists and is not an empty folder; choose another one")
-    (folder / "data").mkdir(parents=True)
+    (folder / "data").mkdir()
     storage = MinariStorage.new(
         folder / "data",
         observation_space=env.single_observation_space,
         action_space=env.single_action_space,
         env_spec=_single_spec(env),
     )
-    name = re.sub(r"[^-\w]", "-", folder.resolve().name)
+    name = re.sub(r"[^-\w]", "-", name)
     about = {
         "dataset_id": name if re.search(r"-v\d+$", name) else f"{name}-v0",
         "minari_version": minari.__version__,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,9 +34,10 @@ from agents.text_dqn.replay import EpisodeReplay
 from agents.text_dqn.settings import COUNTERS, Range, check_settings
 from textgen_env.config import check_type
 from textgen_env.errors import ConfigError, ModelError, PromptError, TextGenError
-from textgen_env.files import whole_file, write_file
+from textgen_env.files import MOST_BYTES, parse_json, read_json, whole_file, write_file
 from textgen_env.models.base import LanguageModel
 from textgen_env.rewards import reward_spec
+from textgen_env.vector_env import TextGenVectorEnv
 
 SETTINGS_FILE = "agent.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -147,8 +149,10 @@ def read_zip(path: Any) -> Any:
     file: Any = open_path(path, "r", suffix="zip")
     try:
         with zipfile.ZipFile(file) as archive:
-            return json.loads(archive.read("data"))
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+            if (size := archive.getinfo("data").file_size) > MOST_BYTES:
+                raise ConfigError(f"the settings in {path} have {size:,} bytes, more than {MOST_BYTES:,}")
+            return parse_json(archive.read("data"), f"the settings in {path}", allow_nan=True)
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, NotImplementedError, RuntimeError) as error:
         raise ConfigError(f"{path} is no zip of an agent: {error}") from error
     finally:
         if file is path:
@@ -267,7 +271,43 @@ def task_of(env: VecEnv) -> dict[str, Any]:
         "top_p": config.top_p,
         "min_new_tokens": config.min_new_tokens,
         "max_new_tokens": config.max_new_tokens,
+        "stop": list(config.stop),
     }
+
+
+def env_to_write_in(
+    env: VecEnv | None, task: Mapping[str, Any] | None, model: LanguageModel, reward: Any, sees_scores: bool
+) -> tuple[TextGenVectorEnv, bool]:
+    """Return an environment of one row like the one that an agent was trained in, and True if its reward is known.
+
+    Args:
+        env: The agent's own. None, or of another make: ``task`` describes it.
+        task: From ``task_of``.
+        model: That the agent was trained on.
+        reward: See ``make_reward``. None: that of ``env`` or ``task``; where that was not stored every text gets 0.
+        sees_scores: The agent's observation has running scores.
+
+    Raises:
+        ConfigError: the task is unknown, or the agent needs scores of a reward that was not stored.
+    """
+    if env is not None and env.has_attr("episodes"):
+        episodes = env.get_attr("episodes")[0]
+        settings = vars(episodes.config) | {"observation": "default", "render_mode": None}
+        reward = episodes.reward if reward is None else reward
+    elif task is not None and "top_k" in task:
+        names = ("top_k", "top_p", "min_new_tokens", "max_new_tokens", "stop")
+        settings = {name: task[name] for name in names if name in task}
+        settings["max_prompt_tokens"] = max(1, min(512, model.max_context - task["max_new_tokens"]))
+        reward = task["reward"] if reward is None else reward
+        if reward is None and task["scores"] and sees_scores:
+            raise ConfigError(
+                f"the agent sees running scores of reward {task['reward_name']!r}, a Python object that was not "
+                "stored: give it again, as reward=..."
+            )
+    else:
+        raise ConfigError("the agent does not know its task: it was trained in an environment of another make")
+    is_known = reward is not None
+    return TextGenVectorEnv(1, model, None, reward if is_known else (lambda text: 0.0), **settings), is_known
 
 
 def fingerprint(model: LanguageModel) -> dict[str, Any]:
@@ -328,7 +368,7 @@ def read_pretrained(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
         ConfigError: the folder lacks a file, or one is damaged.
     """
     try:
-        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        settings = read_json(folder / SETTINGS_FILE, None, ConfigError, allow_nan=True)
         return settings, load_file(folder / WEIGHTS_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{str(folder)!r} holds no agent that save_pretrained wrote: {error}") from error

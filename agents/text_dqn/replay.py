@@ -23,7 +23,7 @@ import psutil
 import torch
 from gymnasium import spaces
 
-from agents.text_dqn.scorer import FOLDS, Texts
+from agents.text_dqn.scorer import FOLDS, JudgedTexts
 from textgen_env.errors import CapacityError, ConfigError
 
 Array = npt.NDArray[Any]
@@ -47,6 +47,7 @@ STEP_FIELDS = {
     "ended": np.bool_,
     "acted": np.bool_,
     "by_language_model": np.bool_,
+    "judged": np.float32,
 }
 """What a step holds beside its observation."""
 
@@ -67,7 +68,7 @@ class EpisodeBatch:
     ended: torch.Tensor  # (B, T) bool
     acted: torch.Tensor  # (B, T) bool
     by_language_model: torch.Tensor  # (B, T) bool, the language model itself chose the action
-    folds: torch.Tensor  # (B,) int64, the part of the texts that each belongs to; see ``scorer``
+    folds: torch.Tensor | None = None  # (B,) int64, the part of the texts that each belongs to; see ``scorer``
 
 
 class EpisodeReplay:
@@ -137,6 +138,7 @@ class EpisodeReplay:
         truncated: Array,
         behaviour: Array,
         by_language_model: Array,
+        judged: Array | None = None,
     ) -> None:
         """Store one step of each environment.
 
@@ -147,6 +149,7 @@ class EpisodeReplay:
             truncated: (N,) True where an outside limit ended the episode, and not the text itself.
             behaviour: (N,) log-probability of each action when it was taken; nats.
             by_language_model: (N,) True where the language model itself chose.
+            judged: (N,) what the text after the step would get if it ended here; NaN where nobody asked.
         """
         envs = np.arange(self.n_envs)
         ended = done & ~truncated
@@ -166,11 +169,16 @@ class EpisodeReplay:
             by_language_model=by_language_model,
             ended=ended,
             acted=True,
+            judged=np.nan if judged is None else judged,
         )
         for env in np.flatnonzero(done).tolist():
             if truncated[env]:
                 self._store_last_state(env, {key: next_observation[key][env] for key in self.keys})
             self._close(env)
+
+    def give_up_open(self) -> None:
+        """Forget the texts that environments have begun: they will not go on."""
+        self.written[:] = self.open
 
     def add_episode(
         self,
@@ -212,6 +220,7 @@ class EpisodeReplay:
             by_language_model=by_language_model,
             ended=last & ended,
             acted=True,
+            judged=np.nan,
         )
         if not ended:
             self._store_last_state(env, {key: observations[key][-1] for key in self.keys})
@@ -235,7 +244,7 @@ class EpisodeReplay:
 
         An episode that an environment has begun here is given up: its steps would lie in between.
         """
-        self.written[:] = self.open
+        self.give_up_open()
         ends = np.cumsum(lengths)
         for first, end in zip(ends - lengths, ends, strict=True):
             env = int(self.written.argmin())
@@ -283,8 +292,11 @@ class EpisodeReplay:
             folds=torch.tensor([fold_of(env, start) for env, start, _ in picks], device=self.device),
         )
 
-    def texts(self) -> Texts:
-        """Return all finished texts that are kept, with their rewards; not those that an outside limit cut off."""
+    def texts(self) -> JudgedTexts:
+        """Return the finished texts that are kept, and the prefixes of theirs that were judged, with their rewards.
+
+        Texts that an outside limit cut off are left out: nobody knows what they would have been worth.
+        """
         picks = [(env, *episode) for env, ring in enumerate(self.episodes) for episode in ring]
         envs, first, lengths = np.array(picks, np.int64).reshape(-1, 3).T
         ended = self.store["ended"][envs, (first + lengths - 1) % self.ring]
@@ -292,12 +304,15 @@ class EpisodeReplay:
         offset = np.arange(lengths.max(initial=1))
         at = (envs[:, None], (first[:, None] + np.minimum(offset, lengths[:, None] - 1)) % self.ring)
         inside = offset < lengths[:, None]
-        return Texts(
-            tokens=self.store["token"][at].astype(np.int64),
-            lengths=lengths,
-            rewards=(self.store["reward"][at].astype(np.float64) * inside).sum(1),
-            folds=fold_of(envs, first),
-            finished=np.ones(len(lengths), np.bool_),
+        tokens, folds = self.store["token"][at].astype(np.int64), fold_of(envs, first)
+        texts, steps = np.nonzero(inside & np.isfinite(self.store["judged"][at]))  # prefixes that were judged
+        judged = self.store["judged"][at][texts, steps].astype(np.float64)
+        return JudgedTexts(
+            tokens=np.concatenate([tokens, tokens[texts]]),
+            lengths=np.concatenate([lengths, steps + 1]),
+            rewards=np.concatenate([(self.store["reward"][at].astype(np.float64) * inside).sum(1), judged]),
+            folds=np.concatenate([folds, folds[texts]]),
+            finished=np.arange(len(tokens) + len(texts)) < len(tokens),
         )
 
     def spread(self, count: int) -> EpisodeBatch:

@@ -19,7 +19,7 @@ from textgen_env.policies import Floats
 
 ITERATIONS = 60
 TOLERANCE = 1e-8  # of the squared gradient, relative to the first
-PENALTIES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 """Tried from the strongest on, until the error on left-out texts rises."""
 
 BIN = 40
@@ -31,30 +31,28 @@ MOST_KNOTS = 24
 class Design(NamedTuple):
     """n rows of features in groups, each scaled to a mean squared size of 1 a row.
 
-    Weights are one vector: ``columns`` of the sparse features, one for padding (always 0), those of
-    the dense ones.
+    Weights are one vector: those of the sparse features that occur, one for padding (always 0),
+    those of the dense ones.
     """
 
-    index: npt.NDArray[np.int64]  # (n, F) columns that are 1 in each row, ``columns`` for padding
+    used: npt.NDArray[np.int64]  # (u,) the sparse features that occur
+    places: npt.NDArray[np.int64]  # (n, F) indices in ``used`` that are 1 in each row, u for padding
     values: Floats  # (F,) what stands in them instead of 1: the scale of their group
     dense: Floats  # (n, e), scaled
     scales: Mapping[str, float]  # of each group
-    columns: int
 
     @classmethod
-    def of(
-        cls, sparse: Mapping[str, npt.NDArray[np.int64]], dense: Mapping[str, Floats], columns: int
-    ) -> Design:
+    def of(cls, sparse: Mapping[str, npt.NDArray[np.int64]], dense: Mapping[str, Floats], padding: int) -> Design:
         """Return the features side by side.
 
         Args:
-            sparse: (n, F) columns a group; ``columns`` for padding.
+            sparse: (n, F) numbers of features a group, below ``padding``, which stands for none.
             dense: (n, e) numbers a group.
         """
         scales, values, blocks = {}, [], []
         for name, index in sparse.items():
             rows = len(index)
-            counts = np.bincount(index.ravel(), minlength=columns + 1)[:columns]
+            _, counts = np.unique(index[index < padding], return_counts=True)
             size = (counts * (1.0 - counts / (rows * index.shape[1]))).sum() / rows
             scales[name] = 1.0 / np.sqrt(size + 1e-12)
             values.append(np.full(index.shape[1], scales[name]))
@@ -62,23 +60,28 @@ class Design(NamedTuple):
             size = ((block - block.mean(0)) ** 2).sum() / len(block)
             scales[name] = 1.0 / np.sqrt(size + 1e-12)
             blocks.append(block * scales[name])
-        return cls(
-            np.concatenate(list(sparse.values()), 1), np.concatenate(values), np.concatenate(blocks, 1), scales, columns
-        )
+        features = np.concatenate(list(sparse.values()), 1)
+        used, index = np.unique(np.append(features, padding), return_inverse=True)
+        index = index[:-1].reshape(features.shape)
+        return cls(used[:-1], index, np.concatenate(values), np.concatenate(blocks, 1), scales)
 
     def rows(self, chosen: npt.NDArray[np.int64]) -> Design:
-        return self._replace(index=self.index[chosen], dense=self.dense[chosen])
+        return self._replace(places=self.places[chosen], dense=self.dense[chosen])
+
+    def parts(self, weights: Floats) -> tuple[Floats, Floats]:
+        """Return the weights (..., u + 1 + e) of the sparse features with their padding, and of the dense ones."""
+        return weights[..., : len(self.used) + 1], weights[..., len(self.used) + 1 :]
 
     def times(self, weights: Floats) -> Floats:
         """Return the product with the weights, (n,)."""
-        sparse, dense = weights[: self.columns + 1], weights[self.columns + 1 :]
-        return np.asarray(sparse[self.index] @ self.values + self.dense @ dense)
+        sparse, dense = self.parts(weights)
+        return np.asarray(sparse[self.places] @ self.values + self.dense @ dense)
 
     def transposed_times(self, errors: Floats) -> Floats:
         """Return the product of the transpose with (n,) numbers."""
         weighted = errors[:, None] * self.values
-        sparse = np.bincount(self.index.ravel(), weights=weighted.ravel(), minlength=self.columns + 1)
-        sparse[self.columns] = 0.0
+        sparse = np.bincount(self.places.ravel(), weights=weighted.ravel(), minlength=len(self.used) + 1)
+        sparse[-1] = 0.0
         return np.concatenate([sparse, errors @ self.dense])
 
 
@@ -86,20 +89,19 @@ class Design(NamedTuple):
 class Fitted:
     """Weights for each fold, fitted to all others, and what they predict for it."""
 
-    weights: Floats  # (folds, columns + 1 + e)
+    weights: Floats  # (folds, u + 1 + e); see ``Design.parts``
     biases: Floats  # (folds,)
     left_out: Floats  # (n,)
     penalty: float
 
 
 def cross_fit(
-    design: Design, rewards: Floats, folds: npt.NDArray[np.int64], penalties: Sequence[float] = PENALTIES
+    design: Design, rewards: Floats, folds: npt.NDArray[np.int64], count: int, penalties: Sequence[float] = PENALTIES
 ) -> Fitted:
-    """Fit each fold's weights to the others, with the penalty that predicts left-out rewards best."""
-    count = int(folds.max()) + 1
+    """Fit weights for each of ``count`` folds to the others, with the penalty that predicts left-out rewards best."""
     parts = [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in range(count)]
     designs = [(design.rows(kept), design.rows(left)) for kept, left in parts]
-    weights = np.zeros((count, design.columns + 1 + design.dense.shape[1]))
+    weights = np.zeros((count, len(design.used) + 1 + design.dense.shape[1]))
     best, least = None, np.inf
     for penalty in penalties:
         weights, biases, left_out = weights.copy(), np.zeros(count), np.zeros(len(rewards))

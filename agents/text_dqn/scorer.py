@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from agents.text_dqn.ridge import Design, Fitted, cross_fit, rising_curve
+from agents.text_dqn.ridge import PENALTIES, Design, Fitted, cross_fit, rising_curve
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
@@ -55,16 +55,16 @@ LEAST_TEXTS = 50
 LEAST_EVIDENCE = 3.0
 """Standard errors that the correlation with left-out rewards must have for the scorer to speak."""
 
-Ids = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 
 
-class Texts(NamedTuple):
+class JudgedTexts(NamedTuple):
     """n texts with their rewards."""
 
-    tokens: Ids  # (n, T) generated ids, padded at the end
-    lengths: Ids  # (n,) at least 1
+    tokens: Indices  # (n, T) generated ids, padded at the end
+    lengths: Indices  # (n,) at least 1
     rewards: Floats  # (n,)
-    folds: Ids  # (n,) in 0..FOLDS - 1
+    folds: Indices  # (n,) in 0..FOLDS - 1
     finished: npt.NDArray[np.bool_]  # (n,) False for prefixes that were judged as they stood
 
 
@@ -89,6 +89,7 @@ class TextScorer(nn.Module):
 
     characters: torch.Tensor
     ends: torch.Tensor
+    penalty: torch.Tensor
     bias: torch.Tensor
     token: torch.Tensor
     first: torch.Tensor
@@ -104,6 +105,7 @@ class TextScorer(nn.Module):
         shapes = {
             "characters": (vocab_size,),  # of each token
             "ends": (vocab_size,),  # 1 for end tokens
+            "penalty": (),  # of the last fit, 0 before the first
             "bias": (FOLDS + 1,),
             "token": (FOLDS + 1, vocab_size),
             "first": (FOLDS + 1, vocab_size),
@@ -124,7 +126,7 @@ class TextScorer(nn.Module):
 
     def describe(self, language_model: LanguageModel) -> None:
         """Read how many characters each token has, and which ones end a text."""
-        texts = language_model.continuations([], [], np.arange(self.vocab_size))
+        texts = language_model.continuations([], [], range(self.vocab_size))
         self.characters.copy_(torch.tensor([float(len(text)) for text in texts]))
         self.ends.zero_()
         self.ends[list(language_model.end_ids)] = 1.0
@@ -144,9 +146,9 @@ class TextScorer(nn.Module):
             folds: (B,) whose weights to use. None: the mean of all.
         """
         index, length, more, longer = self._parts(tokens, steps, candidates, folds)
-        done = (steps.unsqueeze(-1) == self.max_new_tokens - 1) | self.ends[candidates].bool()
+        done = (steps.unsqueeze(-1) >= self.max_new_tokens - 1) | _at(self.ends, candidates).bool()
         table = self._table(tokens, folds).view(-1, 1, 1)
-        more = more + torch.where(done, self.last[table, candidates], 0.0)
+        more = more + torch.where(done, _at(self.last, table * self.vocab_size + candidates), 0.0)
         after = torch.where(done, self.max_new_tokens, steps.unsqueeze(-1) + 1)
         score = self._look_up(steps, index, length).unsqueeze(-1)
         return score, self._look_up(after, index.unsqueeze(-1) + more, length.unsqueeze(-1) + longer)
@@ -160,43 +162,42 @@ class TextScorer(nn.Module):
         seen_from = _first_places(tokens)  # (B, RESIDUES)
         own = self._added(table, tokens.unsqueeze(-1), places, tokens, seen_from).squeeze(-1)
         index = self.bias[table].unsqueeze(-1) + _of_prefixes(own, steps)
-        length = _of_prefixes(self.characters[tokens], steps)
+        length = _of_prefixes(_at(self.characters, tokens), steps)
         more = self._added(table, candidates, steps, tokens, seen_from)
-        return index, length, more, self.characters[candidates]
+        return index, length, more, _at(self.characters, candidates)
 
     def _added(
         self, table: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor, tokens: torch.Tensor, seen: torch.Tensor
     ) -> torch.Tensor:
         """Return what ids (B, S, c) add to z after prefixes of ``steps`` (B, S) tokens."""
-        table = table.view(-1, 1, 1)
+        own = table.view(-1, 1, 1) * self.vocab_size + ids
         before = tokens.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1)
-        pairs = torch.where(steps.unsqueeze(-1) > 0, self.pair[table, pair_index(before, ids)], 0.0)
+        pairs = _at(self.pair, table.view(-1, 1, 1) * PAIRS + pair_index(before, ids))
+        pairs = torch.where(steps.unsqueeze(-1) > 0, pairs, 0.0)
         places = seen.gather(1, (ids % RESIDUES).flatten(1)).view(ids.shape)
-        fresh = torch.where(places < steps.unsqueeze(-1), 0.0, self.first[table, ids])
-        added: torch.Tensor = self.token[table, ids] + pairs + fresh
-        return added
+        fresh = torch.where(places < steps.unsqueeze(-1), 0.0, _at(self.first, own))
+        return _at(self.token, own) + pairs + fresh
 
     def _table(self, tokens: torch.Tensor, folds: torch.Tensor | None) -> torch.Tensor:
         return torch.full((len(tokens),), FOLDS, device=tokens.device) if folds is None else folds
 
     def _look_up(self, steps: torch.Tensor, index: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """Return the potential after ``steps`` tokens, bilinear in z and length; flat outside the table."""
-        values = self.potential[steps.flatten()]  # not kept: gathered below
-        rows = torch.arange(len(values), device=values.device)
         corners = []
         for axis, value in enumerate((index, length)):
-            low, step = self.grid[axis]
-            place = ((value + self.drift[axis][steps] - low) / step).flatten().clamp(0, GRID[axis] - 1)
+            low, step = self.grid[axis].tolist()
+            place = ((value + _at(self.drift[axis], steps) - low) / step).clamp(0, GRID[axis] - 1)
             floor = place.floor().long().clamp(max=GRID[axis] - 2)
             corners.append((floor, place - floor))
         (i, a), (j, b) = corners
-        found = (1 - a) * ((1 - b) * values[rows, i, j] + b * values[rows, i, j + 1])
-        found = found + a * ((1 - b) * values[rows, i + 1, j] + b * values[rows, i + 1, j + 1])
-        return found.view(steps.shape)
+        values, corner = self.potential.view(-1), (steps * GRID[0] + i) * GRID[1] + j
+        low_z = (1 - b) * _at(values, corner) + b * _at(values, corner + 1)
+        high_z = (1 - b) * _at(values, corner + GRID[1]) + b * _at(values, corner + GRID[1] + 1)
+        return (1 - a) * low_z + a * high_z
 
     # --- learning
 
-    def fit(self, texts: Texts, vectors: Floats, visited: Visited) -> float:
+    def fit(self, texts: JudgedTexts, vectors: Floats, visited: Visited) -> float:
         """Learn from texts and their rewards; return R2 on the texts that were left out.
 
         Args:
@@ -205,7 +206,11 @@ class TextScorer(nn.Module):
             visited: Some states, under the language model's own probabilities.
         """
         design, marks = self._design(texts, vectors)
-        fitted = cross_fit(design, texts.rewards, texts.folds)
+        if np.unique(texts.folds).size == 1:
+            return 0.0
+        strongest = 3 * float(self.penalty) or max(PENALTIES)
+        fitted = cross_fit(design, texts.rewards, texts.folds, FOLDS, [p for p in PENALTIES if p <= strongest * 1.01])
+        self.penalty.fill_(fitted.penalty)
         predicted, rewards = fitted.left_out[texts.finished], texts.rewards[texts.finished]
         if not _correlates(predicted, rewards):
             self.silence()
@@ -215,9 +220,9 @@ class TextScorer(nn.Module):
         self._tabulate(curve, marks, of_length, predicted, visited)
         return float(1 - ((rewards - predicted) ** 2).mean() / rewards.var())
 
-    def _design(self, texts: Texts, vectors: Floats) -> tuple[Design, tuple[float, float]]:
+    def _design(self, texts: JudgedTexts, vectors: Floats) -> tuple[Design, tuple[float, float]]:
         """Return the features of texts, and mean and deviation of their lengths in characters."""
-        vocabulary, columns = self.vocab_size, 3 * self.vocab_size + PAIRS
+        vocabulary, padding = self.vocab_size, 3 * self.vocab_size + PAIRS
         tokens, lengths = texts.tokens, texts.lengths
         inside = np.arange(tokens.shape[1]) < lengths[:, None]
         places = _first_places(torch.from_numpy(tokens)).gather(1, torch.from_numpy(tokens % RESIDUES)).numpy()
@@ -226,29 +231,31 @@ class TextScorer(nn.Module):
         ended = texts.finished[:, None]
         last = np.take_along_axis(tokens, lengths[:, None] - 1, 1)
         sparse = {
-            "token": np.where(inside, tokens, columns),
-            "first": np.where(fresh, vocabulary + tokens, columns),
-            "last": np.where(ended, 2 * vocabulary + last, columns),
-            "pair": np.where(inside[:, 1:], 3 * vocabulary + pairs, columns),
+            "token": np.where(inside, tokens, padding),
+            "first": np.where(fresh, vocabulary + tokens, padding),
+            "last": np.where(ended, 2 * vocabulary + last, padding),
+            "pair": np.where(inside[:, 1:], 3 * vocabulary + pairs, padding),
         }
         length = (self.characters.cpu().numpy()[tokens] * inside).sum(1)
         marks = (float(length.mean()), float(length.std()) + 1e-6)
         means = (vectors[tokens] * inside[..., None]).sum(1)
-        return Design.of(sparse, {"vector": means, "length": _hats(length, marks)}, columns), marks
+        return Design.of(sparse, {"vector": means, "length": _hats(length, marks)}, padding), marks
 
     def _take_weights(self, design: Design, fitted: Fitted, vectors: Floats) -> Floats:
         """Fill the tables of contributions; return the weights of the marks, their mean over the folds."""
         vocabulary, scales = self.vocab_size, design.scales
         weights = np.concatenate([fitted.weights, fitted.weights.mean(0, keepdims=True)])
         biases = np.append(fitted.biases, fitted.biases.mean())
-        token, first, last = (weights[:, i * vocabulary : (i + 1) * vocabulary] for i in range(3))
-        dense = weights[:, design.columns + 1 :]
+        occurring, dense = design.parts(weights)
+        sparse = np.zeros((FOLDS + 1, 3 * vocabulary + PAIRS))
+        sparse[:, design.used] = occurring[:, :-1]
+        token, first, last = (sparse[:, i * vocabulary : (i + 1) * vocabulary] for i in range(3))
         of_vectors = dense[:, : vectors.shape[1]] @ vectors.T
         for table, values in (
             (self.token, token * scales["token"] + of_vectors * scales["vector"]),
             (self.first, first * scales["first"]),
             (self.last, last * scales["last"]),
-            (self.pair, weights[:, 3 * vocabulary : design.columns] * scales["pair"]),
+            (self.pair, sparse[:, 3 * vocabulary :] * scales["pair"]),
             (self.bias, biases),
         ):
             table.copy_(torch.from_numpy(values))
@@ -317,6 +324,11 @@ def directions(language_model: LanguageModel) -> Floats:
 def pair_index(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Return the number in 0..PAIRS - 1 of each pair of ids."""
     return ((first * 0x9E3779B1 + second * 0x85EBCA77) >> 7) % PAIRS
+
+
+def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return the entries of ``values`` (n,) at any indices: several times as fast as plain indexing."""
+    return values.take(index)
 
 
 def _first_places(tokens: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,8 @@ class Range:
 NATS = "reward units a nat"
 COUNT = Range(0, MANY, whole=True)
 
-SCORES = ("auto", "given", "learned", None)
+SCORES = ("auto", "given", "learned", "judge", None)
+"""Where running scores come from; see ``TextDQN``."""
 
 SETTINGS: Mapping[str, Range] = {
     "beta": Range(above=True, unit=NATS),
@@ -73,6 +74,7 @@ SETTINGS: Mapping[str, Range] = {
     "beta_start": Range(above=True, unit=NATS),
     "exploration_fraction": Range(0, 1),
     "trace_lambda": Range(0, 1),
+    "lm_share": Range(0, 1, optional=True),
     "learning_rate": Range(0),
     "learning_starts": COUNT,
     "steps_per_update": Range(1, MANY, whole=True),

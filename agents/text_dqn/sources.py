@@ -39,6 +39,7 @@ def add_step(
     rewards: npt.NDArray[Any],
     dones: npt.NDArray[np.bool_],
     infos: list[dict[str, Any]],
+    judged: npt.NDArray[Any] | None = None,
 ) -> None:
     """Let ``learner`` remember a step of an SB3 ``VecEnv``, whose infos hold the last observation of ended texts."""
     last = new_obs
@@ -48,4 +49,4 @@ def add_step(
             for key, value in last.items():
                 value[i] = infos[i]["terminal_observation"][key]
     truncated = np.array([bool(info.get("TimeLimit.truncated")) for info in infos])
-    learner.add(observation, last, acted, rewards, dones, truncated)
+    learner.add(observation, last, acted, rewards, dones, truncated, judged)

@@ -3,6 +3,8 @@
 The processor makes of a step of ``generate`` what the environment makes of it: the same
 candidates, the same observation, hence the same policy. Hidden states come from a hook in front
 of the output embedding, where the environment takes them from too, so there is no second forward.
+Nothing of the model is replaced: a step whose scores are not the logits of the last forward (beam
+search, guidance, an assistant) is noticed as such, and refused.
 
     logits (B, V)  ->  candidates (B, k)  ->  log pi (B, k)  ->  logits: log pi there, -inf elsewhere
 """
@@ -10,6 +12,7 @@ of the output embedding, where the environment takes them from too, so there is 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +31,23 @@ from textgen_env.models.candidates import top_candidates
 from textgen_env.models.device import forward_lock
 from textgen_env.observation import as_observation, budget_left, legal_candidates
 from textgen_env.rewards import RunningScore, ScoreState, make_reward
+
+COMPARED = 256
+"""Tokens whose scores are compared with the model's logits at each step."""
+
+
+class _Texts(threading.local):
+    """The texts that a thread generates, and its last forward."""
+
+    def __init__(self) -> None:
+        self.locked = 0  # forwards that this thread is in
+        self.mask: Any = None  # of the last forward
+        self.cached = self.begins = True  # it has a cache; which was empty before it
+        self.hidden: torch.Tensor | None = None  # (B, d) of the last tokens
+        self.logits: torch.Tensor | None = None  # (B, V)
+        self.seen: npt.NDArray[np.int64] | None = None  # (B, L) the ids of the step before
+        self.width = 0  # columns that are prompt
+        self.scores: list[ScoreState] = []
 
 
 class Steering(LogitsProcessor):
@@ -69,12 +89,7 @@ class Steering(LogitsProcessor):
         self._network.max_new_tokens = self.max_new_tokens
         self._running = self._running_score(reward)
         self._removable: list[Any] = []
-        self._shadowed: Any = None
-        self._hidden: torch.Tensor | None = None
-        self._mask: Any = None
-        self._seen: npt.NDArray[np.int64] | None = None  # (B, L) the ids of the step before
-        self._width = 0  # columns that are prompt
-        self._scores: list[ScoreState] = []
+        self._texts = _Texts()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -86,40 +101,42 @@ class Steering(LogitsProcessor):
             "top_k": 0,
             "top_p": 1.0,
             "eos_token_id": list(self._language_model.end_ids) or None,
+            "disable_compile": True,  # hooks are not compiled
         }
 
     # --- the hooks
 
     def __enter__(self) -> Steering:
-        def keep_mask(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._mask = kwargs.get("attention_mask")
+        lock, texts = forward_lock(self._model), self._texts
+
+        def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            lock.acquire()  # hooks must not see the forwards of other threads
+            texts.locked += 1
+            cache = kwargs.get("past_key_values")
+            texts.mask, texts.cached = kwargs.get("attention_mask"), kwargs.get("use_cache") is not False
+            texts.begins = cache is None or int(cache.get_seq_length()) == 0
 
         def keep_hidden(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            self._hidden = args[0][:, -1]
+            texts.hidden = args[0][:, -1]
 
-        generate = self._model.generate
-        self._shadowed = self._model.__dict__.get("generate")  # that of another agent, around this one
-
-        def checked_generate(*args: Any, **kwargs: Any) -> Any:
-            _refuse_other_forwards(self._model, args, kwargs)
-            self._seen = None
-            with forward_lock(self._model):  # the hooks must not see the forwards of other threads
-                return generate(*args, **kwargs)
+        def end(_: Any, args: tuple[Any, ...], output: Any) -> None:
+            logits = getattr(output, "logits", None)
+            texts.logits = None if logits is None else logits[:, -1]
+            if texts.locked:  # a forward that raises early has not taken it
+                texts.locked -= 1
+                lock.release()
 
         self._removable = [
-            self._model.register_forward_pre_hook(keep_mask, with_kwargs=True),
+            self._model.register_forward_pre_hook(begin, with_kwargs=True),
             self._model.get_output_embeddings().register_forward_pre_hook(keep_hidden),
+            self._model.register_forward_hook(end, always_call=True),
         ]
-        self._model.generate = checked_generate
         return self
 
     def __exit__(self, *exception: object) -> None:
         for hook in self._removable:
             hook.remove()
-        del self._model.generate
-        if self._shadowed is not None:
-            self._model.generate = self._shadowed
-        self._hidden = self._mask = self._seen = None
+        self._texts = _Texts()
 
     # --- a step
 
@@ -128,20 +145,24 @@ class Steering(LogitsProcessor):
         """Return (B, V) log-probabilities of the steered policy, -inf for all but the candidates.
 
         Raises:
-            ConfigError: rows that change places (beam search), more than ``max_new_tokens`` steps,
-                or a forward of another model.
+            ConfigError: a search or other forwards within a step (beams, guidance, an assistant), more
+                than ``max_new_tokens`` steps, no cache, or a forward of another model.
         """
-        if self._hidden is None or len(self._hidden) != len(input_ids):
-            raise ConfigError("the model that generates is not the one given to logits_processor, or outside its with")
-        hidden, self._hidden = self._hidden, None
-        ids = input_ids.cpu().numpy()
+        texts, ids = self._texts, input_ids.cpu().numpy()
+        if texts.hidden is None or len(texts.hidden) != len(input_ids):
+            raise ConfigError(
+                "the model that generates is not the one given to logits_processor, or outside its with, or it judges "
+                "several tokens a forward, as in assisted generation"
+            )
+        _check_plain_step(scores, texts.logits)
+        hidden, texts.hidden = texts.hidden, None
         pad = self._follow(ids)
-        steps = ids.shape[1] - self._width
+        steps = ids.shape[1] - texts.width
         if steps >= self.max_new_tokens:
             raise ConfigError(
                 f"generation goes on after {steps} tokens: give generate and logits_processor the same max_new_tokens"
             )
-        ended = np.asarray(np.isin(ids[:, self._width :], self._language_model.end_ids).any(-1))
+        ended = np.asarray(np.isin(ids[:, texts.width :], self._language_model.end_ids).any(-1))
         observation = self._observe(ids, pad, steps, scores, ended) | {"hidden": hidden.float().cpu().numpy()}
         tensors = {key: torch.from_numpy(value).to(self._network.device) for key, value in observation.items()}
         logprobs = log_policy(prior(tensors), self._network(tensors), self._learner.beta).to(scores)
@@ -153,14 +174,18 @@ class Steering(LogitsProcessor):
 
     def _follow(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return how many columns of padding each row begins with, (B,), noticing when a text begins."""
-        pad = _padding(self._mask, len(ids))
-        if self._seen is None:
-            self._width = ids.shape[1]
-            self._scores = []
-        elif self._seen.shape[0] != len(ids) or not np.array_equal(ids[:, :-1], self._seen):
-            raise ConfigError("rows changed places between two steps, as in beam search: sample, or decode greedily")
-        self._seen = ids
-        return pad
+        texts = self._texts
+        if not texts.cached:
+            raise ConfigError("use_cache=False: texts are told apart by their caches; leave it on")
+        if texts.begins:
+            texts.width, texts.scores = ids.shape[1], []
+        elif texts.seen is None or not np.array_equal(ids[:, :-1], texts.seen):
+            raise ConfigError(
+                "rows changed places between two steps, as in beam search, or began with a cache from elsewhere: "
+                "sample, or decode greedily, from the start"
+            )
+        texts.seen = ids
+        return _padding(texts.mask, len(ids))
 
     def _observe(
         self,
@@ -197,7 +222,7 @@ class Steering(LogitsProcessor):
     # --- running scores
 
     def _running_score(self, reward: Any) -> RunningScore[Any] | None:
-        if not self._task["scores"] or not (self._network.uses_score or self._network.uses_candidate_scores):
+        if not self._task["scores"] or not self._network.reads_given_scores:
             return None
         reward = self._task["reward"] if reward is None else reward
         if reward is None:
@@ -220,18 +245,19 @@ class Steering(LogitsProcessor):
         """Return ``score`` (B, 1) and ``candidate_scores`` (B, k) of the completions so far."""
         assert self._running is not None
         model = self._language_model
-        prompts = [row[start : self._width].tolist() for row, start in zip(ids, pad, strict=True)]
-        new = ids[:, self._width :].tolist()
+        texts = self._texts
+        prompts = [row[start : texts.width].tolist() for row, start in zip(ids, pad, strict=True)]
+        new = ids[:, texts.width :].tolist()
         if not new[0]:
-            self._scores = [self._running.start(model.decode(prompt), None, {}) for prompt in prompts]
+            texts.scores = [self._running.start(model.decode(prompt), None, {}) for prompt in prompts]
         ahead = np.zeros(candidates.shape, np.float32)
         for i in np.flatnonzero(~ended).tolist():
             if new[i]:
                 completion = model.continuations(prompts[i], new[i][:-1], new[i][-1:])[0]
-                self._scores[i] = self._running.extend(self._scores[i], completion)
-            texts = model.continuations(prompts[i], new[i], candidates[i].tolist())
-            ahead[i] = self._running.lookahead(self._scores[i], texts)
-        score = np.array([[state.value] for state in self._scores], np.float32)
+                texts.scores[i] = self._running.extend(texts.scores[i], completion)
+            continuations = model.continuations(prompts[i], new[i], candidates[i].tolist())
+            ahead[i] = self._running.lookahead(texts.scores[i], continuations)
+        score = np.array([[state.value] for state in texts.scores], np.float32)
         return {"score": score, "candidate_scores": ahead}
 
 
@@ -271,21 +297,18 @@ def _padding(mask: Any, rows: int) -> npt.NDArray[np.int64]:
     return np.broadcast_to(found, rows)
 
 
-def _refuse_other_forwards(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+def _check_plain_step(scores: torch.Tensor, logits: torch.Tensor | None) -> None:
+    """Raise ``ConfigError`` unless most of ``scores`` (B, V) are the ``logits`` (B, V) of the last forward.
 
-    def setting(name: str) -> Any:
-        return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
-
-    if (setting("num_beams") or 1) > 1:
+    Beam search scores log-probabilities, guidance mixes two forwards, and an assistant's tokens are
+    judged several a forward. Processors that ``generate`` adds change a few tokens.
+    """
+    if logits is None or logits.shape != scores.shape:
+        raise ConfigError("the model that generates answers no logits of these rows")
+    some = torch.linspace(0, scores.shape[1] - 1, min(COMPARED, scores.shape[1]), device=scores.device).long()
+    same = torch.isclose(scores[:, some], logits[:, some].to(scores), rtol=1e-4, atol=1e-4)
+    if not bool((same.float().mean(-1) >= 0.5).all()):
         raise ConfigError(
-            f"num_beams={setting('num_beams')}: beam search looks for the likeliest text, and log pi is no score to "
-            "sum over beams; sample, or decode greedily, with num_beams=1"
+            "the scores are not the logits of the model's last forward: a beam search (num_beams), guidance_scale, "
+            "assisted or contrastive generation, whose steps log pi cannot steer; sample, or decode greedily, instead"
         )
-    if setting("guidance_scale") not in (None, 1, 1.0):
-        raise ConfigError(
-            f"guidance_scale={setting('guidance_scale')} makes a second forward, whose hidden state is not that of the "
-            "text: leave it out"
-        )
-    if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
-        raise ConfigError("assisted generation judges several tokens a forward, the agent one: leave the assistant out")

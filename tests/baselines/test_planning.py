@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import toys
 
+from agents.baselines import guided, particles  # noqa: F401  (registers their agents)
 from agents.baselines.one_step import RandomAgent
 from agents.baselines.planning import PLANNING_AGENTS, BeamAgent, BestOfNAgent, MCTSAgent
 from agents.runs.optimum import TextTree

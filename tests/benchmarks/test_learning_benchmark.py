@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import toys
 
 from agents.runs.optimum import estimated_optimum
+from agents.text_dqn.agent import TextDQN
+from agents.text_dqn.networks import NEEDED_KEYS
 from benchmarks.grpo import TunedModel
-from benchmarks.learning import BETA, Bench, Course, _seconds_to, middle
+from benchmarks.learning import BETA, Bench, Contestant, Course, _seconds_to, middle, print_table
 from textgen_env.policies import renormalise
+from textgen_env.prompts import Prompt
 from textgen_env.vector_env import TextGenVectorEnv
 
 
@@ -52,6 +57,39 @@ def test_the_best_policy_has_the_whole_share_and_the_language_model_none(tmp_pat
     reward, kl = best.point
     assert bench.share({"reward": reward, "kl": kl}, "sentiment") == pytest.approx(1.0)
     assert bench.share({"reward": float(rewards.mean()), "kl": 0.0}, "sentiment") == pytest.approx(0.0)
+
+
+def test_more_tokens_a_text_are_measured_and_summed_up(tmp_path, capsys):
+    bench = object.__new__(Bench)
+    bench.folder, bench.quick, bench.texts, bench.samples = tmp_path, True, 4, 16
+    bench.test = bench.validation = [Prompt(text) for text in toys.PROMPTS]
+    rewards = np.random.default_rng(0).uniform(-1, 1, (4, 16))
+    np.save(tmp_path / "language_model_sentiment.npy", rewards)
+    settings = {"top_k": 3, "max_new_tokens": 4, "max_prompt_tokens": 4, "observation": NEEDED_KEYS}
+    env = TextGenVectorEnv(2, toys.letters(), toys.PROMPTS, toys.Worth(), **settings)
+    contestant = Contestant("more tokens", 0, counts=(1, 2, 16), acting=(0.1,))
+
+    run = bench._spending(contestant, TextDQN("CandidatePolicy", env, seed=0), env)
+    points = {"0.1": {"reward": 0.5, "kl": 1.0}}
+    summary = bench._summary(contestant, [{"points": points, "course": [], **run}] * 2)
+
+    ways = ("best of n", "weighted best of n", "guided best of n", "particles")
+    assert list(summary["spending"]) == [f"{way}, n = {n}" for n in (1, 2) for way in ways]  # a quick run leaves 16 out
+    single = summary["spending"]["best of n, n = 1"]
+    assert single["share_at_least"] == pytest.approx(0, abs=1e-6)
+    assert single["tokens"] == 20
+    assert summary["spending"]["particles, n = 2"]["judge_calls"] == 2
+    assert len(summary["spending"]["particles, n = 2"]["trust"]) == 2
+    assert (tmp_path / "tokens_sentiment.png").is_file()
+    print_table(
+        {
+            "language_model": {"reward": 0.0},
+            "best_possible": {"value": 1.0},
+            "contestants": {"particles": summary},
+        }
+    )
+    assert "particles, n = 2" in capsys.readouterr().out
+    assert bench._spending(replace(contestant, counts=()), None, env) == {}
 
 
 def test_the_rival_before_training_is_the_language_model_also_from_its_cache(tiny_lm):

@@ -83,6 +83,43 @@ def test_generate_without_json_prints_a_line_a_text(run, folder):
     assert "the film|" in lines[0]
 
 
+def test_generate_draws_each_text_from_weighted_ones(run, folder):
+    command = ("generate", folder / "run", "--prompt", "the film", "--num", 3, "--particles", 5)
+    result = textgen(*command, "--json")
+    assert result.exit_code == 0, result.output
+    texts = json.loads(result.stdout)
+    assert len(texts) == 3
+    for text in texts:
+        assert len(text["particles"]) == 5
+        assert sum(particle["weight"] for particle in text["particles"]) == pytest.approx(1)
+        assert (text["completion"], text["reward"]) in [(p["completion"], p["reward"]) for p in text["particles"]]
+        assert text["tokens"] == 5 * 4
+        assert text["logprob"] < 0
+    value = sum(text["value_at_least"] for text in texts) / 3
+    shown = textgen(*command)
+    assert "Each drawn from 5 by weight, at 20 tokens" in shown.stderr
+    assert f"at least J = {value:.3f}" in shown.stderr
+    unjudged = textgen(*command, "--no-judge")
+    assert unjudged.stdout.count("unjudged  the film|") == 3
+    assert "the last weight is left out" in unjudged.stderr
+    of_model = ("generate", "--model", folder / "model", "--max-new-tokens", 3, "--particles", 4, "--beta", 0.05)
+    assert "Each drawn from 4 by weight, at 12 tokens" in textgen(*of_model, "--prompt", "the film").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--particles", "2", "--greedy"], "leave one out"),
+        (["--no-judge"], "a setting of --particles"),
+        (["--particles", "100000000000"], "use fewer rows"),
+    ],
+)
+def test_generate_says_which_particles_it_cannot_draw(arguments, message, run, folder):
+    result = textgen("generate", folder / "run", "--prompt", "the film", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
+
+
 def test_record_writes_a_dataset_of_a_run_or_of_a_language_model(run, folder, monkeypatch):
     pytest.importorskip("minari", reason="recorded texts need minari[hdf5]")
     from agents.text_dqn.offline import BEHAVIOUR, open_dataset
@@ -149,6 +186,20 @@ def test_a_pruned_and_healed_model_writes(folder, tmp_path):
     written = textgen("generate", "--model", tmp_path / "p", "--prompt", "the film", "--max-new-tokens", 4, "--num", 2)
     assert written.exit_code == 0, written.output
     assert written.output.count("the film|") == 2
+
+
+def test_evaluate_measures_what_more_tokens_buy(run, folder):
+    result = textgen("evaluate", folder / "run", "--particles", "1, 2", "--out", folder / "tokens")
+    assert result.exit_code == 0, result.output
+    assert "more tokens a text" in result.stdout
+    points = json.loads((folder / "tokens" / "summary.json").read_text())["spending"]
+    assert [(point["way"], point["n"]) for point in points if point["tokens"] == 8] == [
+        (way, 2) for way in ("best of n", "weighted best of n", "guided best of n", "particles")
+    ]
+    assert (folder / "tokens" / "tokens.png").is_file()
+    refused = textgen("evaluate", folder / "run", "--particles", "2,none")
+    assert refused.exit_code == 2
+    assert "like 1,2,4,8, got '2,none'" in refused.stderr
 
 
 def test_evaluate_repeats_the_table_and_draws_the_plane(run, folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import tracemalloc
@@ -278,3 +279,24 @@ def test_streaming_datasets_are_refused_whether_their_columns_are_known_or_not()
     for dataset in (known, datasets.IterableDataset.from_generator(rows)):
         with pytest.raises(PromptError, match="streaming dataset has no length"):
             make_prompts(dataset)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ raise_exception('no system message') }}",
+        "{% for i in range(10 ** 9) %}a{% endfor %}",
+        "{{ messages[7].content }}",
+        "{% import 'os' %}",
+        "{{ unclosed",
+        "",
+        "   ",
+        "{{ '\ud800' }}",
+    ],
+)
+def test_security_a_hostile_chat_template_is_refused_when_it_is_opened(tiny_lm, template):
+    tokenizer = copy.deepcopy(tiny_lm[1])
+    tokenizer.chat_template = template
+    with pytest.raises(PromptError):
+        chat(["the film"], tokenizer)

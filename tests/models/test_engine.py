@@ -448,6 +448,14 @@ def test_a_fork_swaps_rows_at_once():
     np.testing.assert_allclose(proposed(slots).logprobs, before.logprobs[[1, 0, 2]], atol=1e-4)
 
 
+def test_a_fork_of_no_rows_changes_nothing():
+    slots = engine().slots(2, 8, None)
+    slots.start(every(slots), [[4, 5, 6], [7]])
+    nobody = np.zeros(0, np.int64)
+    slots.fork(nobody, nobody)
+    assert [slots.ids_of(row) for row in (0, 1)] == [[4, 5, 6], [7]]
+
+
 def test_rows_of_other_models_and_impossible_rows_are_refused():
     model = engine()
     slots = model.slots(2, 4, 3)

@@ -208,6 +208,31 @@ def stop(*args):
     raise Stopped
 
 
+def test_a_kill_while_the_model_is_saved_or_just_after_is_made_good_by_the_same_command(tmp_path, monkeypatch):
+    model(0).save_pretrained(tmp_path / "dense")
+    options = {"cuts": [("ffn", 0.25)], "steps": 2, "progress": False}
+    save = PrunedTransformerModel.save_pretrained
+
+    def half_saved(self, folder):
+        save(self, folder)
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrunedTransformerModel, "save_pretrained", half_saved)
+        with pytest.raises(Stopped):
+            prune_and_heal(tmp_path / "dense", tmp_path / "out", **options)
+    assert (tmp_path / "out" / "config.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("agents.pruning.healing.shutil.rmtree", lambda *_, **__: stop())
+        with pytest.raises(Stopped):
+            prune_and_heal(tmp_path / "dense", tmp_path / "out", **options)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with pytest.raises(RunFolderError, match="holds a model already"):
+        prune_and_heal(tmp_path / "dense", tmp_path / "out", **options)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".") or path.is_dir()]
+
+
 def test_from_a_folder_to_a_healed_folder_and_on_after_a_stop(tmp_path, monkeypatch):
     model(0).save_pretrained(tmp_path / "dense")
     options = {"cuts": [("layers", 0.5), ("ffn", 0.25)], "steps": 4, "progress": False}

@@ -143,3 +143,22 @@ def test_an_extractor_says_what_it_lacks(tiny_lm):
     pruned = PrunedTransformerModel(tiny_lm[0], pruning_amount=0.0, tokenizer=tiny_lm[1])
     with pytest.raises(ModelError, match="10001"):
         PrunedTransformerExtractor(wide, source="tokens", model=pruned)
+
+
+def test_options_are_one_dict_a_row():
+    env = SB3VecEnv(gym.make_vec("TextGen-v0", num_envs=3, model=letters(), prompts=["a"], reward=len, top_k=4))
+
+    def prompts():
+        env.reset()
+        return [prompt.text for prompt in env.env.unwrapped.episodes.prompts_at(np.arange(3))]
+
+    env.set_options([{"prompt": "b"}, {}, {"prompt": "ab"}])
+    assert prompts() == ["b", "a", "ab"]
+    assert prompts() == ["a", "a", "a"]  # options serve one reset
+    env.set_options({"prompt": "b"})
+    assert prompts() == ["b", "b", "b"]
+    env.set_options({"prompt": ["b", "ab", "a"]})
+    assert prompts() == ["b", "ab", "a"]
+    env.set_options([{}, {"reset_mask": np.ones(3, bool)}, {}])
+    with pytest.raises(ConfigError, match="reset_mask"):
+        env.reset()

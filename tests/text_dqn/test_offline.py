@@ -140,6 +140,7 @@ def test_q_converges_to_the_exact_soft_values_from_the_language_models_texts_alo
     agent = TextDQN(
         "CandidatePolicy",
         env,
+        score=None,  # Q itself, not what is left of it beside a learned potential
         beta=0.5,
         learning_rate=3e-3,
         tau=0.1,
@@ -250,3 +251,24 @@ def test_a_dataset_that_does_not_fit_is_refused(dataset, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ConfigError, match=r"pip install 'textgen-env\[minari\]'"):
         open_dataset(tmp_path)
+
+
+def test_a_killed_record_leaves_nothing_and_the_same_call_records(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("agents.text_dqn.offline._write", killed)
+        with pytest.raises(Killed):
+            record(SampleAgent(), make(), START, tmp_path / "a-v0")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".a-v0.half-made" / "data").mkdir(parents=True)  # what SIGKILL leaves
+    (tmp_path / ".a-v0.half-made" / "data" / "metadata.json").write_text("{")
+    (tmp_path / ".a-v0.lock").write_text("")
+    dataset = record(SampleAgent(), make(), START, tmp_path / "a-v0")
+    assert dataset.total_episodes == len(START)
+    assert dataset.id == "a-v0"
+    assert [path.name for path in tmp_path.iterdir() if "half" in path.name] == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.networks import NEEDED_KEYS
 from textgen_env.errors import ConfigError, ModelError
+from textgen_env.models.device import forward_lock
 
 SCORES = ("score", "candidate_scores")
 TEXTS = ["the film was long and", "good", "bad . the", "long film ."]
@@ -192,7 +195,7 @@ def test_a_static_cache_writes_the_same_tokens(tiny_lm, kind):
 
 
 def test_classifier_free_guidance_is_refused(tiny_lm):
-    with pytest.raises(ConfigError, match=r"guidance_scale=2\.0 makes a second forward"):
+    with pytest.raises(ConfigError, match="guidance_scale"):
         steered(trained(vector_env(tiny_lm)), tiny_lm, guidance_scale=2.0)
 
 
@@ -209,12 +212,79 @@ def test_beam_search_is_refused(tiny_lm, how):
         "positional": lambda steer: model.generate(inputs["input_ids"], beams, logits_processor=[steer]),
     }
     with trained(vector_env(tiny_lm)).logits_processor(model) as steer:
-        with pytest.raises(ConfigError, match="num_beams=2: beam search"):
+        with pytest.raises(ConfigError, match="beam search"):
             asked[how](steer)
-        with pytest.raises(ConfigError, match="rows changed places"):  # beams, hidden from the check
+        with pytest.raises(ConfigError, match="beam search"):
             type(model).generate(model, **inputs, logits_processor=[steer], **short)
-        with pytest.raises(ConfigError, match="assisted generation"):
-            model.generate(**inputs, logits_processor=[steer], assistant_model=model)
+
+
+@pytest.mark.parametrize("how", ["assistant_model", "prompt_lookup_num_tokens"])
+def test_assisted_generation_is_refused(pair, how):
+    model, tokenizer = pair
+    one = tokenizer(["the film was the film was the film"], return_tensors="pt", return_token_type_ids=False)
+    assisted = {how: model if how == "assistant_model" else 2}
+    with trained(vector_env(pair)).logits_processor(model) as steer, pytest.raises(ConfigError, match="assisted"):
+        model.generate(**one, logits_processor=[steer], **steer.settings, **assisted, pad_token_id=0)
+
+
+def test_the_model_s_own_functions_stay_what_they_are(pair):
+    model, _ = pair
+    before = dict(vars(model))
+    with trained(vector_env(pair)).logits_processor(model):
+        assert "generate" not in vars(model)
+        assert vars(model).keys() == before.keys()
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_a_text_that_goes_on_from_the_last_one_is_a_new_text(pair):
+    """By its ids alone it would look like the next step: the caches tell."""
+    model, tokenizer = pair
+    inputs = batch(tokenizer)
+    agent = trained(vector_env(pair))
+    with agent.logits_processor(model) as steer:
+        greedy = {**steer.settings, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        first = model.generate(**inputs, logits_processor=[steer], **greedy)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(len(first), 6, dtype=torch.long)], 1)
+        again = {"inputs": first, "attention_mask": mask}
+        second = model.generate(**again, logits_processor=[steer], **greedy)
+    with agent.logits_processor(model) as fresh:
+        np.testing.assert_array_equal(second, model.generate(**again, logits_processor=[fresh], **greedy))
+    with agent.logits_processor(model) as steer, pytest.raises(ConfigError, match="use_cache=False"):
+        model.generate(**inputs, logits_processor=[steer], **greedy, use_cache=False)
+
+
+def test_one_steering_in_two_threads_writes_what_it_writes_alone(pair):
+    model, tokenizer = pair
+    inputs = batch(tokenizer)
+    with trained(vector_env(pair)).logits_processor(model) as steer:
+        greedy = {**steer.settings, "do_sample": False, "pad_token_id": 0}
+
+        def write(row):
+            one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+            return model.generate(**one, logits_processor=[steer], **greedy).tolist()
+
+        expected = [write(row) for row in range(len(TEXTS))]
+        with ThreadPoolExecutor(4) as threads:
+            for _ in range(3):
+                assert list(threads.map(write, range(len(TEXTS)))) == expected
+
+
+def test_a_forward_that_raises_leaves_no_lock(pair):
+    model, _ = pair
+    with trained(vector_env(pair)).logits_processor(model):
+        with pytest.raises((IndexError, RuntimeError, ValueError)):
+            model(input_ids=torch.tensor([[10**6]]))
+
+        def takes_turns():
+            lock = forward_lock(model)
+            taken = lock.acquire(timeout=10)
+            if taken:
+                lock.release()
+            return taken
+
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(takes_turns).result()
 
 
 def test_what_cannot_be_steered_is_refused_with_the_way_out(tiny_lm, tiny_gpt2):

@@ -91,7 +91,7 @@ def test_q_converges_to_the_exact_soft_values(target):
     )
     toy = TextTree(make(1, model=model, prompts=["c"], top_k=3, max_new_tokens=3, reward=env.episodes.reward), "c")
     values, exact = toy.soft_values(0.5)
-    agent = small_agent(env, target=target, beta_start=2.0, tau=0.1)
+    agent = small_agent(env, target=target, score=None, beta_start=2.0, tau=0.1)  # Q itself, beside no potential
 
     agent.learn(20_000)
 

@@ -123,6 +123,8 @@ class Slots(ABC):
 
     def fork(self, src: Rows, dst: Rows) -> None:
         """Copy row ``src[i]`` to row ``dst[i]``, cache included: O(row), no forward."""
+        if not len(src):
+            return
         self._check_rows(src, started=True)
         self._check_rows(dst)
         for array in (self._tokens, self._lengths, self._prompt_lengths):

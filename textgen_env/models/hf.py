@@ -35,8 +35,10 @@ class HFModel(LanguageModel):
     """A causal LM and its tokenizer, as loaded by ``from_pretrained``.
 
     The module is put into eval mode and otherwise left alone; it goes on working for its owner.
-    Its weights are read once: wrap it again after changing them. The first forward is checked
-    against the model's own, so an architecture that the engine gets wrong is refused, not guessed.
+    Weights that change in place (an optimiser's step, ``load_state_dict``) are noticed before the next
+    proposal, and what older ones computed is forgotten; a write to ``weight.data`` in place leaves no
+    trace. The first forward is checked against the model's own, so an architecture that the engine
+    gets wrong is refused, not guessed. Tokens that the generation config suppresses are not proposed.
 
     Args:
         model: The causal LM, on any device, in any floating dtype.
@@ -74,14 +76,35 @@ class HFModel(LanguageModel):
         embedding: Any = model.get_input_embeddings()
         self._embeddings: torch.Tensor = embedding.weight
         self.embedding_size = self._embeddings.shape[-1]
+        self._relayout = relayout
+        self._weights = [weight for weight in model.parameters() if not weight.is_inference()]  # those have no version
         self.max_context = _max_context(model.config.get_text_config())
         self.end_ids = _end_ids(model, tokenizer, self.name)
         self._token_bytes = _byte_level_tokens(tokenizer, self.vocab_size)
         self._token_text = [_decoded(token) for token in self._token_bytes or []]
         self._appends_end = _appends_end(tokenizer, self.end_ids)
+        self._suppressed, self._begin_suppressed = _suppressed(model, self.name, self.vocab_size)
         with forward_lock(model):
             self.decoder = _agreeing_decoder(self, relayout)
+            self._seen = self._versions()
         release_freed_memory()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and deep copy: the same model and tokenizer, wrapped anew."""
+        return _wrapped, (self.model, self.tokenizer, self.name, self.memo_bytes)
+
+    def current_decoder(self) -> Decoder:
+        """Return the decoder of the weights as they are now."""
+        if self._versions() != self._seen:
+            with forward_lock(self.model):
+                if self._versions() != self._seen:
+                    self.decoder = _agreeing_decoder(self, self._relayout)
+                    self._seen = self._versions()
+        return self.decoder
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Return where each weight is and how often it has been written to: cheap, and no look at its numbers."""
+        return [(weight.data_ptr(), weight._version) for weight in self._weights]
 
     def encode(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text)["input_ids"])
@@ -117,9 +140,10 @@ class HFModel(LanguageModel):
         return self._embeddings[rows].float().cpu().numpy()
 
     def slots(self, rows: int, length: int, k: int | None) -> HFSlots:
-        most = self.vocab_size - len(self.end_ids)
+        never = {*self.end_ids, *self._suppressed, *self._begin_suppressed}
+        most = self.vocab_size - len(never)
         if k is not None and not 1 <= k <= most:
-            raise ConfigError(f"top_k must be in 1..{most} (vocabulary without end tokens), got {k}")
+            raise ConfigError(f"top_k must be in 1..{most} (vocabulary without end and suppressed tokens), got {k}")
         if rows < 1:
             raise ConfigError(f"rows must be at least 1, got {rows}")
         if not 1 <= length <= self.max_context:
@@ -130,7 +154,17 @@ class HFModel(LanguageModel):
                 f"{rows} rows of {length} tokens need {needed:,} bytes and {free:,} are free: "
                 "use fewer rows or shorter texts"
             )
-        return HFSlots(self, self.decoder, rows, length, k, self.memo_bytes)
+        return HFSlots(
+            self,
+            self.current_decoder(),
+            rows,
+            length,
+            k,
+            self.memo_bytes,
+            current=self.current_decoder,
+            suppressed=self._suppressed,
+            begin_suppressed=self._begin_suppressed,
+        )
 
     def slots_bytes(self, rows: int, length: int) -> int:
         """Return the bytes that ``slots(rows, length, k)`` takes at most."""
@@ -139,7 +173,32 @@ class HFModel(LanguageModel):
         return rows * KeyValues.rounded(length) * shape.token_bytes + logits + (8 << 20) + self.memo_bytes
 
 
+def _wrapped(model: Any, tokenizer: Any, name: str, memo_bytes: int) -> HFModel:
+    return HFModel(model, tokenizer, name=name, memo_bytes=memo_bytes)
+
+
 # --- properties of a model and a tokenizer
+
+FORCED = ("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids", "bad_words_ids", "sequence_bias")
+"""Settings of a generation config that change what a model writes, and that the environment does not follow."""
+
+
+def _suppressed(model: Any, name: str, vocab_size: int) -> tuple[list[int], list[int]]:
+    """Return the tokens that the generation config suppresses always, and at the beginning.
+
+    Raises:
+        ModelError: it forces or forbids others, in a way that the environment does not follow.
+    """
+    config = getattr(model, "generation_config", None)
+    own = () if model.config.is_encoder_decoder else FORCED
+    forced = [key for key in own if getattr(config, key, None) is not None]
+    if forced:
+        raise ModelError(
+            f"the generation config of model {name!r} has {forced[0]}={getattr(config, forced[0])!r}, which the "
+            f"environment does not follow: set model.generation_config.{forced[0]} = None to go without"
+        )
+    always, first = (getattr(config, key, None) or [] for key in ("suppress_tokens", "begin_suppress_tokens"))
+    return [i for i in always if 0 <= i < vocab_size], [i for i in first if 0 <= i < vocab_size]
 
 
 def _max_context(config: Any) -> int:

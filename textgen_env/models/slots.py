@@ -7,6 +7,7 @@ rows  ->  memo hits: proposals as they were
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -30,13 +31,28 @@ class HFSlots(Slots):
         decoder: The forward.
         memo_bytes: Bound of the memory: half for proposals of prefixes seen before, half for
             the keys and values of prompts.
+        current: Returns the decoder of the model's weights as they are now; None: they never change.
+        suppressed: Tokens that are never proposed.
+        begin_suppressed: Tokens that are not proposed as the first one after the prompt.
     """
 
     def __init__(
-        self, model: LanguageModel, decoder: Decoder, rows: int, length: int, k: int | None, memo_bytes: int
+        self,
+        model: LanguageModel,
+        decoder: Decoder,
+        rows: int,
+        length: int,
+        k: int | None,
+        memo_bytes: int,
+        *,
+        current: Callable[[], Decoder] | None = None,
+        suppressed: Sequence[int] = (),
+        begin_suppressed: Sequence[int] = (),
     ) -> None:
         super().__init__(model, rows, length, k)
         self.decoder = decoder
+        self._current = current
+        self._suppressed, self._begin_suppressed = list(suppressed), list(begin_suppressed)
         self.cache = KeyValues(decoder.shape, rows, length)
         self.cached = np.zeros(rows, np.int64)  # how many tokens of each row have keys and values
         self._memo = Memo(memo_bytes // 2)
@@ -55,23 +71,35 @@ class HFSlots(Slots):
             known = self._prompts.get(self._key(row, self.lengths[row]))
             self.cached[row] = 0
             if known is not None:
-                self._write_cache(row, known)
+                self._write_cache(row, (self.decoder, known))
 
     def _copy_cache(self, src: Rows, dst: Rows) -> None:
         self.cache.write(dst, self.cache.read(src, self.cached[src].max()))
         self.cached[dst] = self.cached[src]
 
-    def _read_cache(self, row: int) -> tuple[Tensor, Tensor]:
-        return self.cache.read(row, self.cached[row])
+    def _read_cache(self, row: int) -> tuple[Decoder, tuple[Tensor, Tensor]]:
+        return self.decoder, self.cache.read(row, self.cached[row])
 
-    def _write_cache(self, row: int, saved: tuple[Tensor, Tensor]) -> None:
-        self.cache.write(row, saved)
-        self.cached[row] = saved[0].shape[-2]
+    def _write_cache(self, row: int, saved: tuple[Decoder, tuple[Tensor, Tensor]]) -> None:
+        decoder, held = saved
+        self.cached[row] = 0
+        if decoder is self.decoder:  # else the weights have changed since
+            self.cache.write(row, held)
+            self.cached[row] = held[0].shape[-2]
+
+    def _heed_new_weights(self) -> None:
+        """Forget everything that was computed with weights that have changed since."""
+        decoder = self.decoder if self._current is None else self._current()
+        if decoder is not self.decoder:
+            self.decoder = decoder
+            self.cache = KeyValues(decoder.shape, self.rows, self.length)
+            self.rebuild()
 
     # --- proposals
 
     def propose(self, rows: Rows, block_end: npt.NDArray[np.bool_]) -> Proposals:
         self._check_rows(rows, started=True)
+        self._heed_new_weights()
         block_end = np.asarray(block_end, bool)
         keys = self._keys(rows, block_end)
         known = [self._memo.get(key) for key in keys]
@@ -116,8 +144,17 @@ class HFSlots(Slots):
             followers = rows != leaders[leader_of]
             self._copy_cache(leaders[leader_of[followers]], rows[followers])
             logits, hidden = logits[leader_of], hidden[leader_of]
+        self._suppress(logits, rows)
         ids, logprobs = top_candidates(logits, self.k, self.model.end_ids, block_end)
         return ids, logprobs, hidden.float().cpu().numpy()
+
+    def _suppress(self, logits: Tensor, rows: Rows) -> None:
+        """Take the probability of suppressed tokens, in place; as ``generate`` does by the generation config."""
+        if self._suppressed:
+            logits[:, self._suppressed] = -torch.inf
+        if self._begin_suppressed:
+            first = np.flatnonzero(self.lengths[rows] == self.prompt_lengths[rows])
+            logits[torch.from_numpy(first)[:, None], torch.tensor(self._begin_suppressed)] = -torch.inf
 
     def _equal_starts(self, rows: Rows) -> tuple[Rows, npt.NDArray[np.int64]]:
         """Return one leader for each text among the rows without cache, and all other rows: (L,).

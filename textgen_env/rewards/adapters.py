@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from transformers import TextClassificationPipeline
 
 
+NO_LIMIT = 10**9
+"""From here on a tokenizer's maximal length means that it has none."""
+
+
 def comes_from(thing: Any, package: str) -> bool:
     """Return True if a class of ``thing`` is defined in ``package``."""
     return any(f"{cls.__module__}.".startswith(f"{package}.") for cls in type(thing).__mro__)
@@ -117,10 +121,29 @@ class PipelineReward(Reward):
         if not written:
             return values
         texts = [generations[i].completion for i in written]
-        answers: Any = self.pipeline(texts, top_k=None, truncation=True, batch_size=self.batch_size)
+        limit = most_tokens(self.pipeline.model, self.pipeline.tokenizer)
+        cut = {} if limit is None else {"max_length": limit}
+        answers: Any = self.pipeline(texts, top_k=None, truncation=True, batch_size=self.batch_size, **cut)
         for i, scores in zip(written, answers, strict=True):
             values[i] = next(score["score"] for score in scores if score["label"] == self.label)
         return values
+
+
+def most_tokens(model: Any, tokenizer: Any) -> int | None:
+    """Return how many tokens of a text ``model`` can read, or None where nothing says so.
+
+    A tokenizer may know no maximum, and then truncates nothing. Positions start behind the padding
+    index in models like RoBERTa.
+    """
+    from torch.nn import Embedding
+
+    positions = getattr(model.config, "max_position_embeddings", None)
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    padding = next((m.padding_idx for m in tables if isinstance(m, Embedding)), None)
+    if isinstance(positions, int) and padding is not None:
+        positions -= padding + 1
+    limits = [n for n in (positions, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < NO_LIMIT]
+    return min(limits, default=None)
 
 
 @REWARDS.register("transformers")

@@ -48,6 +48,16 @@ class Generation:
     def text(self) -> str:
         return self.prompt + self.completion
 
+    def as_info(self) -> dict[str, Any]:
+        """Return what an environment's ``info`` says of a text that has ended."""
+        return {
+            "prompt": self.prompt,
+            "completion": self.completion,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "logprob": float(np.sum(self.logprobs)),
+        }
+
 
 @runtime_checkable
 class ScoreState(Protocol):

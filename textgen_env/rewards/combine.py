@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from textgen_env.config import check_unicode
 from textgen_env.errors import ConfigError
 from textgen_env.rewards.adapters import EvaluateReward, PipelineReward, comes_from
 from textgen_env.rewards.base import REWARDS, Generation, Reward, RunningScore, Scored, ScoreState
@@ -44,6 +45,7 @@ def make_reward(spec: Any) -> Reward:
     """
     if isinstance(spec, Reward):
         return spec
+    check_unicode("the settings of a reward", spec)
     if isinstance(spec, str):
         return REWARDS[spec]()
     if isinstance(spec, Mapping):

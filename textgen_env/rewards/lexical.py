@@ -1,6 +1,7 @@
 """Rewards that count words: keywords, length, repetition, variety, readability, and a classifier's words.
 
-A word is a run of letters and digits, apostrophes inside it included, in lower case. Words never
+A word is a run of letters and digits of any script, combining marks and apostrophes inside it
+included, in lower case. Words never
 span whitespace, so all of these have running scores that cost only the open tail.
 """
 
@@ -8,20 +9,32 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from textgen_env.errors import ConfigError, RewardError
 from textgen_env.rewards.base import REWARDS, shorten
 from textgen_env.rewards.incremental import IncrementalReward, IncrementalScore
 
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_ASCII_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
 def split_words(text: str) -> list[str]:
     """Return the words of ``text`` in lower case."""
-    return _WORD.findall(text.lower())
+    lower = text.lower()
+    return _ASCII_WORD.findall(lower) if lower.isascii() else _word_of_any_script().findall(lower)
+
+
+@cache
+def _word_of_any_script() -> re.Pattern[str]:
+    """Return the pattern of a word: vowel signs, accents and joiners of a script do not end it, as ``\\w`` has it."""
+    planes = (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0))
+    marks = "".join(c for c in map(chr, planes) if unicodedata.category(c)[0] == "M")
+    part = f"(?:[^\\W_]|[{marks}\u200c\u200d])"
+    return re.compile(f"[^\\W_]{part}*(?:['’]{part}+)*")
 
 
 @REWARDS.register("keywords")

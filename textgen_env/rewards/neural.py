@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from textgen_env.errors import ConfigError, RewardError
-from textgen_env.rewards.adapters import reference_of
+from textgen_env.rewards.adapters import most_tokens, reference_of
 from textgen_env.rewards.base import REWARDS, Generation, Reward, shorten
 
 if TYPE_CHECKING:
@@ -77,9 +77,11 @@ def _embed(model: str, texts: Sequence[str]) -> npt.NDArray[np.float32]:
     import torch
 
     encoder, tokenizer = _encoder(model)
+    limit = most_tokens(encoder, tokenizer)
     rows = np.zeros((len(texts), encoder.config.hidden_size), np.float32)
     for batch in _batches([len(text) for text in texts], _ENCODER_BATCH):
-        inputs = tokenizer([texts[i] for i in batch], padding=True, truncation=True, return_tensors="pt")
+        chosen = [texts[i] for i in batch]
+        inputs = tokenizer(chosen, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         with torch.inference_mode():
             hidden = encoder(**inputs).last_hidden_state  # (b, T, d)
         mask = inputs["attention_mask"].unsqueeze(-1)  # (b, T, 1)
@@ -179,6 +181,11 @@ def log_likelihoods(
             contexts[i], answers[i] = answers[i][:1], answers[i][1:]
     totals = np.zeros(len(pairs))
     lengths = [len(context) + len(answer) for context, answer in zip(contexts, answers, strict=True)]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(limit, int) and max(lengths, default=0) > limit:
+        raise RewardError(
+            f"a text of {max(lengths)} tokens is longer than the {limit} that model {model.config.name_or_path!r} reads"
+        )
     for batch in _batches(lengths, _CAUSAL_BATCH):
         ids = [torch.tensor([*contexts[i], *answers[i]], dtype=torch.long) for i in batch]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # (b, T)

@@ -1,0 +1,224 @@
+"""What more tokens a text buy: best-of-n, weighted best-of-n, guided best-of-n, and particles.
+
+    samples of the language model (P, m)  ->  best of n, weighted best of n    no further text is written
+    values                                ->  guided best of n, particles      n rows a text
+
+Each way has a J that is certified: a lower bound whose mean is estimated without bias. Weighted ways
+have beta E[log Z] (see ``agents.baselines.particles``), a choice of the best has the largest KL that
+a choice among n can cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agents.baselines.guided import GuidedBestOfNAgent
+from agents.baselines.particles import ParticlesAgent
+from agents.runs.optimum import share_of_optimal_gain
+from textgen_env.config import check_type
+from textgen_env.errors import ConfigError
+from textgen_env.evaluation import bootstrap_interval
+from textgen_env.files import check_keys, read_json, whole_file
+from textgen_env.policies import Floats
+from textgen_env.prompts import Prompt
+from textgen_env.vector_env import TextGenVectorEnv
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MAXIMUM = "best of n"
+WEIGHTED = "weighted best of n"
+GUIDED = "guided best of n"
+PARTICLES = "particles"
+
+BLOCKS = 4
+"""Blocks that guided best-of-n cuts a text into."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """A way to spend tokens on a text, measured: means over prompts, with 95% bootstrap intervals."""
+
+    way: str
+    n: int  # rows a text
+    tokens: float  # a text, those of dropped rows included
+    judge_calls: float  # a text
+    reward: float
+    reward_low: float
+    reward_high: float
+    value: float  # a lower bound of J, reward units
+    value_low: float
+    value_high: float
+    trust: float | None = None  # tempered on validation prompts; None: nothing to temper
+    threshold: float | None = None
+
+    @classmethod
+    def of(
+        cls, way: str, n: int, tokens: float, judge_calls: float, rewards: Floats, values: Floats, **tempered: float
+    ) -> Spending:
+        """Return the point of texts with these rewards and bounds of J, each (prompts, texts)."""
+        low, high = bootstrap_interval(rewards)
+        value_low, value_high = bootstrap_interval(values)
+        return cls(
+            way, n, tokens, judge_calls,
+            float(rewards.mean()), low, high,
+            float(values.mean()), value_low, value_high,
+            **tempered,
+        )  # fmt: skip
+
+
+def choices(rewards: Floats, n: int, beta: float, length: float) -> list[Spending]:
+    """Return best-of-n and weighted best-of-n of the language model's own texts.
+
+    Each ``n`` neighbours of a prompt's samples are one choice, so no text is used twice.
+
+    Args:
+        rewards: (P, m) rewards of samples of mu_k.
+        n: In 1..m.
+        beta: Reward units a nat.
+        length: Tokens of a text, on average.
+
+    Raises:
+        ConfigError: ``n`` is not in 1..m.
+    """
+    prompts, count = rewards.shape
+    if not 1 <= n <= count:
+        raise ConfigError(f"n must be in 1..{count} (samples a prompt), got {n}")
+    groups = rewards[:, : count // n * n].reshape(prompts, -1, n)
+    best = groups.max(-1)
+    log_sum = np.logaddexp.reduce(groups / beta, axis=-1)
+    weighted = (np.exp(groups / beta - log_sum[..., None]) * groups).sum(-1)
+    kl = math.log(n) - (n - 1) / n
+    return [
+        Spending.of(MAXIMUM, n, n * length, n, best, best - beta * kl),
+        Spending.of(WEIGHTED, n, n * length, n, weighted, beta * (log_sum - math.log(n))),
+    ]
+
+
+def spend(
+    values: Any,
+    env: TextGenVectorEnv,
+    prompts: Sequence[Prompt],
+    validation: Sequence[Prompt],
+    n: int,
+    *,
+    beta: float,
+    texts: int,
+    seed: int,
+    say: Callable[[str], None] = lambda way: None,
+) -> list[Spending]:
+    """Let guided best-of-n and particles write for ``prompts``, and return what that costs and is worth.
+
+    Args:
+        values: See ``agents.baselines.values.value_source``.
+        env: Not used itself: its model, reward and settings are.
+        prompts: To measure on.
+        validation: Others, on which trust and threshold of the particles are chosen.
+        n: Rows a text.
+        beta: Reward units a nat.
+        texts: All rows together; so many are written by each way, rounded up to two texts a prompt.
+        seed: Of the random numbers.
+        say: Called with each way before it is measured.
+    """
+    repeats = max(2, math.ceil(texts / (n * len(prompts))))
+    repeated = list(prompts) * repeats
+    block = max(1, env.max_new_tokens // BLOCKS)
+    say(f"{n} {GUIDED}")
+    guided = GuidedBestOfNAgent(env, seed, n=n, block=block, values=values, beta=beta)
+    points = [_measured(GUIDED, n, guided.write(repeated), repeats, beta)]
+    particles = ParticlesAgent(env, seed, n=n, values=values, beta=beta)
+    say(f"{n} {PARTICLES}: tempering")
+    particles.temper(validation, repeats=2, seed=seed)
+    say(f"{n} {PARTICLES}")
+    tempered = {"trust": particles.trust, "threshold": particles.threshold}
+    return [*points, _measured(PARTICLES, n, particles.write(repeated), repeats, beta, **tempered)]
+
+
+def tempered_settings(summary: Path, n: int) -> dict[str, float]:
+    """Return trust and threshold of ``n`` particles as a stored evaluation chose them; nothing where it did not.
+
+    Args:
+        summary: The file of figures of ``textgen evaluate RUN --particles``.
+
+    Raises:
+        RunFolderError: no such figures in it.
+        ConfigError: a setting that is no number.
+    """
+    found = read_json(summary, allow_nan=True) if summary.is_file() else {}
+    points = found.get("spending", []) if isinstance(found, dict) else []
+    check_type("spending", points, list)
+    for point in points:
+        check_keys(point, [field.name for field in fields(Spending)], repr(str(summary)))
+        if (point["way"], point["n"]) == (PARTICLES, n):
+            for name in ("trust", "threshold"):
+                check_type(name, point[name], int, float)
+            return {"trust": point["trust"], "threshold": point["threshold"]}
+    return {}
+
+
+def _measured(way: str, n: int, found: Sequence[Any], repeats: int, beta: float, **tempered: float) -> Spending:
+    rewards = np.array([text.reward for text in found])
+    if way == GUIDED:
+        bounds = rewards - beta * np.array([text.kl_at_most for text in found])
+    else:
+        bounds = np.array([text.value_at_least for text in found])
+    tokens, calls = (float(np.mean([getattr(text, name) for text in found])) for name in ("tokens", "judge_calls"))
+    return Spending.of(way, n, tokens, calls, rewards.reshape(repeats, -1).T, bounds.reshape(repeats, -1).T, **tempered)
+
+
+def spending_table(points: Sequence[Spending], reference: float, optimal: float) -> Table:
+    """Return the points as a ``rich`` table.
+
+    Args:
+        reference, optimal: J of the language model and of the best possible policy.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    caption = (
+        "Tokens and judge calls a text, all rows together. J and its share of the optimal gain are certified: "
+        "at least so much (± is half of the 95% interval)."
+    )
+    grid = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+    grid.add_column("more tokens a text", min_width=16)
+    for heading in ("n", "tokens", "calls", "reward", "J", "share"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for point in points:
+        grid.add_row(
+            point.way,
+            str(point.n),
+            f"{point.tokens:.0f}",
+            f"{point.judge_calls:.0f}",
+            f"{point.reward:.2f} ±{(point.reward_high - point.reward_low) / 2:.2f}",
+            f"≥ {point.value:.2f} ±{(point.value_high - point.value_low) / 2:.2f}",
+            f"≥ {share_of_optimal_gain(point.value, reference, optimal):.0%}",
+        )
+    return grid
+
+
+def draw_tokens(points: Sequence[Spending], reference: float, optimal: float, path: Path) -> None:
+    """Draw the share of the optimal gain against tokens a text, a line a way, as a PNG; arguments as above."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.8), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    for way in dict.fromkeys(point.way for point in points):
+        line = sorted((point for point in points if point.way == way), key=lambda point: point.tokens)
+        shares = np.array(
+            [[share_of_optimal_gain(v, reference, optimal) for v in (p.value, p.value_low, p.value_high)] for p in line]
+        )
+        spread = np.abs(shares[:, 1:] - shares[:, :1]).T
+        axes.errorbar([point.tokens for point in line], shares[:, 0], spread, marker="o", capsize=3, label=way)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens a text, all rows together", ylabel="share of the optimal gain, at least")
+    axes.axhline(1.0, color="black", linestyle=":", label="best possible policy")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False)
+    with whole_file(path) as half_made:
+        figure.savefig(half_made, format="png")

@@ -1,0 +1,69 @@
+"""The temperature to act at, chosen on prompts that were kept back: no trained agent is worse than the language model.
+
+agent, environment with validation prompts  ->  texts at each temperature, on the same luck
+                                            ->  the one with the most E[R] - target_beta KL
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from agents.text_dqn.learner import Learner
+from textgen_env.errors import ConfigError
+from textgen_env.evaluation import evaluate
+from textgen_env.policies import Agent, Floats
+from textgen_env.vector_env import TextGenVectorEnv
+
+MULTIPLES = (0.7, 1.0, 1.4, 2.0)
+"""Temperatures that are tried, in multiples of ``target_beta``; and the language model itself."""
+
+LANGUAGE_MODEL = 1e6
+"""A temperature, reward units a nat, at which an agent is the language model."""
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What was tried and what was chosen.
+
+    Attributes:
+        beta: The best temperature; ``LANGUAGE_MODEL`` where learning has gained nothing.
+        values: E[R] - target_beta KL at each temperature that was tried.
+        texts: Texts at each.
+    """
+
+    beta: float
+    values: Mapping[float, float]
+    texts: int
+
+    def __str__(self) -> str:
+        tried = ", ".join(f"{_named(beta)} {value:.3f}" for beta, value in self.values.items())
+        return f"{_named(self.beta)} of {self.texts} texts each ({tried})"
+
+
+def _named(beta: float) -> str:
+    return "the language model" if beta == LANGUAGE_MODEL else f"{beta:g}"
+
+
+def validate(agent: Agent, learner: Learner, env: TextGenVectorEnv, texts: int, seed: int) -> Validated:
+    """Try temperatures, and leave the agent at the best one.
+
+    Args:
+        agent: Acts by ``learner``.
+        env: With prompts that were not learned from.
+        texts: To be written at each temperature, at least 1.
+        seed: The same luck for all.
+
+    Raises:
+        ConfigError: see ``evaluate``.
+    """
+    price = learner.objective.beta
+    values: dict[float, float] = {}
+    for beta in (LANGUAGE_MODEL, *(multiple * price for multiple in MULTIPLES)):
+        learner.beta = beta
+        found: Floats | None = evaluate(agent, env, texts, seed).values(price)
+        if found is None:
+            raise ConfigError("temperatures are compared by KL, and this agent has no probabilities")
+        values[beta] = float(found.mean())
+    learner.beta = max(values, key=lambda beta: values[beta])
+    return Validated(learner.beta, values, texts)

@@ -1,0 +1,185 @@
+"""A model whose weights change while environments use it, copies of environments, and suppressed tokens."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS
+from toys import letters
+
+from textgen_env.errors import ConfigError, ModelError
+from textgen_env.models.hf import HFModel
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    sizes = {"vocab_size": len(WORDS), "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
+    return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.6, bos_token_id=0, eos_token_id=0)).eval()
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def pair(request, tiny_lm):
+    model, tokenizer = tiny_lm
+    return (copy.deepcopy(model) if request.param == "llama" else gpt2()), tokenizer
+
+
+def make(model, **settings):
+    settings = {"top_k": len(WORDS) - 1, "max_new_tokens": 6, "reward": len, "min_new_tokens": 6} | settings
+    return gym.make("TextGen-v0", model=model, prompts=["the film was"], **settings)
+
+
+def uncached(model, observation):
+    """The model's own log-probabilities of all tokens but the end, (V - 1,), by token id."""
+    ids = observation["tokens"][: int(observation["length"][0])].astype(np.int64)
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0, -1].clone()
+    logits[0] = -torch.inf
+    return logits.log_softmax(-1)[1:].numpy()
+
+
+def shown(observation):
+    found = np.empty(len(WORDS) - 1)
+    found[observation["candidates"] - 1] = observation["logprobs"]
+    return found
+
+
+def optimiser_step(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(input_ids=torch.tensor([[2, 3, 4]]), labels=torch.tensor([[2, 3, 4]])).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def load_others(model):
+    model.load_state_dict({name: -tensor for name, tensor in model.state_dict().items()})
+
+
+def data_replaced(model):
+    for weight in model.parameters():
+        weight.data = weight.data * 1.5
+
+
+@pytest.mark.parametrize("change", [optimiser_step, load_others, data_replaced])
+def test_weights_that_change_in_place_are_noticed_by_memo_cache_and_packed_copies(pair, change):
+    model, _ = pair
+    env = make(pair)
+    env.reset(seed=0)
+    for action in (0, 1):
+        observation, *_ = env.step(action)
+    before = shown(observation)
+    saved = env.unwrapped.snapshot()
+    change(model)
+    for _ in range(2):
+        observation, *_ = env.step(2)
+        np.testing.assert_allclose(shown(observation), uncached(model, observation), atol=1e-4)
+    env.unwrapped.restore(saved)  # keys and values of the old weights
+    observation, *_ = env.step(2)
+    np.testing.assert_allclose(shown(observation), uncached(model, observation), atol=1e-4)
+    first, _ = env.reset()  # its proposals were in the memo
+    np.testing.assert_allclose(shown(first), uncached(model, first), atol=1e-4)
+    assert np.abs(before - shown(observation)).max() > 1e-3
+
+
+def test_all_environments_of_a_model_notice_and_it_is_checked_once(pair, monkeypatch):
+    language_model = HFModel(*pair)
+    envs = [make(language_model) for _ in range(3)]
+    for env in envs:
+        env.reset(seed=0)
+    load_others(pair[0])
+    for env in envs:
+        observation, *_ = env.step(0)
+        np.testing.assert_allclose(shown(observation), uncached(pair[0], observation), atol=1e-4)
+    assert len({id(env.unwrapped.episodes.slots.decoder) for env in envs}) == 1
+
+
+# --- copies
+
+
+@pytest.mark.parametrize("kind", ["table", "llama"])
+@pytest.mark.parametrize("vector", [False, True])
+def test_a_copy_of_an_environment_goes_on_as_the_original_would(tiny_lm, kind, vector):
+    prompts = ["a", "ab"] if kind == "table" else ["the film", "good"]
+    settings = {"model": letters() if kind == "table" else tiny_lm, "prompts": prompts, "reward": len, "top_k": 4}
+    env = gym.make_vec("TextGen-v0", num_envs=3, **settings) if vector else gym.make("TextGen-v0", **settings)
+    action = np.zeros(3, np.int64) if vector else 0
+    env.reset(seed=5)
+    env.step(action)
+    twin = copy.deepcopy(env)
+    assert twin.unwrapped.language_model is env.unwrapped.language_model
+    other = copy.deepcopy(twin)
+    other.step(action + 1)  # touches neither
+    for _ in range(40):
+        first, second = env.step(action), twin.step(action)
+        for key, value in first[0].items():
+            np.testing.assert_allclose(value, second[0][key], atol=1e-4, err_msg=key)
+        assert np.array_equal(first[1], second[1])
+        if not vector and first[2]:
+            env.reset(), twin.reset()  # the generators are in the same state as well
+    with pytest.raises(ConfigError, match="another environment"):
+        twin.unwrapped.episodes.load(0, env.unwrapped.episodes.save(0))
+
+
+def test_a_pickled_environment_is_refused_with_the_way_out_and_a_model_is_not(pair):
+    env = make(pair)
+    with pytest.raises(ConfigError, match=r"not pickled.*gym\.make"):
+        pickle.dumps(env)
+    again = pickle.loads(pickle.dumps(env.unwrapped.language_model))
+    ours, theirs = make(env.unwrapped.language_model).reset(seed=0)[0], make(again).reset(seed=0)[0]
+    np.testing.assert_array_equal(ours["logprobs"], theirs["logprobs"])
+
+
+# --- suppressed and forced tokens
+
+
+def test_suppressed_tokens_are_proposed_neither_by_generate_nor_by_the_environment(pair):
+    model, tokenizer = pair
+    model.generation_config.suppress_tokens = [2, 5]
+    model.generation_config.begin_suppress_tokens = [3, 4]
+    env = make((model, tokenizer), top_k=5, min_new_tokens=0)
+    greedy = model.generate(torch.tensor([tokenizer("the film was")["input_ids"]]), do_sample=False, max_new_tokens=6)
+    observation, _ = env.reset(seed=0)
+    assert not {2, 3, 4, 5} & set(observation["candidates"].tolist())
+    seen, done = set(), False
+    while not done:
+        observation, _, done, _, _ = env.step(0)
+        seen |= set(observation["candidates"].tolist()) if not done else set()
+    assert not {2, 5} & seen
+    assert seen & {3, 4}
+    assert observation["tokens"][: int(observation["length"][0])].tolist() == greedy[0].tolist()
+
+
+@pytest.mark.parametrize("name", ["forced_eos_token_id", "forced_bos_token_id", "bad_words_ids"])
+def test_tokens_that_a_generation_config_forces_or_forbids_are_refused_by_name(pair, name):
+    model, tokenizer = pair
+    setattr(model.generation_config, name, [[4]] if name == "bad_words_ids" else 4)
+    with pytest.raises(ModelError, match=f"{name}=.*does not follow"):
+        make((model, tokenizer))
+
+
+# --- seeds and sizes
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "0", True])
+def test_a_seed_out_of_range_is_named(seed):
+    env = gym.make("TextGen-v0", model=letters(), prompts=["a"], reward=len, top_k=4)
+    with pytest.raises(ConfigError, match="seed must be a whole number of at least 0"):
+        env.unwrapped.reset(seed=seed)
+    vector = gym.make_vec("TextGen-v0", num_envs=2, model=letters(), prompts=["a"], reward=len, top_k=4)
+    with pytest.raises(ConfigError, match="seed must be"):
+        vector.reset(seed=[0, seed])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_new_tokens": 10**8}, {"max_prompt_tokens": 10**12}, {"top_k": 10**9}, {"num_envs": 10**7}]
+)
+def test_sizes_that_no_machine_has_are_refused_before_memory_is_asked_for(settings):
+    (name,) = settings
+    with pytest.raises(ConfigError, match=f"{name} must be a whole number in"):
+        gym.make_vec("TextGen-v0", **{"num_envs": 2, "model": letters(), "prompts": ["a"], "reward": len} | settings)

@@ -1,0 +1,217 @@
+"""The learned scorer: what it finds, what it leaves alone, and that prefixes and texts are scored alike."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from toys import PROMPTS, letters
+
+from agents.text_dqn.agent import TextDQN
+from agents.text_dqn.networks import NEEDED_KEYS
+from agents.text_dqn.ridge import Design, cross_fit, rising_curve
+from agents.text_dqn.scorer import FOLDS, JudgedTexts, TextScorer, Visited
+from textgen_env.errors import ConfigError
+
+VOCABULARY, LENGTH, TEXTS = 12, 6, 1500
+
+
+def texts(reward, seed=0, count=TEXTS):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, VOCABULARY, (count, LENGTH))
+    rewards = np.array([reward(row) for row in tokens], np.float64)
+    return JudgedTexts(tokens, np.full(count, LENGTH), rewards, np.arange(count) % FOLDS, np.ones(count, bool))
+
+
+def visited(found):
+    count, k = min(200, len(found.tokens)), 4
+    tokens = torch.from_numpy(found.tokens[:count])
+    candidates = torch.from_numpy(np.random.default_rng(1).integers(1, VOCABULARY, (count, LENGTH, k)))
+    return Visited(
+        tokens, candidates, torch.full((count, LENGTH, k), 1 / k), torch.ones(count, LENGTH, dtype=torch.bool)
+    )
+
+
+def fitted(found):
+    scorer = TextScorer(VOCABULARY, LENGTH)
+    scorer.characters.copy_(torch.arange(VOCABULARY) % 4 + 1.0)
+    vectors = np.random.default_rng(2).normal(size=(VOCABULARY, 3))
+    return scorer, scorer.fit(found, vectors, visited(found))
+
+
+def finished_scores(scorer, found):
+    """What the scorer says of whole texts: the candidate is the last token."""
+    tokens = torch.from_numpy(found.tokens)
+    steps = torch.full((len(tokens), 1), LENGTH - 1)
+    return scorer(tokens, steps, tokens[:, -1:].unsqueeze(1))[1][:, 0, 0].numpy()
+
+
+JUDGES = {
+    "a token": lambda row: float((row == 3).sum()),
+    "a token at all": lambda row: float(3 in row),
+    "a pair": lambda row: float(sum(a == 3 and b == 5 for a, b in pairwise(row))),
+    "the last token": lambda row: float(row[-1] in (2, 7)),
+    "a length": lambda row: -abs(float((row % 4 + 1).sum()) - 15) / 10,
+    "different tokens": lambda row: float(len(set(row.tolist()))),
+    "saturating": lambda row: 1 / (1 + np.exp(-2.0 * float(np.isin(row, (2, 4, 6)).sum() - 2))),
+}
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_it_finds_what_the_judge_looks_at_and_predicts_new_texts(judge):
+    scorer, held_out = fitted(texts(JUDGES[judge]))
+    fresh = texts(JUDGES[judge], seed=5)
+    errors = finished_scores(scorer, fresh) - fresh.rewards
+    assert 1 - (errors**2).mean() / fresh.rewards.var() > 0.75
+    assert held_out > 0.75
+
+
+def test_a_random_judge_is_scored_alike_everywhere():
+    luck = np.random.default_rng(3)
+    scorer, held_out = fitted(texts(lambda row: luck.random()))
+    score, candidates = scorer(*arguments(texts(JUDGES["a token"])))
+    assert held_out <= 0.02
+    assert float((candidates - score).abs().max()) < 0.05  # of rewards between 0 and 1
+
+
+def test_a_constant_judge_is_scored_alike_everywhere():
+    scorer, held_out = fitted(texts(lambda row: 0.5))
+    score, candidates = scorer(*arguments(texts(JUDGES["a token"])))
+    assert held_out == 0
+    assert bool((candidates == score).all())
+
+
+def arguments(found, count=50):
+    tokens = torch.from_numpy(found.tokens[:count])
+    steps = torch.arange(LENGTH).expand(tokens.shape)
+    candidates = torch.from_numpy(np.random.default_rng(4).integers(1, VOCABULARY, (count, LENGTH, 4)))
+    return tokens, steps, candidates
+
+
+def test_the_candidate_that_was_taken_has_the_score_of_the_next_prefix():
+    scorer, _ = fitted(texts(JUDGES["saturating"]))
+    tokens, steps, _ = arguments(texts(JUDGES["saturating"], seed=6))
+    score, taken = scorer(tokens, steps, tokens.unsqueeze(-1))
+    torch.testing.assert_close(taken[:, :-1, 0], score[:, 1:, 0])
+
+
+def test_a_prefix_is_scored_without_what_follows_it():
+    scorer, _ = fitted(texts(JUDGES["different tokens"]))
+    tokens, steps, candidates = arguments(texts(JUDGES["a token"], seed=7))
+    whole = scorer(tokens, steps, candidates)
+    for step in range(LENGTH):
+        other = tokens.clone()
+        other[:, step:] = 1
+        alone = scorer(other, torch.full((len(tokens), 1), step), candidates[:, step : step + 1])
+        torch.testing.assert_close(alone[0][:, 0], whole[0][:, step])
+        torch.testing.assert_close(alone[1][:, 0], whole[1][:, step])
+
+
+def test_prefixes_that_were_judged_count_as_texts():
+    found = texts(JUDGES["a token"], count=60)
+    lengths = np.random.default_rng(8).integers(1, LENGTH, 600)
+    more = texts(JUDGES["a token"], seed=9, count=600)
+    rewards = [float((row[:n] == 3).sum()) for row, n in zip(more.tokens, lengths, strict=True)]
+    both = JudgedTexts(
+        np.concatenate([found.tokens, more.tokens]),
+        np.concatenate([found.lengths, lengths]),
+        np.concatenate([found.rewards, rewards]),
+        np.concatenate([found.folds, more.folds]),
+        np.arange(660) < 60,
+    )
+    fresh = texts(JUDGES["a token"], seed=10)
+    few, more_ = (((finished_scores(fitted(x)[0], fresh) - fresh.rewards) ** 2).mean() for x in (found, both))
+    assert more_ < few
+
+
+def test_weights_are_those_of_ridge_regression():
+    rng = np.random.default_rng(0)
+    index, dense = rng.integers(0, 9, (80, 3)), rng.normal(size=(80, 2))
+    design = Design.of({"a": index}, {"b": dense}, 9)
+    rewards, folds = rng.normal(size=80), np.arange(80) % 2
+    found = cross_fit(design, rewards, folds, 2, [0.1])
+    full = np.zeros((80, len(design.used) + 1 + 2))
+    for row in range(80):
+        for place, value in zip(design.places[row], design.values, strict=True):
+            full[row, place] += value
+    full[:, len(design.used) + 1 :] = design.dense
+    for fold in range(2):
+        seen = folds != fold
+        x, y = full[seen] - full[seen].mean(0), rewards[seen] - rewards[seen].mean()
+        exact = np.linalg.solve(x.T @ x + 0.1 * seen.sum() * np.eye(x.shape[1]), x.T @ y)
+        np.testing.assert_allclose(found.weights[fold], exact, atol=1e-3)
+
+
+def test_the_curve_rises_and_bends_where_the_rewards_do():
+    x = np.random.default_rng(0).normal(size=4_000)
+    knots, heights = rising_curve(x, np.clip(x, -1.0, 1.0))
+    assert (np.diff(heights) >= 0).all()
+    np.testing.assert_allclose(heights, np.clip(knots, -1, 1), atol=0.06)
+
+
+# --- in an agent
+
+
+def agent(reward, **settings):
+    env = gym.make_vec(
+        "textgen_env:TextGen-v0", num_envs=8, model=letters(), prompts=PROMPTS, reward=reward, top_k=4,
+        max_new_tokens=4, observation=NEEDED_KEYS,
+    )  # fmt: skip
+    defaults = {"learning_starts": 400, "steps_per_update": 100, "buffer_size": 8_000, "seed": 0}
+    return TextDQN(env=env, **(defaults | settings))
+
+
+def worth(text):
+    return float(text.count("b")) / 4
+
+
+def test_before_the_first_update_the_policy_is_the_language_model():
+    fresh = agent(worth)
+    observation = fresh.env.reset()
+    expected = np.exp(observation["logprobs"] - np.logaddexp.reduce(observation["logprobs"], -1, keepdims=True))
+    np.testing.assert_allclose(fresh.probabilities(observation), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["learned", "judge"])
+def test_the_scorer_alone_leads_to_reward(score):
+    learned = agent(worth, score=score, learning_rate=0.0).learn(4_000)
+    assert learned.learner.held_out > 0.8
+    observation = learned.env.reset()
+    gains = learned.probabilities(observation) * (observation["candidates"] == letters().encode("b")[0])
+    before = np.exp(observation["logprobs"]) * (observation["candidates"] == letters().encode("b")[0])
+    assert (gains.sum(-1) > before.sum(-1)).all()
+
+
+def test_judged_prefixes_are_counted():
+    asked, calls = agent(worth, score="judge"), agent(worth, score="learned")
+    asked.learn(2_000)
+    calls.learn(2_000)
+    assert calls.learner.judge_calls == calls.replay_buffer.episodes_seen > 450
+    assert calls.learner.judge_calls < asked.learner.judge_calls <= 2_000
+
+
+def test_a_saved_agent_scores_as_before(tmp_path):
+    learned = agent(worth).learn(1_200)
+    learned.save_pretrained(tmp_path / "folder")
+    loaded = TextDQN.from_pretrained(tmp_path / "folder", learned.env)
+    observation = learned.env.reset()
+    assert (learned.q_net_target.scorer.potential != 0).any()
+    np.testing.assert_array_equal(loaded.probabilities(observation), learned.probabilities(observation))
+
+
+def test_the_temperature_is_the_language_models_where_nothing_was_learned():
+    luck = np.random.default_rng(0)
+    useless = agent(lambda text: luck.random(), learning_rate=0.0)
+    for head in useless.q_net_target.heads:
+        torch.nn.init.normal_(head.value.weight, std=5.0)  # noise that costs KL and gains nothing
+    chosen = useless.choose_beta(useless.env.env, 64)
+    assert str(chosen).startswith("the language model of 64 texts each")
+    assert chosen.values[chosen.beta] == max(chosen.values.values())
+
+
+def test_an_unknown_way_to_score_is_named():
+    with pytest.raises(ConfigError, match="score must be one of"):
+        agent(worth, score="guess")
