@@ -49,13 +49,13 @@ from agents.runs.report import (
     unwatched,
 )
 from agents.runs.signals import Stopped, stop_signals
-from agents.runs.sizing import fit, measured_speed, work_of
+from agents.runs.sizing import budget_of, measured_sizes, work_of
 from agents.runs.spending import Spending, choices, spend
 from agents.runs.yardsticks import known_or_measured
 from agents.sb3_vec import SB3VecEnv
 from agents.terminal import say
 from agents.text_dqn.agent import TextDQN
-from agents.zoo import AGENTS, Budget, acts_greedily, make_agent
+from agents.zoo import AGENTS, acts_greedily, make_agent
 from textgen_env.errors import ConfigError, RunFolderError, TextGenError
 from textgen_env.evaluation import Evaluation
 from textgen_env.files import (
@@ -175,7 +175,7 @@ def open_run(
         config.prompts if prompts is None else prompts, config.eval_prompts, config.seed
     )
     env = open_env(config, language_model, train_prompts, config.reward if reward is None else reward)
-    budget = _budget(config)
+    budget = budget_of(config)
     if load is None:
         agent = make_agent(config.agent, env, config.seed, budget, config.agent_settings)
     else:
@@ -352,25 +352,12 @@ def sized(run: Run, minutes: float, started: float) -> tuple[Run, str]:
     """
     config, episodes = run.config, run.env.episodes
     trial = open_env(config, run.env.language_model, episodes.prompts, episodes.reward)
-    work = work_of(config, run.env, run.test_prompts)
-    tried = sizes = None
-    for _ in range(2):  # an agent's settings follow its steps, and with them the cost of a step
-        budget = _budget(config if sizes is None else sizes.of(config))
-        settings = AGENTS[config.agent](budget)[1]
-        if settings == tried:
-            break
-        tried, timed = settings, replace(config, steps=budget.steps)
-        speed = measured_speed(timed, trial, run.scoring_env())
-        found = fit(minutes, time.perf_counter() - started, speed, work)
-        sizes = found if sizes is None else replace(found, steps=min(found.steps, sizes.steps))
-    assert sizes is not None
+    sizes = measured_sizes(
+        config, trial, run.scoring_env(), work_of(config, run.env, run.test_prompts), minutes, started
+    )
     chosen = sizes.of(config)
-    agent = make_agent(chosen.agent, run.env, chosen.seed, _budget(chosen), chosen.agent_settings)
+    agent = make_agent(chosen.agent, run.env, chosen.seed, budget_of(chosen), chosen.agent_settings)
     return replace(run, config=chosen, agent=agent, notes=(*run.notes, sizes.note(minutes))), sizes.estimate()
-
-
-def _budget(config: RunConfig) -> Budget:
-    return Budget(config.steps, config.envs, config.env_config().max_new_tokens, config.beta)
 
 
 def _stored_config(path: Path, trust: bool = False) -> RunConfig:
