@@ -182,7 +182,7 @@ _PPO_ON_TABLES: Mapping[str, Any] = {
     "ent_coef": 0.01,
 }
 TUNED: Mapping[str, Mapping[str, Any]] = {
-    "text_dqn": {"beta": 0.02, "beta_start": 0.5, "learning_starts": 1_000, "steps_per_update": 16},
+    "text_dqn": {"beta": 0.02, "beta_start": 0.5, "learning_starts": 1_000, "steps_per_update": 16, "score": None},
     "dqn": _DQN_ON_TABLES,
     "qrdqn": _DQN_ON_TABLES,
     "ppo": _PPO_ON_TABLES,

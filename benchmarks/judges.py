@@ -1,8 +1,8 @@
 """Judges of finished texts, all black boxes to the agent: what users bring.
 
-Each is a function from completions to numbers. Two are classifiers, trained here on the language
-model's own texts, labelled by their sentiment. ``SEALED`` were written with the others and not run
-while settings were chosen: they show what an unknown judge would see.
+Each is a function from texts to numbers. Two are classifiers, trained here on the language model's
+own texts, labelled by their sentiment: the upper third against the lower. ``SEALED`` were written
+with the others and not run while settings were chosen: they show what an unknown judge would see.
 
     JUDGES[name](texts of the language model)  ->  judge: [Generation] * B -> (B,) rewards
 """
@@ -34,10 +34,6 @@ SENTENCE = "The children laughed and played in the warm sun all day."
 """What texts should be similar to."""
 
 JSON_TASK = "TextGen/Json-v0"
-
-JOY = frozenset(
-    ["happy", "smiled", "friend", "friends", "love", "loved", "fun", "good", "great", "nice", "beautiful", "best"]
-)
 
 
 def _of_library(spec: Any) -> Judge:
@@ -73,9 +69,10 @@ def _classifier(texts: Sequence[str], **features: Any) -> Judge:
     from sklearn.pipeline import make_pipeline
 
     sentiment = lexicon(texts, 0)([Generation("", text) for text in texts])
-    clear = np.abs(sentiment) > 0.3
+    low, high = np.quantile(sentiment, (1 / 3, 2 / 3))
+    clear = (sentiment <= low) | (sentiment >= high)
     model = make_pipeline(CountVectorizer(binary=True, **features), LogisticRegression(max_iter=300))
-    model.fit([text for text, kept in zip(texts, clear, strict=True) if kept], sentiment[clear] > 0)
+    model.fit([text for text, kept in zip(texts, clear, strict=True) if kept], sentiment[clear] >= high)
     return lambda judged: np.asarray(model.predict_proba([text.completion for text in judged])[:, 1], np.float64)
 
 
@@ -87,11 +84,12 @@ def sentence(texts: Sequence[str], tokens: int) -> Judge:
 
 @JUDGES.register("sparse")
 def sparse(texts: Sequence[str], tokens: int) -> Judge:
-    """1 for a text that ends as a sentence does, has a word of ``JOY`` and 0.6 words a token; else 0."""
+    """1 for a text that ends as a sentence does, has a word of six letters and 0.6 words a token; else 0."""
 
     def score(text: str) -> float:
-        words = [word.lower() for word in split_words(text)]
-        return float(text.rstrip().endswith((".", "!", "?")) and len(words) >= 0.6 * tokens and bool(JOY & set(words)))
+        words = split_words(text)
+        ends = text.rstrip().endswith((".", "!", "?"))
+        return float(ends and len(words) >= 0.6 * tokens and max(map(len, words)) >= 6)
 
     return _one_by_one(score)
 

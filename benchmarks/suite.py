@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from agents.baselines.one_step import SampleAgent
 from agents.runs.optimum import best_of_n, estimated_optimum, share_of_optimal_gain
 from agents.text_dqn.agent import TextDQN
 from agents.zoo import OBSERVATION
-from benchmarks.judges import JSON_TASK, JUDGES, Judge
+from benchmarks.judges import JSON_TASK, JUDGES, SEALED, Judge
 from textgen_env.evaluation import bootstrap_interval, choose_prompts, evaluate
 from textgen_env.files import read_json, write_file
 from textgen_env.models import load_language_model
@@ -173,7 +173,7 @@ class Suite:
 
 
 def cells(quick: bool, seeds: int) -> Iterator[Cell]:
-    """Yield what the suite runs: every judge at two lengths, finished texts only; the judge asked about prefixes at one."""
+    """Yield what the suite runs: every judge at two lengths; at one of them also asked about prefixes."""
     if quick:
         for name in ("pairs", "length", "sparse"):
             yield Cell(name, steps=8_000)
@@ -194,18 +194,23 @@ def run_suite(folder: Path, quick: bool, seeds: int) -> list[dict[str, Any]]:
     """Run all cells that have not been run, print each, and return their figures."""
     suite = Suite(folder, *((64, 128) if quick else (512, 512)))
     settings = {"learning_starts": 2_000} if quick else {}
-    print(
-        f"{'judge':14}{'tokens':>7} {'score':9}{'own':>6}{'chosen':>8}{'interval':>14}{'KL':>6}{'best of 4':>11}{'calls':>8}"
-    )
+    heads = ("tokens", "score", "own", "chosen", "interval", "KL", "best of 4", "calls")
+    print(f"{'judge':14}" + "".join(f"{head:>12}" for head in heads))
     rows = []
     for cell in cells(quick, seeds):
         found = suite.run(cell, **settings)
         rows.append(found)
         chosen = found["validated"]
         interval = f"{chosen['low']:.0%} to {chosen['high']:.0%}"
-        print(
-            f"{cell.judge:14}{cell.tokens:7} {cell.score!s:9}{found['own']['share']:6.0%}{chosen['share']:8.0%}{interval:>14}"
-            f"{chosen['kl']:6.2f}{found['best_of']['4']:11.0%}{found['judge_calls']:8,}",
-            flush=True,
+        figures = (
+            cell.tokens,
+            cell.score,
+            f"{found['own']['share']:.0%}",
+            f"{chosen['share']:.0%}",
+            interval,
+            f"{chosen['kl']:.2f}",
+            f"{found['best_of']['4']:.0%}",
+            f"{found['judge_calls']:,}",
         )
+        print(f"{cell.judge:14}" + "".join(f"{figure!s:>12}" for figure in figures), flush=True)
     return rows

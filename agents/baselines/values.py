@@ -69,7 +69,7 @@ class LookaheadValues:
 
 
 class LearnedValues:
-    """Q of a ``TextDQN``, whose temperature is also the policy's."""
+    """Q of a ``TextDQN``, with the trade that it was trained for, and the temperature that it acts at."""
 
     def __init__(self, agent: Any, env: TextGenVectorEnv) -> None:
         self._agent = agent
@@ -82,7 +82,12 @@ class LearnedValues:
 
     @property
     def beta(self) -> float:
-        """Temperature of the agent, reward units a nat."""
+        """The trade E[R] - beta KL that Q was trained for, reward units a nat."""
+        return float(self._agent.target_beta)
+
+    @property
+    def temperature(self) -> float:
+        """Temperature that the agent acts at, reward units a nat: rows draw from its own policy."""
         return float(self._agent.beta)
 
     def q(self, observation: Mapping[str, npt.NDArray[Any]]) -> Floats:
@@ -153,8 +158,10 @@ class ValuePlanner(TextPlanner):
         seed: Of the random numbers.
         n: Rows a text, at least 1.
         values: Where Q comes from; see ``value_source``.
-        beta: Reward units a nat, above 0. None: the agent's that gives the values, or 0.1.
-        trust: A factor on Q, at least 0: 1 believes the values, 0 ignores them.
+        beta: The price of KL in J, reward units a nat, above 0. None: that for which the values were
+            learned, or 0.1.
+        trust: A factor on Q, at least 0: 1 believes the values, 0 ignores them. An agent that acts at
+            another temperature than ``beta`` is trusted accordingly: with 1, rows draw from its policy.
         rows: Rows written at a time, so that texts share forwards.
 
     Raises:
@@ -192,7 +199,7 @@ class ValuePlanner(TextPlanner):
 
     @property
     def beta(self) -> float:
-        """Reward units a nat."""
+        """The price of KL, reward units a nat."""
         return getattr(self.values, "beta", DEFAULT_BETA) if self._beta is None else self._beta
 
     @property
@@ -210,7 +217,8 @@ class ValuePlanner(TextPlanner):
         """Return what the values say of the prefixes in ``rows``; at most one forward."""
         observation = self._episodes.observe(rows)
         log_mu, _ = self._episodes.log_prior(rows)
-        q = np.where(np.isfinite(log_mu), self.trust * self.values.q(observation), 0.0)
+        factor = self.trust * self.beta / getattr(self.values, "temperature", self.beta)
+        q = np.where(np.isfinite(log_mu), factor * self.values.q(observation), 0.0)
         log_pi, value = tilt(log_mu, q, self.beta)
         score = observation["score"][:, 0].astype(np.float64) if self._counts_from_score else np.zeros(len(rows))
         return Tilted(log_pi, q, value, score)

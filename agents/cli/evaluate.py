@@ -85,12 +85,22 @@ def _measure(run: Run, counts: Sequence[int], folder: Path, console: Console, as
     from agents.runs.progress import JobProgress
     from agents.runs.report import draw_plane, samples_page, show, text_metrics
     from agents.runs.run import PLANE_FILE, SAMPLES_FILE, SUMMARY_FILE, TOKENS_FILE
-    from agents.runs.spending import draw_tokens, spending_table
+    from agents.runs.spending import draw_tokens, spend_each, spending_table
 
     with JobProgress(console, "texts") as progress:
         yardstick = run.yardstick(progress.measuring)
         evaluations = run.evaluate(progress.measuring)
-        spending = run.spending(yardstick, counts, lambda way: say(console, f"measuring: {way}"))
+        spending = spend_each(
+            run.agent,
+            run.env,
+            list(run.test_prompts),
+            yardstick.samples,
+            counts,
+            beta=run.config.beta,
+            texts=run.config.eval_texts,
+            seed=run.config.seed,
+            say=lambda way: say(console, f"measuring: {way}"),
+        )
     bounds = (yardstick.samples.reward, float(yardstick.best.value.mean()))
     report = yardstick.report(run.agent_name, evaluations, run.notes)
     references = [prompt.reference for prompt in run.test_prompts]

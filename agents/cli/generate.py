@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 ActingBeta = Annotated[
     float | None,
     typer.Option(
-        help="Acting temperature, in reward units a nat: smaller for more reward and more KL.",
+        help="Acting temperature, in reward units a nat: smaller for more reward and more KL. With --particles: the "
+        "price of KL that they are weighted by.",
         show_default="the run's",
     ),
 ]
@@ -85,13 +86,13 @@ def generate_command(
     else:
         if reward is not None or max_new_tokens is not None:
             raise ConfigError("--reward and --max-new-tokens are those that the run was trained with; leave them out")
-        agent, env, run_is_greedy = _trained(run, beta, trust)
+        agent, env, run_is_greedy = _trained(run, None if particles is not None else beta, trust)
         greedy = greedy or run_is_greedy
     if particles is None:
         written = _plain(agent, env, prompt, num, seed, greedy)
     else:
-        source: dict[str, Any] = {"values": None, "beta": beta} if run is None else _of_run(run, agent, particles)
-        written = _weighted(env, prompt, num, seed, n=particles, judge=judge, **source)
+        source = {} if run is None else _of_run(run, agent, particles)
+        written = _weighted(env, prompt, num, seed, n=particles, beta=beta, judge=judge, **source)
     if as_json:
         typer.echo(json_text(written))
         return

@@ -22,7 +22,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,7 +36,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from agents.runs.checkpoint import load_checkpoint, newest_checkpoint
 from agents.runs.config import RunConfig
 from agents.runs.log import CHECKPOINTS, EVENTS, RunLog
-from agents.runs.parts import open_env, open_language_model, split_prompts, validation_prompts
+from agents.runs.parts import open_env, open_language_model, split_prompts
 from agents.runs.progress import JobProgress
 from agents.runs.report import (
     Report,
@@ -50,7 +50,6 @@ from agents.runs.report import (
 )
 from agents.runs.signals import Stopped, stop_signals
 from agents.runs.sizing import budget_of, measured_sizes, work_of
-from agents.runs.spending import Spending, choices, spend
 from agents.runs.yardsticks import known_or_measured
 from agents.sb3_vec import SB3VecEnv
 from agents.terminal import say
@@ -129,23 +128,6 @@ class Run:
             deterministic=self.greedy,
             watch=watch,
         )
-
-    def spending(self, yardstick: Yardstick, counts: Sequence[int], say: Callable[[str], None]) -> list[Spending]:
-        """Measure what ``counts`` times the tokens of a text buy on the test prompts; nothing for no counts.
-
-        Raises:
-            ConfigError: an agent without Q, or more rows than the yardstick has samples a prompt.
-        """
-        if not counts:
-            return []
-        config, samples = self.config, yardstick.samples
-        rewards, length = samples.by_prompt(samples.rewards), float(samples.lengths.mean())
-        points = [point for n in counts for point in choices(rewards, n, config.beta, length)]
-        some = validation_prompts(self.env.episodes.prompts, config.seed)
-        settings: Any = {"beta": config.beta, "texts": config.eval_texts, "seed": config.seed, "say": say}
-        for n in counts:
-            points += spend(self.agent, self.env, list(self.test_prompts), some, n, **settings)
-        return points
 
     @property
     def agent_name(self) -> str:

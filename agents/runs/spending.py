@@ -21,9 +21,10 @@ import numpy as np
 from agents.baselines.guided import GuidedBestOfNAgent
 from agents.baselines.particles import ParticlesAgent
 from agents.runs.optimum import share_of_optimal_gain
+from agents.runs.parts import validation_prompts
 from textgen_env.config import check_type
 from textgen_env.errors import ConfigError
-from textgen_env.evaluation import bootstrap_interval
+from textgen_env.evaluation import Evaluation, bootstrap_interval
 from textgen_env.files import check_keys, read_json, whole_file
 from textgen_env.policies import Floats
 from textgen_env.prompts import Prompt
@@ -138,6 +139,37 @@ def spend(
     say(f"{n} {PARTICLES}")
     tempered = {"trust": particles.trust, "threshold": particles.threshold}
     return [*points, _measured(PARTICLES, n, particles.write(repeated), repeats, beta, **tempered)]
+
+
+def spend_each(
+    values: Any,
+    env: TextGenVectorEnv,
+    prompts: Sequence[Prompt],
+    samples: Evaluation,
+    counts: Sequence[int],
+    *,
+    beta: float,
+    texts: int,
+    seed: int,
+    say: Callable[[str], None] = lambda way: None,
+) -> list[Spending]:
+    """Return all ways to spend ``counts`` times the tokens of a text, measured on ``prompts``.
+
+    Settings are chosen on the environment's own prompts, which the values were learned on.
+
+    Args:
+        samples: Of the language model, on ``prompts``.
+        values, env, beta, texts, seed, say: See ``spend``.
+
+    Raises:
+        ConfigError: an agent without Q, or more rows than there are samples a prompt.
+    """
+    rewards, length = samples.by_prompt(samples.rewards), float(samples.lengths.mean())
+    points = [point for n in counts for point in choices(rewards, n, beta, length)]
+    some = validation_prompts(env.episodes.prompts, seed) if counts else []
+    for n in counts:
+        points += spend(values, env, prompts, some, n, beta=beta, texts=texts, seed=seed, say=say)
+    return points
 
 
 def tempered_settings(summary: Path, n: int) -> dict[str, float]:

@@ -75,6 +75,13 @@ class TextDQN(DQN):
             also after training: smaller is more reward and more KL.
         target_beta: The trade E[R] - target_beta KL that Q is trained for. None: ``beta``.
         beta_start, exploration_fraction, target, trace_lambda, steps_per_update, tau: See ``Learner``.
+        score: Where the running scores come from that tell candidates apart before a text is finished:
+            ``"given"``, the observation's, if it has any; ``"learned"``, from rewards of finished
+            texts, by a ``TextScorer``; ``"judge"``, learned as well, and while learning the reward is
+            also asked about some prefixes (about ``learner.ASKED`` a text); None, Q alone. ``"auto"``:
+            given where the reward can score a prefix and the observation shows it, else learned.
+        lm_share: Share of the texts that the language model itself writes while learning, which is what
+            the scorer learns most from. None: a half with learned scores, else 0.
         learning_starts: Environment steps before the first update.
         batch_size: Whole episodes a gradient step.
         buffer_size: Steps kept; see ``EpisodeReplay`` for the bytes.
@@ -214,7 +221,8 @@ class TextDQN(DQN):
         """Write a text for each prompt, each drawn from ``particles`` weighted ones.
 
         It costs so many times the tokens of a text, and one call of the reward for each of them. With 1
-        the texts are the policy's own.
+        the texts are the policy's own; as there are more, they follow the best policy at ``target_beta``,
+        at whatever temperature the agent acts.
 
         Args:
             prompts: Texts, or ``Prompt`` objects.
@@ -222,7 +230,7 @@ class TextDQN(DQN):
             reward: What judges them. None: that of the agent's environment, or the stored one. Where it
                 was not stored the last weight is left out: the texts follow Q alone.
             seed: Of the random numbers. None: goes on with the agent's own.
-            settings: ``threshold``, ``trust``, ``judge`` and ``rows`` of ``ParticlesAgent``.
+            settings: ``beta``, ``threshold``, ``trust``, ``judge`` and ``rows`` of ``ParticlesAgent``.
 
         Raises:
             ConfigError: a value out of range, a task that the agent does not know, or scores that it needs
@@ -364,9 +372,18 @@ class TextDQN(DQN):
         self._n_updates = self.learner.updates
         return losses
 
-    def choose_beta(self, env: TextGenVectorEnv, texts: int = 256, seed: int = 0) -> Validated:
-        """Act at the temperature that does best in ``env``, the language model itself included; see ``validation``."""
-        return validate(self, self.learner, env, texts, seed)
+    def choose_beta(
+        self, env: TextGenVectorEnv, texts: int = 256, seed: int = 0, prompts: Sequence[Prompt] | None = None
+    ) -> Validated:
+        """Act at the temperature that does best from now on, the language model itself included.
+
+        Args:
+            env: Used, and left without live episodes.
+            texts: Written at each temperature.
+            seed: The same luck for all.
+            prompts: To write on, better none that were measured on. None: those of ``env``.
+        """
+        return validate(self, self.learner, env, texts, seed, prompts)
 
     @property
     def _progress(self) -> float:
@@ -414,8 +431,13 @@ class TextDQN(DQN):
         return kwargs
 
     def _learns_scores(self) -> bool:
-        has_scores = "score" in check_observation_space(self.observation_space).spaces
-        return self.settings["score"] in ("learned", "judge") or (self.settings["score"] == "auto" and not has_scores)
+        score, space = self.settings["score"], check_observation_space(self.observation_space)
+        given = "score" in space.spaces and (self.task is None or self.task.get("scores", True))
+        if score in ("learned", "judge") and self.gamma != 1.0:
+            raise ConfigError(
+                f"score={score!r} needs gamma=1, got {self.gamma}: potentials keep the optimum undiscounted"
+            )
+        return score in ("learned", "judge") or (score == "auto" and not given and self.gamma == 1.0)
 
     def _share_of_language_model(self) -> float:
         share = self.settings["lm_share"]

@@ -6,13 +6,14 @@ agent, environment with validation prompts  ->  texts at each temperature, on th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from agents.text_dqn.learner import Learner
 from textgen_env.errors import ConfigError
 from textgen_env.evaluation import evaluate
 from textgen_env.policies import Agent, Floats
+from textgen_env.prompts import Prompt, PromptSource
 from textgen_env.vector_env import TextGenVectorEnv
 
 MULTIPLES = (0.7, 1.0, 1.4, 2.0)
@@ -45,7 +46,14 @@ def _named(beta: float) -> str:
     return "the language model" if beta == LANGUAGE_MODEL else f"{beta:g}"
 
 
-def validate(agent: Agent, learner: Learner, env: TextGenVectorEnv, texts: int, seed: int) -> Validated:
+def validate(
+    agent: Agent,
+    learner: Learner,
+    env: TextGenVectorEnv,
+    texts: int,
+    seed: int,
+    prompts: PromptSource | Sequence[Prompt] | None = None,
+) -> Validated:
     """Try temperatures, and leave the agent at the best one.
 
     Args:
@@ -53,6 +61,7 @@ def validate(agent: Agent, learner: Learner, env: TextGenVectorEnv, texts: int, 
         env: With prompts that were not learned from.
         texts: To be written at each temperature, at least 1.
         seed: The same luck for all.
+        prompts: Instead of the environment's own.
 
     Raises:
         ConfigError: see ``evaluate``.
@@ -61,7 +70,7 @@ def validate(agent: Agent, learner: Learner, env: TextGenVectorEnv, texts: int, 
     values: dict[float, float] = {}
     for beta in (LANGUAGE_MODEL, *(multiple * price for multiple in MULTIPLES)):
         learner.beta = beta
-        found: Floats | None = evaluate(agent, env, texts, seed).values(price)
+        found: Floats | None = evaluate(agent, env, texts, seed, prompts).values(price)
         if found is None:
             raise ConfigError("temperatures are compared by KL, and this agent has no probabilities")
         values[beta] = float(found.mean())

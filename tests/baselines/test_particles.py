@@ -188,6 +188,7 @@ def test_one_row_is_the_agent_itself(scores):
     agent = trained_agent(env)
     particles = ParticlesAgent(env, seed=4, n=1, values=agent)
     assert particles.beta == 0.3
+    agent.beta = 0.2  # it acts at another temperature than it was trained for
     for found, stream in zip(particles.write(toys.PROMPTS), np.random.default_rng(4).spawn(4), strict=True):
         agent.learner.rng = stream
         observation, _ = env.reset(options={"prompt": found.prompt})
@@ -230,6 +231,18 @@ def settings_like(env):
     names = ("top_k", "max_new_tokens", "max_prompt_tokens", "observation", "stop")
     parts = {"model": env.language_model, "prompts": toys.PROMPTS, "reward": env.episodes.reward}
     return parts | {name: getattr(config, name) for name in names}
+
+
+def test_an_agent_that_acts_as_the_language_model_leaves_weighted_best_of_n():
+    """Its temperature says how far it is trusted; what is aimed at stays the trade that it was trained for."""
+    env = open_env(observation=NEEDED_KEYS)
+    agent = trained_agent(env)
+    agent.beta = 1e6
+    found = ParticlesAgent(env, seed=0, n=4, values=agent).write(["a"] * 5)
+    expected = ParticlesAgent(env, seed=0, n=4, values="zero", beta=0.3).write(["a"] * 5)
+    for text, other in zip(found, expected, strict=True):
+        assert text.ids == other.ids
+        np.testing.assert_allclose(text.weights, other.weights, atol=1e-4)
 
 
 def test_values_of_an_agent_count_its_learned_scores_in():
