@@ -34,7 +34,7 @@ from agents.runs.checkpoint import load_checkpoint, newest_checkpoint
 from agents.runs.config import RunConfig
 from agents.runs.log import CHECKPOINTS, EVENTS, RunLog
 from agents.runs.opening import AGENT_FILE, PORTABLE_AGENTS, Run, load_run, load_writer, open_run
-from agents.runs.parts import open_env
+from agents.runs.parts import open_env, validation_prompts
 from agents.runs.pictures import draw_learning, draw_plane
 from agents.runs.progress import JobProgress
 from agents.runs.report import (
@@ -94,6 +94,9 @@ SAMPLES_FILE = "samples.md"
 PLANE_FILE = "plane.png"
 TOKENS_FILE = "tokens.png"
 LEARNING_FILE = "learning.png"
+
+VALIDATED = 32
+"""Texts at each temperature that an agent may choose to act at."""
 
 
 # --- a run from start to end
@@ -297,7 +300,7 @@ def _say_how_to_go_on(folder: Path, console: Console) -> None:
 def _measure_and_learn(run: Run, log: RunLog, folder: Path, console: Console) -> Report:
     with JobProgress(console, "texts") as progress:
         yardstick = run.yardstick(progress.measuring)
-    _learn(run, log, folder)
+    run = _learned(run, log, folder)
     draw_learning(log.rows, yardstick.samples.reward, folder / LEARNING_FILE)
     with JobProgress(console, "texts") as progress:
         evaluations = run.evaluate(progress.measuring)
@@ -307,12 +310,17 @@ def _measure_and_learn(run: Run, log: RunLog, folder: Path, console: Console) ->
     return report
 
 
-def _learn(run: Run, log: RunLog, folder: Path) -> None:
-    """Train the agent. It is saved even if the training is stopped or fails."""
-    agent, done = run.agent, run.agent.num_timesteps
+def _learned(run: Run, log: RunLog, folder: Path) -> Run:
+    """Train the agent, and let it choose its temperature. It is saved even if the training is stopped or fails."""
+    agent, config, done = run.agent, run.config, run.agent.num_timesteps
     try:
         with log:
-            agent.learn(run.config.steps - done, log, log_interval=sys.maxsize, reset_num_timesteps=not done)
+            agent.learn(config.steps - done, log, log_interval=sys.maxsize, reset_num_timesteps=not done)
+        if isinstance(agent, TextDQN):
+            some = validation_prompts(run.env.episodes.prompts, config.seed)
+            chosen = agent.choose_beta(run.env, min(VALIDATED, config.eval_texts), config.seed, some)
+            run = replace(run, notes=(*run.notes, f"Acts as {chosen}; J = E[R] - {agent.target_beta:g} KL decided."))
+        return run
     finally:
         with whole_file(folder / AGENT_FILE, (RuntimeError,)) as half_made, half_made.open("wb") as file:
             agent.save(file)
