@@ -104,6 +104,11 @@ class Steering(LogitsProcessor):
             "disable_compile": True,  # hooks are not compiled
         }
 
+    @property
+    def _hidden(self) -> torch.Tensor | None:
+        """Hidden states of the last tokens of this thread's last forward, (B, d), until a step has used them."""
+        return self._texts.hidden
+
     # --- the hooks
 
     def __enter__(self) -> Steering:
@@ -151,12 +156,12 @@ class Steering(LogitsProcessor):
                 than ``max_new_tokens`` steps, no cache, or a forward of another model.
         """
         texts, ids = self._texts, input_ids.cpu().numpy()
-        if texts.hidden is None or len(texts.hidden) != len(input_ids):
+        if self._hidden is None or len(self._hidden) != len(input_ids):
             raise ConfigError(
                 "the model that generates is not the one given to logits_processor, or outside its with, or it judges "
                 "several tokens a forward, as in assisted generation"
             )
-        hidden, texts.hidden = texts.hidden, None
+        hidden, texts.hidden = self._hidden, None
         pad = self._follow(ids)
         steps = ids.shape[1] - texts.width
         if steps < 0:
