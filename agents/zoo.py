@@ -3,13 +3,12 @@
     make_agent("text_dqn", env, seed=0, budget=Budget(steps=20_000))  ->  an agent: predict, maybe learn
 
 Three kinds: agents that learn (Stable-Baselines3's and this project's), agents that read the
-observation alone, agents that plan in the environment. A user's own is named ``module:attribute``
+observation alone, agents that plan in the environment. A user's own is named ``FILE.py:NAME`` or ``module:NAME``
 and called with ``(env, seed)``.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +27,7 @@ from agents.baselines.particles import ParticlesAgent
 from agents.baselines.planning import PLANNING_AGENTS, BestOfNAgent
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
+from agents.user_code import is_reference, load_code
 from textgen_env.errors import ConfigError
 from textgen_env.extras import require
 from textgen_env.models.table import TableModel
@@ -209,18 +209,14 @@ def find_agent(name: str) -> Any:
 
     Raises:
         UnknownName: no agent is called so (with a suggestion).
-        ConfigError: ``module:attribute`` that cannot be imported, or is not callable.
+        ConfigError: ``FILE.py:NAME`` or ``module:NAME`` that cannot be imported, or is not callable.
     """
     for registry in (AGENTS, SEARCH_AGENTS, PLANNING_AGENTS):
         if name in registry:
             return registry[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise unknown_name("agent", name, [*agent_names(), "module:attribute"])
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"agent {name!r} cannot be imported: {error}; name it as module:attribute") from error
+    if not is_reference(name):
+        raise unknown_name("agent", name, [*agent_names(), "FILE.py:NAME", "module:NAME"])
+    found = load_code(name)
     if not callable(found):
         raise ConfigError(f"agent {name!r} must be callable with (env, seed), got {type(found).__name__}")
     return found

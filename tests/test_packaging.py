@@ -163,6 +163,12 @@ def connect(folder):
     import_ray()
 
 
+def open_the_playground(folder):
+    from agents.playground.page import load_gradio
+
+    load_gradio()
+
+
 WITHOUT = [
     ("classifier", "sklearn", train_a_classifier),
     ("contrib", "sb3_contrib", make_an_agent),
@@ -172,6 +178,7 @@ WITHOUT = [
     ("lora", "peft", train_with_adapters),
     ("minari", "minari", open_a_dataset),
     ("minari", "h5py", open_a_dataset),
+    ("play", "gradio", open_the_playground),
     ("references", "sacrebleu", make_reward("bleu")),
     ("references", "sacrebleu", make_reward("chrf")),
     ("references", "rouge_score", make_reward("rouge")),

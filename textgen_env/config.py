@@ -195,7 +195,8 @@ def check_at_least(name: str, value: object, least: int) -> None:
 
 def check_in_range(name: str, value: object, least: int, most: int) -> None:
     """Raise ``ConfigError`` unless ``value`` is an integer (no bool) in ``least..most``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+    check_at_least(name, value, least)
+    if isinstance(value, Integral) and int(value) > most:
         raise ConfigError(f"{name} must be a whole number in {least}..{most}, got {value!r}")
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -234,6 +235,16 @@ CONSTANTS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """One object each, so that what was read twice compares as equal."""
 
 
+YAML_TAG = "tag:yaml.org,2002:"
+YAML_SCALARS = (
+    ("null", r"^(?:null|~|)$", ["n", "~", ""]),
+    ("bool", r"^(?:true|false)$", ["t", "f"]),
+    ("int", r"^-?(?:0|[1-9][0-9_]*)$", list("-0123456789")),
+    ("float", r"^-?[0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?$", list("-0123456789")),
+)
+"""What a plain word of YAML is, with its first characters; anything else is a string."""
+
+
 def read_json(
     path: str | os.PathLike[str],
     keys: Sequence[str] | None = None,
@@ -280,6 +291,42 @@ def parse_json(
         deep = True
     if deep:
         raise error(f"{source} must be JSON of at most {DEEPEST} levels: it is nested too deep")
+    return found
+
+
+def parse_yaml(text: str, source: str, error: type[TextGenError] = ConfigError) -> Any:
+    """Return what a YAML text means, in the data types of JSON: no aliases, dates or tags.
+
+    Args:
+        source, error: As of ``parse_json``.
+
+    Raises:
+        TextGenError: of the class ``error``: no such YAML, or more than ``DEEPEST`` levels.
+    """
+    import yaml
+
+    class JsonLoader(yaml.SafeLoader):
+        """YAML with numbers such as 1e-3, and without words such as "no" as booleans."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.events.AliasEvent):
+                raise yaml.YAMLError("aliases (*name) are not taken")
+            return super().compose_node(parent, index)
+
+    JsonLoader.yaml_implicit_resolvers = {}
+    for tag, pattern, first in YAML_SCALARS:
+        JsonLoader.add_implicit_resolver(YAML_TAG + tag, re.compile(pattern), first)
+    tags = [YAML_TAG + tag for tag in ("null", "bool", "int", "float", "str", "seq", "map")]
+    JsonLoader.yaml_constructors = {tag: JsonLoader.yaml_constructors[tag] for tag in (*tags, None)}
+    try:
+        found = JsonLoader(text).get_single_data()
+        deep = _is_deeper(found, DEEPEST)
+    except (yaml.YAMLError, ValueError) as cause:
+        raise error(f"{source} must be YAML: {' '.join(str(cause).split())}") from cause
+    except RecursionError:
+        deep = True
+    if deep:
+        raise error(f"{source} must be YAML of at most {DEEPEST} levels: it is nested too deep")
     return found
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.benchmark.config import BenchmarkConfig, Cell, known_bounds, open_task
+from agents.user_code import is_reference
 from agents.zoo import Budget, acts_greedily, draws_anew, env_settings, make_agent, tuned_settings
-from textgen_env.errors import ConfigError
+from textgen_env.errors import ConfigError, ContractError
 from textgen_env.evaluation import Evaluation, evaluate
 from textgen_env.tasks import Bounds, Task
 from textgen_env.vector_env import TextGenVectorEnv
@@ -26,6 +28,9 @@ TRANSCRIPTS = 4
 
 EVALUATION_SEED = 10_000
 """Added to a run's seed, so that texts are measured with other random numbers than it learned with."""
+
+
+CONTRACT = "'An agent of your own' in docs/benchmark.md says what is expected."
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,48 @@ def run_cell(config: BenchmarkConfig, cell: Cell) -> CellResult:
         status = "inapplicable" if isinstance(error, ConfigError) and not opened else "failed"
         return CellResult(cell, status, f"{type(error).__name__}: {error}", rows, texts, traceback.format_exc())
     return CellResult(cell, "ok", "", rows, texts)
+
+
+def check_agents(config: BenchmarkConfig) -> None:
+    """Let each agent of the user's own act once, on the first task that it can do.
+
+    Raises:
+        ContractError: it can be made for no task, lacks ``predict``, or answers something else than one action a row.
+    """
+    for name in filter(is_reference, config.agents):
+        reason = ""
+        for task in config.tasks:
+            try:
+                agent, env, _ = _open(replace(config, envs=2), Cell(task, name, config.seeds[0]))
+            except Exception as error:  # of the user's code, or because it cannot do this task
+                reason = reason or f"{type(error).__name__}: {error}"
+                continue
+            _check_agent(name, agent, env)
+            break
+        else:
+            raise ContractError(f"agent {name!r} can be made for none of the tasks: {reason}. {CONTRACT}")
+
+
+def _check_agent(name: str, agent: Any, env: TextGenVectorEnv) -> None:
+    wanted = f"{CONTRACT} Agent {name!r}"
+    if not callable(getattr(agent, "predict", None)):
+        raise ContractError(f"{wanted} must have predict(observation, deterministic=False), got {type(agent).__name__}")
+    if hasattr(agent, "learn") and not callable(agent.learn):
+        raise ContractError(f"{wanted} has a learn that cannot be called: it must be learn(steps)")
+    observation, _ = env.reset(seed=0)
+    try:
+        answer = agent.predict(observation, deterministic=True)
+    except Exception as error:
+        raise ContractError(f"{wanted} raised {type(error).__name__} in predict: {error}") from error
+    actions = np.asarray(answer[0] if isinstance(answer, tuple) and len(answer) == 2 else None)
+    if actions.shape != (2,) or actions.dtype.kind not in "iu":
+        raise ContractError(
+            f"{wanted} must answer (actions, state) with one whole number a row, (2,) here, got {answer!r}"
+        )
+    if callable(getattr(agent, "probabilities", None)):
+        policy = np.asarray(agent.probabilities(observation), np.float64)
+        if policy.shape != (2, env.episodes.k) or not np.allclose(policy.sum(-1), 1, atol=1e-4):
+            raise ContractError(f"{wanted} must have probabilities of shape (2, {env.episodes.k}) that sum to 1")
 
 
 def _open(config: BenchmarkConfig, cell: Cell) -> tuple[Any, TextGenVectorEnv, Task]:

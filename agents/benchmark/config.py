@@ -14,6 +14,7 @@ from functools import lru_cache
 from importlib import metadata
 from typing import Any, NamedTuple
 
+from agents.user_code import identify, is_reference
 from agents.zoo import find_agent
 from textgen_env import DIAGNOSTIC_TASKS
 from textgen_env.config import check_at_least, check_seed
@@ -60,6 +61,7 @@ class BenchmarkConfig:
     envs: int = 32  # texts written at a time
     evaluations: int = 9  # of an agent that learns, evenly spread, the first before it has learned
     texts: int = 64  # of each evaluation, at least; every test prompt gets the same number
+    code: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the files of the user's own agents
     version: str = field(default_factory=lambda: metadata.version("textgen-env"))
 
     def __post_init__(self) -> None:
@@ -78,6 +80,8 @@ class BenchmarkConfig:
             open_task(task)
         for agent in self.agents:
             find_agent(agent)
+        own = {agent: identify(agent).sha256 for agent in self.agents if is_reference(agent)}
+        object.__setattr__(self, "code", own)
 
     @property
     def cells(self) -> list[Cell]:

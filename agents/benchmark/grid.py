@@ -26,11 +26,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from agents.benchmark.cells import CellResult, run_cell
+from agents.benchmark.cells import CellResult, check_agents, run_cell
 from agents.benchmark.config import BenchmarkConfig, Cell, known_bounds
 from agents.benchmark.results import RESULTS_FILE, write_results
+from agents.tables import SteadyProgress
 from agents.terminal import say, status_text
 from textgen_env.errors import RunFolderError
 from textgen_env.files import is_free, locked, read_json, refuse_links, write_file
@@ -145,6 +146,7 @@ def run_benchmark(
         console: Shows progress. None: silence.
 
     Raises:
+        ContractError: an agent of the user's own that is none.
         ConfigError: a task whose bounds nobody has searched, so that scores could not be normalised; says how to.
         RunFolderError: the folder belongs to another configuration or to another process, has links in
             it, or cannot be written to.
@@ -153,7 +155,7 @@ def run_benchmark(
     for task in config.tasks:
         known_bounds(task)
     with locked(folder):
-        open_folder(folder, config)
+        open_folder(folder, config, check=lambda: check_agents(config))
         return _run_missing(config, folder, workers, retry_failed, cell_runner, console)
 
 
@@ -180,8 +182,11 @@ def _run_missing(
     return results
 
 
-def open_folder(folder: Path, config: BenchmarkConfig) -> None:
+def open_folder(folder: Path, config: BenchmarkConfig, check: Callable[[], None] = lambda: None) -> None:
     """Make the folder, or check that it is the configuration's own.
+
+    Args:
+        check: Called before anything is written.
 
     Raises:
         RunFolderError: it holds something else; says what differs.
@@ -199,6 +204,7 @@ def open_folder(folder: Path, config: BenchmarkConfig) -> None:
         return
     if not is_free(folder):
         raise RunFolderError(f"{str(folder)!r} exists and holds no benchmark; choose another folder")
+    check()
     write_file(path, config.to_json())
 
 
@@ -231,16 +237,18 @@ class CellProgress:
     """A bar that shows how many runs are done, and names those that are going on."""
 
     def __init__(self, console: Console, total: int, done: int) -> None:
-        self._bar = Progress(
+        self._bar = SteadyProgress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
+            words="{done} runs",
         )
         self._task = self._bar.add_task("runs", total=total, completed=done)
         self._running: list[Cell] = []
+        self._done = done
 
     def __enter__(self) -> CellProgress:
         self._bar.start()
@@ -262,7 +270,8 @@ class CellProgress:
         if result.status == "failed":
             line = f"failed: {cell.agent} on {cell.task}, seed {cell.seed}: {result.error}"
             say(self._bar.console, line)
-        self._bar.advance(self._task)
+        self._done += 1
+        self._bar.update(self._task, completed=self._done)
         self._show()
 
     def _show(self) -> None:

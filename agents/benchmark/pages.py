@@ -8,8 +8,13 @@ scripts at all.
 
 from __future__ import annotations
 
+import platform
+import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,7 @@ from jinja2 import Environment, PackageLoader
 from agents.benchmark.cells import CellResult
 from agents.benchmark.config import BenchmarkConfig, known_bounds, open_task, short_name
 from agents.benchmark.plots import Picture, draw_curves, draw_means, draw_profiles, draw_task_curves
-from agents.benchmark.results import ResultRow, final_rows, read_results, scores_by_agent
+from agents.benchmark.results import ResultRow, by_score, final_rows, read_results, scores_by_agent
 from agents.benchmark.statistics import (
     CONFIDENCE,
     Comparison,
@@ -27,11 +32,13 @@ from agents.benchmark.statistics import (
     Scores,
     interquartile_mean,
     probability_of_improvement,
+    seeds_needed,
     stratified_interval,
 )
 from agents.runs.report import markdown_cell
 from textgen_env.errors import TextGenError
 from textgen_env.files import write_file
+from textgen_env.models.device import own_cores
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,25 @@ def comparison_table(name: str, found: Comparison) -> PageTable:
 
     def row(d: Difference) -> list[str]:
         p = f"{d.p:.4f}" if d.p >= 1e-4 else f"{d.p:.0e}"
-        verdict = (
-            "no" if not d.significant else "yes, first is better" if d.first > d.second else "yes, second is better"
-        )
+        better = "first" if d.first > d.second else "second"
+        verdict = f"yes, {better} is better" if d.significant else "too few runs" if d.has_too_few_runs else "no"
         return [d.task, f"{d.first:.2f}", f"{d.second:.2f}", _interval(d.low, d.high, "+.2f"), p, verdict]
 
     headings = ["task", "first", "second", f"difference ({CONFIDENCE:.0%})", "p", "significant"]
     return PageTable(headings, [row(d) for d in (*found.by_task, found.overall)], name)
+
+
+def comparison_note(found: Comparison) -> str:
+    """Return what readers of a comparison should know, first of all whether it had enough runs to find anything."""
+    needed = seeds_needed(len(found.by_task))
+    few = [d for d in (*found.by_task, found.overall) if d.has_too_few_runs]
+    warning = (
+        f"Too few runs: between so few, p cannot be below {few[0].least_p:.2f}, however large the difference. Give "
+        f"each agent at least {needed} seeds (--seeds {needed}). "
+        if few
+        else ""
+    )
+    return warning + COMPARISON_NOTE
 
 
 COMPARISON_NOTE = (
@@ -88,26 +107,57 @@ def write_report(folder: Path, config: BenchmarkConfig, results: Sequence[CellRe
     title = "Benchmark of agents that write"
     sections = sections_of(config, read_results(folder), results)
     learners = f"{config.steps:,} environment steps where they learn, {config.envs} texts at a time"
+    missing = len(config.cells) - len(results)
+    stopped = f"Stopped: {len(results)} of {len(config.cells)} runs are done; the same command goes on with the rest."
     about = [
+        *([stopped] if missing else []),
         f"{len(config.tasks)} tasks, {len(config.agents)} agents, {len(config.seeds)} seeds; {learners}. "
         f"textgen-env {config.version}.",
         "Scores are normalised: 0 is the language model, 1 the best known within its candidates. Intervals are 95%, "
         "stratified bootstrap over runs.",
+        f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, on {machine()}.",
     ]
+    command = command_of(config, folder)
     loader = PackageLoader("agents.benchmark", ".")
     jinja = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    html = jinja.get_template("benchmark.html").render(title=title, about=about, sections=sections)
+    html = jinja.get_template("benchmark.html").render(title=title, about=about, command=command, sections=sections)
     for section in sections:
         for picture in section.figures:
             write_file(folder / "figures" / f"{picture.id}.svg", picture.svg)
     write_file(folder / "report.html", html)
-    write_file(folder / "report.md", _markdown(title, about, sections))
+    write_file(folder / "report.md", _markdown(title, [*about, f"    {command}"], sections))
+
+
+def machine() -> str:
+    """Return this machine and its software, in words."""
+    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "stable-baselines3", "numpy"))
+    system = f"{platform.system()} {platform.machine()}"
+    return f"{own_cores()} cores of {processor()}, {system}; Python {platform.python_version()}, {packages}"
+
+
+def processor() -> str:
+    """Return the processor's name, or its architecture where the system does not tell."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def command_of(config: BenchmarkConfig, folder: Path) -> str:
+    """Return the command line that runs this benchmark."""
+    seeds = ",".join(map(str, config.seeds))
+    if config.seeds == tuple(range(len(config.seeds))):
+        seeds = str(len(config.seeds))
+    words = ["textgen", "benchmark", "--tasks", ",".join(map(short_name, config.tasks))]
+    words += ["--agents", ",".join(config.agents), "--seeds", seeds, "--steps", str(config.steps)]
+    words += ["--envs", str(config.envs), "--texts", str(config.texts), "--out", str(folder)]
+    return shlex.join(words)
 
 
 def sections_of(config: BenchmarkConfig, rows: Sequence[ResultRow], results: Sequence[CellResult]) -> list[Section]:
     """Return the sections of the page; those without data are left out."""
     scores = scores_by_agent(rows)
-    agents = [agent for agent in config.agents if agent in scores]
+    agents = by_score(scores)
     sections = [*score_sections(config, rows, scores, agents), *curve_sections(config, rows, scores, agents)]
     problems = problems_table(results)
     if problems.rows:
@@ -163,8 +213,8 @@ def curve_sections(
         return []
     everywhere = _on_all_tasks(scores, agents)
     curves = [
-        draw_curves(rows, everywhere, "step", "environment steps"),
-        draw_curves(rows, everywhere, "seconds", "seconds of learning"),
+        draw_curves(rows, everywhere, "step", "environment steps", agents),
+        draw_curves(rows, everywhere, "seconds", "seconds of learning", agents),
         draw_task_curves(rows, agents, config.tasks),
     ]
     note = "Sample efficiency and wall-clock time, learning only; agents without learning are dashed lines."
@@ -182,28 +232,25 @@ def problems_table(results: Sequence[CellResult]) -> PageTable:
 def overall_table(rows: Sequence[ResultRow], scores: Mapping[str, Scores], agents: Sequence[str]) -> PageTable:
     """Return a line an agent, the best first; those without a run on some task come last."""
     lines = []
-    for agent in agents:
+    for agent in by_score({agent: scores[agent] for agent in agents}):
         runs = np.concatenate(list(scores[agent].values()))
         mine = [row for row in final_rows(rows) if row["agent"] == agent]
         low, high = stratified_interval(scores[agent])
         best, worst = max(scores[agent].items(), key=_mean), min(scores[agent].items(), key=_mean)
         lines.append(
-            (
-                (len(scores[agent]), interquartile_mean(runs)),
-                [
-                    agent,
-                    f"{interquartile_mean(runs):.2f} {_interval(low, high)}",
-                    f"{runs.mean():.2f}",
-                    f"{_mean(worst):.2f} ({short_name(worst[0])})",
-                    f"{_mean(best):.2f} ({short_name(best[0])})",
-                    f"{np.mean([row['tokens'] for row in mine]):.0f}",
-                    f"{np.mean([row['seconds'] for row in mine]):.1f}",
-                    f"{len(runs)} on {len(scores[agent])} tasks",
-                ],
-            )
+            [
+                agent,
+                f"{interquartile_mean(runs):.2f} {_interval(low, high)}",
+                f"{runs.mean():.2f}",
+                f"{_mean(worst):.2f} ({short_name(worst[0])})",
+                f"{_mean(best):.2f} ({short_name(best[0])})",
+                f"{np.mean([row['tokens'] for row in mine]):.0f}",
+                f"{np.mean([row['seconds'] for row in mine]):.1f}",
+                f"{len(runs)} on {len(scores[agent])} tasks",
+            ]
         )
     headings = ["agent", "interquartile mean", "mean", "worst task", "best task", "tokens a text", "seconds", "runs"]
-    return PageTable(headings, [line for _, line in sorted(lines, key=lambda line: line[0], reverse=True)])
+    return PageTable(headings, lines)
 
 
 def task_table(task: str, rows: Sequence[ResultRow], agents: Sequence[str]) -> PageTable:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from agents.benchmark.cells import CellResult
-from agents.benchmark.statistics import Comparison, Scores, compare
+from agents.benchmark.statistics import Comparison, Scores, compare, interquartile_mean
 from textgen_env.errors import ConfigError, RunFolderError
 from textgen_env.files import write_file
 
@@ -92,6 +92,15 @@ def scores_by_agent(rows: Iterable[ResultRow]) -> dict[str, Scores]:
     for row in final_rows(rows):
         found[row["agent"]][row["task"]].append(row["normalised"])
     return {agent: {task: np.array(runs) for task, runs in tasks.items()} for agent, tasks in found.items()}
+
+
+def by_score(scores: Mapping[str, Scores]) -> list[str]:
+    """Return the agents, the best first; those without a run on some task come last. Tables and figures keep to it."""
+
+    def rank(agent: str) -> tuple[int, float]:
+        return len(scores[agent]), float(interquartile_mean(np.concatenate(list(scores[agent].values()))))
+
+    return sorted(scores, key=rank, reverse=True)
 
 
 def compare_results(first: str, second: str, folder: Path | None) -> list[tuple[str, Comparison]]:

@@ -12,6 +12,8 @@ probability of improvement); Mann and Whitney 1947; Holm 1979.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,10 +125,16 @@ class Difference:
     low: float  # 95% bootstrap interval of the difference
     high: float
     p: float  # two-sided; over tasks, corrected by Holm
+    least_p: float  # of any difference between so few runs
 
     @property
     def significant(self) -> bool:
         return self.p < 1 - CONFIDENCE
+
+    @property
+    def has_too_few_runs(self) -> bool:
+        """True if no difference at all between so few runs could be significant."""
+        return self.least_p >= 1 - CONFIDENCE
 
 
 @dataclass(frozen=True)
@@ -155,13 +163,28 @@ def compare(first: Scores, second: Scores, seed: int = 0) -> Comparison:
     tasks = common_tasks(first, second)
     a, b = ({task: runs[task] for task in tasks} for runs in (first, second))
     p_values = [float(mannwhitneyu(a[t], b[t], alternative="two-sided").pvalue) for t in tasks]
-    by_task = [_difference(t, {t: a[t]}, {t: b[t]}, p, seed) for t, p in zip(tasks, holm(p_values), strict=True)]
+    least = min(1.0, len(tasks) * min(least_p(len(a[t]), len(b[t])) for t in tasks))  # Holm's first step
+    corrected = zip(tasks, holm(p_values), strict=True)
+    by_task = [
+        _difference(t, {t: a[t]}, {t: b[t]}, p, max(least, least_p(len(a[t]), len(b[t]))), seed) for t, p in corrected
+    ]
+    least_overall = math.prod(least_p(len(a[t]), len(b[t])) / 2 for t in tasks) * 2
     return Comparison(
-        _difference("all tasks", a, b, permutation_p(a, b, seed=seed), seed),
+        _difference("all tasks", a, b, permutation_p(a, b, seed=seed), min(1.0, least_overall), seed),
         by_task,
         probability_of_improvement(a, b),
         *improvement_interval(a, b, seed=seed),
     )
+
+
+def least_p(first: int, second: int) -> float:
+    """Return the smallest two-sided p-value of a rank or permutation test of so many runs against so many others."""
+    return min(1.0, 2 / math.comb(first + second, first))
+
+
+def seeds_needed(tasks: int) -> int:
+    """Return the runs of each of two agents with which a difference on one of so many tasks can be significant."""
+    return next(runs for runs in itertools.count(2) if tasks * least_p(runs, runs) < 1 - CONFIDENCE)
 
 
 def permutation_p(first: Scores, second: Scores, permutations: int = 4_000, seed: int = 0) -> float:
@@ -178,7 +201,7 @@ def permutation_p(first: Scores, second: Scores, permutations: int = 4_000, seed
     return float((1 + as_far.sum()) / (1 + permutations))  # the observed arrangement is one of them
 
 
-def _difference(task: str, first: Scores, second: Scores, p: float, seed: int) -> Difference:
+def _difference(task: str, first: Scores, second: Scores, p: float, least: float, seed: int) -> Difference:
     def mean(resampled: Floats) -> Floats:
         return np.asarray(interquartile_mean(resampled))
 
@@ -190,7 +213,7 @@ def _difference(task: str, first: Scores, second: Scores, p: float, seed: int) -
             for i, (t, runs) in enumerate(scores.items())
         ]
         drawn.append(np.mean(rows, axis=0))
-    return Difference(task, float(means[0]), float(means[1]), *interval(drawn[0] - drawn[1]), p)
+    return Difference(task, float(means[0]), float(means[1]), *interval(drawn[0] - drawn[1]), p, least)
 
 
 def _beats(first: Floats, second: Floats) -> Any:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from agents.cli.options import Address, Engine, given, uses_ray
+from agents.cli.options import Address, AsJson, Engine, given, uses_ray
+from agents.tables import show_table
 from agents.terminal import open_console, say, table_of
 from textgen_env.errors import ConfigError
 
@@ -29,7 +32,9 @@ Tasks = Annotated[
 ]
 AgentNames = Annotated[
     str | None,
-    typer.Option(help="Comma-separated. See 'textgen list agents'; your own: module:attribute.", show_default="all"),
+    typer.Option(
+        help="Comma-separated. See 'textgen list agents'; yours: FILE.py:NAME or module:NAME.", show_default="all"
+    ),
 ]
 Seeds = Annotated[str | None, typer.Option(help="How many, from 0 on; or a comma-separated list.", show_default="5")]
 CellSteps = Annotated[
@@ -67,40 +72,43 @@ def benchmark_command(
     engine: Engine = "local",
     address: Address = None,
     compare: Compared = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run agents on tasks with several seeds, and report what is known of each.
 
     A folder belongs to one configuration. The same command goes on where it stopped: by Ctrl-C, a kill or a full disk.
     """
-    console = open_console()
+    console = open_console(stderr=as_json)
     if compare is not None:
-        _compare(compare, out, console)
+        _compare(compare, out, console, as_json)
         return
     changes: dict[str, Any] = given({"seeds": _parse_seeds(seeds), "steps": steps, "envs": envs, "texts": texts})
     if agents:
         changes["agents"] = tuple(agents.split(","))
     config = _settings(tasks, changes, quick)
     folder = out or Path("runs/benchmark")
-    _run(config, folder, _cell_runner(engine, address, workers), workers, retry_failed, console)
+    _run(config, folder, _cell_runner(engine, address, workers), workers, retry_failed, console, as_json)
 
 
-def _compare(results: tuple[str, str], folder: Path | None, console: Console) -> None:
-    from agents.benchmark.pages import COMPARISON_NOTE, comparison_table
+def _compare(results: tuple[str, str], folder: Path | None, console: Console, as_json: bool) -> None:
+    from agents.benchmark.pages import comparison_note, comparison_table
     from agents.benchmark.results import compare_results
 
-    for name, found in compare_results(*results, folder):
+    compared = compare_results(*results, folder)
+    if as_json:
+        typer.echo(json.dumps({name: asdict(found) for name, found in compared}))
+        return
+    for name, found in compared:
         chance = f"[{found.improvement_low:.2f}, {found.improvement_high:.2f}]"
-        console.print(_grid(comparison_table(name, found)))
+        show_table(console, _grid(comparison_table(name, found)))
         say(console, f"Probability that the first is better: {found.improvement:.2f} {chance}\n")
-    say(console, COMPARISON_NOTE)
+        say(console, comparison_note(found))
 
 
 def _settings(tasks: str, changes: dict[str, Any], quick: bool) -> BenchmarkConfig:
     from agents.benchmark.config import QUICK, BenchmarkConfig, task_ids
     from agents.zoo import agent_names
 
-    if any(":" in agent for agent in changes.get("agents", ())):
-        sys.path.insert(0, str(Path.cwd()))  # for module:attribute; processes inherit it
     settings: dict[str, Any] = {"agents": agent_names(), **(QUICK if quick else {}), **changes}
     return BenchmarkConfig(tasks=task_ids(tasks), **settings)
 
@@ -122,6 +130,7 @@ def _run(
     workers: int | None,
     retry_failed: bool,
     console: Console,
+    as_json: bool,
 ) -> None:
     """Run the cells that are missing, write the report, and print its main table."""
     from agents.benchmark.grid import run_benchmark
@@ -133,20 +142,45 @@ def _run(
         with stop_signals(lambda signum: False):
             results = run_benchmark(config, folder, **settings, cell_runner=cell_runner, console=console)
     except Stopped as stop:
+        _report_what_is_done(config, folder)
         say(console, f"stopped by {stop.name}: what is done is in {folder}/; the same command goes on")
         raise typer.Exit(128 + stop.signum) from stop
     write_report(folder, config, results)
-    _show(config, folder, results, console)
+    _show(config, folder, results, console, as_json)
 
 
-def _show(config: BenchmarkConfig, folder: Path, results: list[CellResult], console: Console) -> None:
+def _report_what_is_done(config: BenchmarkConfig, folder: Path) -> None:
+    """Write the rows and the report of a benchmark that was stopped, if any of its runs is done."""
+    from agents.benchmark.grid import read_cells
+    from agents.benchmark.pages import write_report
+    from agents.benchmark.results import RESULTS_FILE, write_results
+
+    done = {result.cell: result for result in read_cells(folder)}
+    results = [done[cell] for cell in config.cells if cell in done]
+    if results:
+        write_results(folder / RESULTS_FILE, results)
+        write_report(folder, config, results)
+
+
+def scores_as_lists(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Return the normalised scores of the runs by agent and task, as plain data."""
+    return {agent: {task: runs.tolist() for task, runs in tasks.items()} for agent, tasks in scores.items()}
+
+
+def _show(config: BenchmarkConfig, folder: Path, results: list[CellResult], console: Console, as_json: bool) -> None:
     from agents.benchmark.pages import overall_table
     from agents.benchmark.results import read_results, scores_by_agent
 
     rows = read_results(folder)
     scores = scores_by_agent(rows)
-    console.print(_grid(overall_table(rows, scores, [agent for agent in config.agents if agent in scores])))
+    overall = overall_table(rows, scores, [agent for agent in config.agents if agent in scores])
     failed = sum(result.status == "failed" for result in results)
+    if as_json:
+        lines = [dict(zip(overall.headings, row, strict=True)) for row in overall.rows]
+        runs = {"runs": len(results), "failed": failed, "scores": scores_as_lists(scores)}
+        typer.echo(json.dumps({"folder": str(folder), **runs, "overall": lines}))
+        return
+    show_table(console, _grid(overall))
     unable = sorted({result.cell.agent for result in results if result.status == "inapplicable"})
     if unable:
         say(console, f"cannot do some task, report.md says why: {', '.join(unable)}")

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from agents.cli.options import LARGEST_SEED, AsJson, Prompts, Samples, Texts, Trust, change
+from agents.cli.options import (
+    LARGEST_SEED,
+    AsJson,
+    Prompts,
+    RewardAgain,
+    Samples,
+    Texts,
+    Trust,
+    change,
+    own_object,
+    reward_again,
+)
+from agents.tables import show_table
 from agents.terminal import json_text, open_console, say, table_of
 from textgen_env.errors import ConfigError
 from textgen_env.files import refuse_links, write_file
@@ -25,6 +37,7 @@ if TYPE_CHECKING:
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="A folder that 'textgen train' made.", metavar="RUN")],
     prompts: Prompts = None,
+    reward: RewardAgain = None,
     texts: Texts = None,
     samples: Samples = None,
     seed: Annotated[
@@ -52,7 +65,7 @@ def evaluate_command(
     counts = _counts(particles)
     console = open_console(stderr=as_json)
     with console.status("loading"):
-        opened = load_run(run, trust=trust)
+        opened = load_run(run, reward=reward_again(run, reward), trust=trust)
     opened = replace(opened, config=change(opened.config, eval_texts=texts, eval_samples=samples, seed=seed))
     if prompts is not None:
         opened = _on_prompts(opened, prompts)
@@ -75,17 +88,18 @@ def _on_prompts(run: Run, prompts: str) -> Run:
     from textgen_env.evaluation import choose_prompts
     from textgen_env.prompts import make_prompts
 
-    chosen = choose_prompts(make_prompts(prompts), run.config.eval_prompts, run.config.seed)
+    chosen = choose_prompts(make_prompts(own_object("prompts", prompts)), run.config.eval_prompts, run.config.seed)
     note = f"Prompts: {len(chosen)} of {prompts}."
     return replace(run, test_prompts=chosen, notes=(*run.notes[:-1], note))
 
 
 def _measure(run: Run, counts: Sequence[int], folder: Path, console: Console, as_json: bool) -> None:
     """Measure the agent, write the figures into ``folder``, and print them."""
+    from agents.runs.pictures import draw_plane
     from agents.runs.progress import JobProgress
-    from agents.runs.report import draw_plane, samples_page, show, text_metrics
+    from agents.runs.report import report_notes, samples_page, table, text_metrics
     from agents.runs.run import PLANE_FILE, SAMPLES_FILE, SUMMARY_FILE, TOKENS_FILE
-    from agents.runs.spending import draw_tokens, spend_each, spending_table
+    from agents.runs.spending import SPENDING_NOTE, draw_tokens, spend_each, spending_table
 
     with JobProgress(console, "texts") as progress:
         yardstick = run.yardstick(progress.measuring)
@@ -101,8 +115,8 @@ def _measure(run: Run, counts: Sequence[int], folder: Path, console: Console, as
             seed=run.config.seed,
             say=lambda way: say(console, f"measuring: {way}"),
         )
-    bounds = (yardstick.samples.reward, float(yardstick.best.value.mean()))
-    report = yardstick.report(run.agent_name, evaluations, run.notes)
+    bounds = (yardstick.samples.reward, None if yardstick.is_saturated else float(yardstick.best.value.mean()))
+    report = run.report(yardstick, evaluations)
     references = [prompt.reference for prompt in run.test_prompts]
     metrics = {
         "language model": text_metrics(yardstick.samples, references),
@@ -118,10 +132,10 @@ def _measure(run: Run, counts: Sequence[int], folder: Path, console: Console, as
     if as_json:
         typer.echo(json_text(figures))
         return
-    show(report, console)
+    show_table(console, table(report), *report_notes(report))
     if spending:
-        console.print(spending_table(spending, *bounds))
-    console.print(_metrics_table(*metrics.values()))
+        show_table(console, spending_table(spending, *bounds), SPENDING_NOTE)
+    show_table(console, _metrics_table(*metrics.values()))
     say(console, f"Figures, picture and texts are in {folder}/")
 
 

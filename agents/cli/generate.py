@@ -17,7 +17,9 @@ from agents.cli.options import (
     Seed,
     Trust,
     check_one_writer,
-    parse_reward,
+    own_object,
+    own_reward,
+    reward_again,
 )
 from agents.terminal import json_text
 from textgen_env.errors import ConfigError
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from textgen_env.policies import Agent
+    from textgen_env.prompts import Prompt
     from textgen_env.vector_env import TextGenVectorEnv
 
 ActingBeta = Annotated[
@@ -71,11 +74,15 @@ def generate_command(
 ) -> None:
     """Write texts with a trained agent, or with a language model itself.
 
-    With --json: a list of objects with prompt, completion, reward, and logprob (nats, of the
-    completion under the language model). With --particles also tokens, value_at_least (beta log Z),
-    and particles: all texts with their weights.
+    With --json: a list of objects with prompt, completion, reward (null if the run's own function is not at hand), and
+    logprob (nats, of the completion under the language model). With --particles also tokens, value_at_least (beta log
+    Z), and particles: all texts with their weights.
     """
+    from textgen_env.prompts import Prompt
+
     check_one_writer(run, model)
+    start = Prompt(prompt)
+    unscored = ""
     if particles is not None and greedy:
         raise ConfigError("--particles draws texts by weight, --greedy takes the likeliest tokens: leave one out")
     if particles is None and not judge:
@@ -84,12 +91,16 @@ def generate_command(
         tilts = None if particles is not None else beta
         agent, env = _language_model(model, reward, max_new_tokens or 32, tilts, rows=min(num, 64))
     else:
-        if reward is not None or max_new_tokens is not None:
-            raise ConfigError("--reward and --max-new-tokens are those that the run was trained with; leave them out")
-        agent, env, run_is_greedy = _trained(run, None if particles is not None else beta, trust)
+        if max_new_tokens is not None:
+            raise ConfigError("--max-new-tokens is that which the run was trained with; leave it out")
+        acting = None if particles is not None else beta
+        agent, env, run_is_greedy, unscored = _trained(run, start, reward_again(run, reward), acting, trust)
         greedy = greedy or run_is_greedy
+        if unscored:
+            typer.echo(printable(f"warning: the texts are not scored: {unscored}", one_line=True), err=True)
+            judge = False
     if particles is None:
-        written = _plain(agent, env, prompt, num, seed, greedy)
+        written = _plain(agent, env, prompt, num, seed, greedy, scored=not unscored)
     else:
         source = {} if run is None else _of_run(run, agent, particles)
         written = _weighted(env, prompt, num, seed, n=particles, beta=beta, judge=judge, **source)
@@ -103,15 +114,18 @@ def generate_command(
         typer.echo(_cost(written, particles), err=True)
 
 
-def _plain(agent: Agent, env: TextGenVectorEnv, prompt: str, num: int, seed: int, greedy: bool) -> list[dict[str, Any]]:
-    """Return ``num`` texts of an agent as plain data."""
+def _plain(
+    agent: Agent, env: TextGenVectorEnv, prompt: str, num: int, seed: int, greedy: bool, scored: bool
+) -> list[dict[str, Any]]:
+    """Return ``num`` texts of an agent as plain data; their rewards are None where they are not known."""
     from textgen_env.evaluation import roll_out
     from textgen_env.prompts import Prompt
 
     texts = roll_out(agent, env, [Prompt(prompt)] * num, seed, deterministic=greedy)
+    rewards = [float(value) if scored else None for value in texts.rewards]
     return [
-        {"prompt": prompt, "completion": completion, "reward": float(value), "logprob": float(logprob)}
-        for completion, value, logprob in zip(texts.completions, texts.rewards, texts.logprobs, strict=True)
+        {"prompt": prompt, "completion": completion, "reward": reward, "logprob": float(logprob)}
+        for completion, reward, logprob in zip(texts.completions, rewards, texts.logprobs, strict=True)
     ]
 
 
@@ -161,16 +175,19 @@ def _cost(written: Sequence[Mapping[str, Any]], particles: int) -> str:
     return f"{line}; estimated to be worth at least J = {value:.3f}."
 
 
-def _trained(run: Path, beta: float | None, trust: bool) -> tuple[Agent, TextGenVectorEnv, bool]:
-    """Return the agent of a run at the temperature ``beta``, its environment, and True if it acts greedily."""
-    from agents.runs.run import load_run
+def _trained(
+    run: Path, prompt: Prompt, reward: Any, beta: float | None, trust: bool
+) -> tuple[Agent, TextGenVectorEnv, bool, str]:
+    """Return the agent of a run at the temperature ``beta``, its environment, True if it acts greedily, and the reason
+    why texts have no reward, or ""."""
+    from agents.runs.run import load_writer
 
-    opened = load_run(run, trust=trust)
+    opened, unscored = load_writer(run, prompts=[prompt], reward=reward, trust=trust)
     if beta is not None:
         if not hasattr(opened.agent, "beta"):
             raise ConfigError(f"agent {opened.config.agent!r} has no acting temperature; leave --beta out")
         opened.agent.beta = beta
-    return opened.agent, opened.env, opened.greedy
+    return opened.agent, opened.env, opened.greedy, unscored
 
 
 def _language_model(
@@ -185,10 +202,10 @@ def _language_model(
         raise ConfigError(
             "--beta is the temperature of a trained agent, or of --particles; the language model itself has none"
         )
-    loaded = load_language_model(model)
+    loaded = load_language_model(own_object("model", model))
     settings: dict[str, Any] = {
         "top_k": min(16, loaded.vocab_size - len(loaded.end_ids)),
         "max_new_tokens": new_tokens,
         "max_prompt_tokens": max(1, min(512, loaded.max_context - new_tokens)),
     }
-    return SampleAgent(), TextGenVectorEnv(rows, loaded, None, parse_reward(reward) or "sentiment", **settings)
+    return SampleAgent(), TextGenVectorEnv(rows, loaded, None, own_reward(reward) or "sentiment", **settings)

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from agents.terminal import open_console, table_of
+from agents.tables import show_table
+from agents.terminal import open_console, say, table_of
 from textgen_env.registry import unknown_name
 
 Described = Iterator[tuple[str, str]]
@@ -25,7 +26,8 @@ def list_command(
         raise unknown_name("list", what, KINDS)
     console = open_console()
     for kind in KINDS if what is None else (what,):
-        console.print(table_of(("name", "what it is"), KINDS[kind](), kind), "")
+        show_table(console, table_of(("name", "what it is"), KINDS[kind](), kind))
+        say(console, "")
 
 
 def _agents() -> Described:

@@ -19,10 +19,21 @@ if TYPE_CHECKING:
 OptionalRun = Annotated[Path | None, typer.Argument(help="A folder that 'textgen train' made.", metavar="[RUN]")]
 Prompts = Annotated[
     str | None,
-    typer.Option(help="openings, one of its topics, or a .txt or .jsonl file; see 'textgen list prompts'."),
+    typer.Option(
+        help="openings, one of its topics, a .txt or .jsonl file, or FILE.py:NAME; see 'textgen list prompts'."
+    ),
 ]
 RewardWithoutRun = Annotated[
-    str | None, typer.Option(help="Without RUN: what to score the texts with.", show_default="sentiment")
+    str | None,
+    typer.Option(
+        help="Without RUN: what to score the texts with. With RUN: its reward once more, if that is a function of "
+        "yours: FILE.py:NAME.",
+        show_default="sentiment",
+    ),
+]
+RewardAgain = Annotated[
+    str | None,
+    typer.Option(help="The run's reward once more, if that is a function of yours: FILE.py:NAME."),
 ]
 Texts = Annotated[int | None, typer.Option(help="Texts to measure each agent on.", min=1, show_default="512")]
 Samples = Annotated[
@@ -33,7 +44,12 @@ Greedy = Annotated[bool, typer.Option("--greedy", help="Take the most probable t
 LARGEST_SEED = MOST_SEED
 Seed = Annotated[int, typer.Option(help="Of the random numbers.", min=0, max=LARGEST_SEED)]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Load agents other than text_dqn too; doing so runs what code their file holds.")
+    bool,
+    typer.Option(
+        "--trust",
+        help="Run code that comes with the run: pickles of agents other than text_dqn, and functions that it names "
+        "and that you never have.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 Engine = Annotated[str, typer.Option(help="Who does the work: local, this machine alone; or ray.")]
@@ -68,6 +84,44 @@ def parse_reward(text: str | None) -> Any:
     if text is None or not text.lstrip().startswith(("{", "[")):
         return text
     return parse_json(text, "--reward looks like JSON but is none: it", allow_nan=True)
+
+
+def own_reward(text: str | None) -> Any:
+    """Return the reward that ``text`` means, functions of the user's own loaded."""
+    from agents.runs.parts import load_reward
+    from agents.user_code import replace_references
+
+    return replace_references(parse_reward(text), load_reward)
+
+
+def own_object(name: str, text: str | None) -> Any:
+    """Return the object that a model or prompts (``name``) of the user's own stand for, or else ``text``."""
+    from agents.runs.config import RunConfig
+    from agents.runs.parts import load_objects
+
+    if text is None:
+        return None
+    return load_objects(RunConfig(**{name: text}), (name,)).get(name, text)  # type: ignore[arg-type]
+
+
+def reward_again(run: Path, text: str | None) -> Any:
+    """Return the reward of a run that is a function, named once more; None where it was not.
+
+    Raises:
+        ConfigError: the run's reward is no function, or one of another kind.
+    """
+    if text is None:
+        return None
+    from agents.runs.stored import stored_config
+    from textgen_env.rewards import make_reward
+
+    config = stored_config(run, check=False)
+    if "reward" not in config.objects and not config.code:
+        raise ConfigError(f"--reward is that of the run ({config.reward!r}); leave it out")
+    reward = own_reward(text)
+    if not config.agent_sees_reward and make_reward(reward).running() is not None:
+        raise ConfigError("the run's reward scored no prefix, and this one does: its agent does not know such scores")
+    return reward
 
 
 def check_one_writer(run: Path | None, model: str | None) -> None:

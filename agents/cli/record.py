@@ -13,9 +13,12 @@ from agents.cli.options import (
     Prompts,
     RewardWithoutRun,
     Seed,
+    Trust,
     check_one_writer,
     given,
-    parse_reward,
+    own_object,
+    own_reward,
+    reward_again,
 )
 from agents.terminal import open_console, say
 from textgen_env.errors import ConfigError
@@ -42,6 +45,7 @@ def record_command(
     ] = False,
     greedy: Greedy = False,
     seed: Seed = 0,
+    trust: Trust = False,
 ) -> None:
     """Record texts of a trained agent, or of a language model itself, as a Minari dataset.
 
@@ -53,26 +57,25 @@ def record_command(
     from textgen_env.prompts import make_prompts
 
     check_one_writer(run, model)
-    settings = given({"reward": parse_reward(reward), "max_new_tokens": max_new_tokens, "top_k": top_k})
+    settings = given({"max_new_tokens": max_new_tokens, "top_k": top_k})
+    start = own_object("prompts", prompts)
     if run is None:
-        settings |= {"model": model, "prompts": prompts}
+        settings |= given({"model": own_object("model", model), "prompts": start, "reward": own_reward(reward)})
         agent, env, name = _language_model(settings, candidate_scores, rows=min(episodes, 64))
     elif settings or candidate_scores:
-        raise ConfigError(
-            "--reward, --max-new-tokens, --top-k and --candidate-scores are those of the run; leave them out"
-        )
+        raise ConfigError("--max-new-tokens, --top-k and --candidate-scores are those of the run; leave them out")
     else:
-        agent, env, name = _trained(run)
-    source = choose_prompts(env.episodes.prompts if prompts is None else make_prompts(prompts), episodes, seed)
+        agent, env, name = _trained(run, reward_again(run, reward), trust)
+    source = choose_prompts(env.episodes.prompts if start is None else make_prompts(start), episodes, seed)
     texts = [source[i % len(source)] for i in range(episodes)]
     dataset = record(agent, env, texts, out, seed=seed, deterministic=greedy, metadata={"algorithm_name": name})
     say(open_console(), f"{dataset.total_episodes:,} texts of {dataset.total_steps:,} tokens are in {out}/")
 
 
-def _trained(run: Path) -> tuple[Agent, Any, str]:
+def _trained(run: Path, reward: Any, trust: bool) -> tuple[Agent, Any, str]:
     from agents.runs.run import load_run
 
-    opened = load_run(run)
+    opened = load_run(run, reward=reward, trust=trust)
     return opened.agent, opened.env, opened.config.agent
 
 

@@ -13,18 +13,21 @@ from rich.console import Console
 from agents.cli.options import (
     LARGEST_SEED,
     Address,
+    AsJson,
     Engine,
     Prompts,
     Samples,
     Texts,
+    Trust,
     change,
     given,
     parse_reward,
     uses_ray,
 )
-from agents.terminal import open_console, say
+from agents.tables import show_table
+from agents.terminal import json_text, open_console, say
 from textgen_env.errors import ConfigError
-from textgen_env.files import read_text
+from textgen_env.files import read_json
 
 if TYPE_CHECKING:
     from agents.runs.config import RunConfig
@@ -32,55 +35,93 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
-WHERE = {"resume", "engine", "actors", "address"}
+WHERE = {"resume", "engine", "actors", "address", "trust", "as_json"}
 """Options that say where a run is worked on; all others belong to its configuration."""
+
+LEARNING, WRITING = "Learning", "Texts and reward"
+"""Groups of options in the help."""
 
 Out = Annotated[Path | None, typer.Option(help="Folder for the run; must be new or empty.", show_default="runs/AGENT")]
 AgentName = Annotated[
-    str | None, typer.Option(help="See 'textgen list agents'.", show_default="text_dqn", metavar="NAME")
+    str | None,
+    typer.Option(help="See 'textgen list agents'.", show_default="text_dqn", metavar="NAME", rich_help_panel=LEARNING),
 ]
 Model = Annotated[
-    str | None, typer.Option(help="Language model: a name, folder, hub id, or .gguf file.", show_default="tiny")
+    str | None,
+    typer.Option(
+        help="Language model: a name, folder, hub id, .gguf file, or FILE.py:NAME.",
+        show_default="tiny",
+        rich_help_panel=WRITING,
+    ),
 ]
 Prune = Annotated[
     str | None,
     typer.Option(
-        help="Prune the language model once: METHOD:AMOUNT, the share to remove, or none.", show_default="none"
+        help="Prune the language model once: METHOD:AMOUNT, the share to remove, or none.",
+        show_default="none",
+        rich_help_panel=LEARNING,
     ),
 ]
 RewardSpec = Annotated[
     str | None,
     typer.Option(
-        help="A name, or JSON: '{\"sentiment\": 1, \"repetition\": -0.5}'. See 'textgen list rewards'.",
+        help="A name; a function of yours, FILE.py:NAME or module:NAME; or JSON: "
+        "'{\"sentiment\": 1, \"my_reward.py:score\": 0.5}'. See 'textgen list rewards'.",
         show_default="sentiment",
+        rich_help_panel=WRITING,
     ),
 ]
 Steps = Annotated[
-    int | None, typer.Option(help="Environment steps to learn from, one token each.", min=1, show_default="70000")
+    int | None,
+    typer.Option(
+        help="Environment steps to learn from, one token each.", min=1, show_default="70000", rich_help_panel=LEARNING
+    ),
 ]
-Envs = Annotated[int | None, typer.Option(help="Texts written at a time.", min=1, show_default="64")]
+Envs = Annotated[
+    int | None, typer.Option(help="Texts written at a time.", min=1, show_default="64", rich_help_panel=LEARNING)
+]
 RunSeed = Annotated[
-    int | None, typer.Option(help="Of prompts, agent and evaluation.", min=0, max=LARGEST_SEED, show_default="0")
+    int | None,
+    typer.Option(
+        help="Of prompts, agent and evaluation.", min=0, max=LARGEST_SEED, show_default="0", rich_help_panel=LEARNING
+    ),
 ]
-Beta = Annotated[float | None, typer.Option(help="Price of KL, in reward units a nat.", show_default="0.1")]
-TopK = Annotated[int | None, typer.Option(help="Candidates a step: the number of actions.", min=1, show_default="16")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Length limit of a text, in tokens.", min=1, show_default="20")]
+Beta = Annotated[
+    float | None, typer.Option(help="Price of KL, in reward units a nat.", show_default="0.1", rich_help_panel=LEARNING)
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="Candidates a step: the number of actions.", min=1, show_default="16", rich_help_panel=WRITING),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(help="Length limit of a text, in tokens.", min=1, show_default="20", rich_help_panel=WRITING),
+]
 MinNewTokens = Annotated[
     int | None,
-    typer.Option(help="No end of text before so many tokens.", min=0, show_default="as --max-new-tokens"),
+    typer.Option(
+        help="No end of text before so many tokens.", min=0, show_default="as --max-new-tokens", rich_help_panel=WRITING
+    ),
 ]
 MaxPromptTokens = Annotated[
-    int | None, typer.Option(help="Length limit of a prompt, in tokens.", min=1, show_default="64")
+    int | None,
+    typer.Option(help="Length limit of a prompt, in tokens.", min=1, show_default="64", rich_help_panel=WRITING),
 ]
 CandidateScores = Annotated[
-    bool, typer.Option("--candidate-scores", help="Let the agent see what each candidate would score.")
+    bool,
+    typer.Option(
+        "--candidate-scores", help="Let the agent see what each candidate would score.", rich_help_panel=LEARNING
+    ),
 ]
 CheckpointEvery = Annotated[
     int | None,
-    typer.Option(help="Steps from one checkpoint to the next; 0 for none.", min=0, show_default="20000"),
+    typer.Option(
+        help="Steps from one checkpoint to the next; 0 for none.", min=0, show_default="20000", rich_help_panel=LEARNING
+    ),
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option(help="Start from the config.json of another run; other options go over it.")
+    Path | None,
+    typer.Option(help="Start from a JSON or YAML file, or a run's config.json; options go over it."),
 ]
 Minutes = Annotated[
     float | None,
@@ -123,30 +164,32 @@ def train_command(
     engine: Engine = "local",
     actors: Actors = None,
     address: Address = None,
+    trust: Trust = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train an agent, measure it on prompts that it has not seen, and keep the run in a folder.
 
     Without options the small model in the box learns to write positive texts of 20 tokens (VADER's
-    compound score, -1 to 1).
+    compound score, -1 to 1). With --json: the run's summary.json, and its folder.
     """
     from agents.runs import run as runs
 
     if resume is None:
         _check_minutes(minutes, engine, {"--steps": steps, "--texts": texts, "--samples": samples})
-    console = open_console()
+    console = open_console(stderr=as_json)
     text_source = _text_source(engine, actors, address)
     if resume is not None:
         _check_only_where(ctx)
-        _show(runs.resume(resume, text_source=text_source, console=console), console)
+        _show(runs.resume(resume, trust=trust, text_source=text_source, console=console), console, as_json)
         return
     changes = {"agent": agent, "model": model, "prune": prune, "prompts": prompts, "reward": parse_reward(reward)}
     changes |= {"steps": steps, "envs": envs, "seed": seed, "beta": beta, "checkpoint_every": checkpoint_every}
     changes |= {"eval_texts": texts, "eval_samples": samples}
     env = {"top_k": top_k, "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
     env["min_new_tokens"] = max_new_tokens if min_new_tokens is None else min_new_tokens
-    settings = _settings(config, changes, env, candidate_scores)
+    settings = _settings(config, changes, env, candidate_scores, trust)
     folder = out or _free_folder(Path("runs"), settings.agent)
-    _show(runs.train(settings, folder, text_source=text_source, console=console, minutes=minutes), console)
+    _show(runs.train(settings, folder, text_source=text_source, console=console, minutes=minutes), console, as_json)
 
 
 def _text_source(engine: str, actors: int | None, address: str | None) -> TextSource:
@@ -182,13 +225,14 @@ def _check_minutes(minutes: float | None, engine: str, sizes: dict[str, int | No
 
 
 def _settings(
-    start: Path | None, changes: dict[str, Any], env_changes: dict[str, Any], candidate_scores: bool
+    start: Path | None, changes: dict[str, Any], env_changes: dict[str, Any], candidate_scores: bool, trust: bool
 ) -> RunConfig:
     """Return the configuration in the file ``start``, or the default one, with the given options."""
     from agents.runs.config import RunConfig
+    from agents.runs.stored import read_config
     from agents.zoo import OBSERVATION
 
-    config = change(RunConfig.from_json(read_text(start)) if start else RunConfig(), **changes)
+    config = change(read_config(start, trust) if start else RunConfig(), **changes)
     env = {**config.env, **given(env_changes)}
     if candidate_scores:
         env["observation"] = (*OBSERVATION, "candidate_scores")
@@ -201,12 +245,17 @@ def _free_folder(parent: Path, name: str) -> Path:
     return next(parent / free for free in names if not (parent / free).exists())
 
 
-def _show(result: RunResult, console: Console) -> None:
+def _show(result: RunResult, console: Console, as_json: bool) -> None:
     """Print the table and the end of a run; one that was stopped exits with 128 + the signal's number."""
-    from agents.runs.report import show
+    from agents.runs.report import report_notes, table
 
-    if result.report is not None:
-        show(result.report, console)
+    if as_json:
+        from agents.runs.run import SUMMARY_FILE
+
+        summary = read_json(result.folder / SUMMARY_FILE, (), allow_nan=True)
+        typer.echo(json_text({"folder": str(result.folder)} | summary))
+    elif result.report is not None:
+        show_table(console, table(result.report), *report_notes(result.report))
     state = "finished" if result.finished else "stopped early: what there is was saved"
     say(
         console,

@@ -32,6 +32,7 @@ from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.learner import Learner
 from agents.text_dqn.replay import EpisodeReplay
 from agents.text_dqn.sources import Collected, add_step
+from agents.user_code import send_by_value
 from textgen_env.config import check_at_least
 from textgen_env.errors import ClusterError, ConfigError
 from textgen_env.models.device import own_cores
@@ -211,6 +212,7 @@ class ActorPool:
         self._weights: tuple[int, Any] | None = None
         self._deaths = 0  # since the last batch
         self._waited, self._started, self._last_batch = 0.0, time.perf_counter(), time.monotonic()
+        send_by_value(ray)
         try:
             self._task = ray.put((run.config, dict(run.given)))
         except TypeError as error:

@@ -6,13 +6,16 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from agents.text_dqn.settings import MANY
+from agents.user_code import is_reference, replace_references
 from agents.zoo import AGENTS, MASK_AWARE, OBSERVATION
 from textgen_env.config import MOST_ROWS, EnvConfig, check_in_range, check_seed, check_type, check_unicode
 from textgen_env.errors import ConfigError
 from textgen_env.files import check_keys, parse_json
+from textgen_env.prompts import SPLITS
 from textgen_env.registry import unknown_name
 
 MOST_TEXTS = 2**24
@@ -25,6 +28,13 @@ ENV_SETTINGS: Mapping[str, Any] = {
     "observation": OBSERVATION,
 }
 """Settings of a run's environment unless said: texts of 20 tokens."""
+
+CONFIG_SOURCE = "a run's configuration"
+
+
+def is_own_code(value: Any) -> bool:
+    """Return True if a model or prompts are named as the user's own code: no part of a split, and no path."""
+    return is_reference(value) and value.rpartition(":")[2] not in SPLITS and not Path(value).exists()
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,10 @@ class RunConfig:
     eval_texts: int = 512  # for each agent measured
     eval_samples: int = 64  # of the language model, for each prompt, to estimate the best possible policy
     objects: tuple[str, ...] = ()  # of model, prompts and reward: those that were given as Python objects
+    code: Mapping[str, str] = field(
+        default_factory=dict
+    )  # SHA-256 of the user's own code, by reference, in a stored run
+    agent_sees_reward: bool = True  # False: the reward is an object or the user's code, and scores no prefix
 
     def __post_init__(self) -> None:
         check_type("agent", self.agent, str)
@@ -60,8 +74,11 @@ class RunConfig:
             check_unicode(item.name, getattr(self, item.name))
         for name in ("model", "prune"):
             check_type(name, getattr(self, name), str, type(None))
-        for name in ("agent_settings", "env"):
+        for name in ("agent_settings", "env", "code"):
             check_type(name, getattr(self, name), Mapping)
+        for checksum in self.code.values():
+            check_type("a checksum in code", checksum, str)
+        check_type("agent_sees_reward", self.agent_sees_reward, bool)
         if "tensorboard_log" in self.agent_settings:  # any folder of the machine
             raise ConfigError("agent_settings cannot have tensorboard_log: the run's events are in its own folder")
         check_type("objects", self.objects, list, tuple)
@@ -90,6 +107,13 @@ class RunConfig:
         maps_illegal = {} if self.agent in MASK_AWARE else {"on_illegal": "last_legal"}  # the others know no mask
         return EnvConfig.from_settings({**maps_illegal, **self.env})
 
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The user's own code in model, prompts and reward; see ``agents.user_code``."""
+        found: list[str] = [str(value) for value in (self.model, self.prompts) if is_own_code(value)]
+        replace_references(self.reward, found.append)
+        return tuple(dict.fromkeys(found))
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
@@ -104,8 +128,12 @@ class RunConfig:
             ConfigError: not JSON, not an object, a field that does not exist (with a suggestion), or
                 ``trust_remote_code`` without ``trust``.
         """
-        source = "a run's configuration"
-        read = check_keys(parse_json(text, source, allow_nan=True), (), source, ConfigError)  # SB3 takes infinities
+        return cls.from_data(parse_json(text, CONFIG_SOURCE, allow_nan=True), trust)  # SB3 takes infinities
+
+    @classmethod
+    def from_data(cls, data: Any, trust: bool = False) -> RunConfig:
+        """Return the configuration of plain data; see ``from_json``."""
+        read = check_keys(data, (), CONFIG_SOURCE, ConfigError)
         known = [f.name for f in fields(cls)]
         for name in read:
             if name not in known:

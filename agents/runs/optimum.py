@@ -45,6 +45,7 @@ class Optimum:
     value: Floats  # J*
     reward: Floats  # E[R] under it
     effective_samples: Floats  # how many equally weighted samples the estimate is worth
+    gain_errors: Floats  # standard errors of J* - J(mu), from the jackknife; 0 where it is exact
 
     @property
     def kl(self) -> Floats:
@@ -55,6 +56,11 @@ class Optimum:
     def point(self) -> Point:
         """The mean over prompts."""
         return Point(float(self.reward.mean()), float(self.kl.mean()))
+
+    @property
+    def gain_error(self) -> float:
+        """Standard error of the mean over prompts of J* - J(mu), reward units."""
+        return float(np.sqrt(np.sum(self.gain_errors**2)) / len(self.gain_errors))
 
 
 def estimated_optimum(rewards: Floats, beta: float) -> Optimum:
@@ -83,13 +89,16 @@ def estimated_optimum(rewards: Floats, beta: float) -> Optimum:
         return beta * (log_sum - math.log(samples))
 
     total, total_without = _log_sum(weights), _log_sum_without_each(weights)
+    values, values_without = value(total, count), value(total_without, count - 1)
+    mean_without = (rewards.sum(-1, keepdims=True) - rewards) / (count - 1)
     reward = np.exp(_log_sum(weighted) - total)
     reward_without = np.exp(_log_sum_without_each(weighted) - total_without)
     return Optimum(
         beta,
-        value=_jackknife(value(total, count), value(total_without, count - 1)),
+        value=_jackknife(values, values_without),
         reward=_jackknife(reward, reward_without) + floor[:, 0],
         effective_samples=np.exp(2 * total - _log_sum(2 * weights)),
+        gain_errors=np.sqrt((count - 1) * np.var(values_without - mean_without, axis=-1)),
     )
 
 
@@ -176,7 +185,7 @@ class TextTree:
         """Return the optimum at ``beta``, exact, with P = 1."""
         value = self.soft_values(beta)[0][:1]
         reward = self.values(self.optimal_policy(beta))[0][:1]
-        return Optimum(beta, value, reward, effective_samples=np.array([math.inf]))
+        return Optimum(beta, value, reward, effective_samples=np.array([math.inf]), gain_errors=np.zeros(1))
 
     def _grow(self) -> int:
         """Add the node that the row stands at, and all below it; return its number."""

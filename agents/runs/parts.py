@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from agents.runs.config import RunConfig
+from agents.runs.config import RunConfig, is_own_code
+from agents.user_code import load_code, replace_references
 from textgen_env.config import EnvConfig
-from textgen_env.errors import PromptError
+from textgen_env.errors import ConfigError, PromptError
 from textgen_env.evaluation import choose_prompts
 from textgen_env.models import load_language_model, load_pretrained
 from textgen_env.models.base import LanguageModel
 from textgen_env.prompts import ListPrompts, Prompt, PromptSource, make_prompts
+from textgen_env.rewards import Reward
 from textgen_env.vector_env import TextGenVectorEnv
 
 FEWEST_TO_SPLIT = 20
 """Prompts; of fewer, the test prompts would be too few to say anything about."""
+
+
+OBJECTS = ("model", "prompts", "reward")
+"""Parts of a run that may be Python objects, or the user's own code."""
+
+
+def load_objects(config: RunConfig, names: Sequence[str] = OBJECTS) -> dict[str, Any]:
+    """Run the user's own code that the configuration names, and return the objects in it: of ``names``, by name.
+
+    Raises:
+        ConfigError: it cannot be imported; or a model of one's own, and ``prune``.
+    """
+    found: dict[str, Any] = {}
+    if "model" in names and is_own_code(config.model):
+        if config.prune is not None:
+            raise ConfigError(f"prune needs a model by name or in a folder, got the code {config.model!r}")
+        found["model"] = _called(load_code(str(config.model)))
+    if "prompts" in names and is_own_code(config.prompts):
+        found["prompts"] = load_code(config.prompts)
+    if "reward" in names:
+        reward = replace_references(config.reward, load_reward)
+        if reward is not config.reward and reward != config.reward:
+            found["reward"] = reward
+    return found
+
+
+def load_reward(reference: str) -> Any:
+    """Return the user's own reward; of a subclass of ``Reward``, an instance."""
+    found = load_code(reference)
+    return found() if inspect.isclass(found) and issubclass(found, Reward) else found
+
+
+def _called(found: Any) -> Any:
+    return found() if inspect.isroutine(found) else found
 
 
 def open_language_model(config: RunConfig) -> tuple[LanguageModel, str | None]:

@@ -9,30 +9,25 @@ Everything in a report is plain data, so ``summary.json`` holds every figure of 
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from agents.baselines.one_step import GreedyAgent, LookaheadAgent, SampleAgent
 from agents.runs.optimum import Optimum, Point, best_of_n, estimated_optimum, share_of_optimal_gain
-from agents.terminal import cell, say
+from agents.terminal import cell
 from textgen_env.evaluation import Evaluation, evaluate
 from textgen_env.extras import is_installed
-from textgen_env.files import whole_file
 from textgen_env.policies import Agent
 from textgen_env.prompts import PromptSource
 from textgen_env.terminal import printable
 from textgen_env.vector_env import TextGenVectorEnv
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.console import Console
     from rich.table import Table
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
@@ -40,9 +35,21 @@ FRONTIER_BETAS = tuple(np.geomspace(1.0, 0.05, 13).tolist())
 ACTING_FACTORS = (0.5, 2.0)
 """A tilted policy is drawn on the plane at its own temperature and at these multiples of it."""
 
+SURE = 3.0
+"""Standard errors that the optimal gain must be above 0, so that a share of it means something."""
+
+FEWEST_SAMPLES = 8
+"""Lines of the page of samples, at least: several texts a prompt where there are few prompts."""
+
 BEST = "best possible policy"
 BEST_OF_N = "best of n samples, KL at most"
 LOOKAHEAD = "score lookahead, no learning"
+
+SEEN = {
+    BEST_OF_N: "sees rewards of whole texts",
+    LOOKAHEAD: "sees each candidate's score",
+}
+"""What the policies without learning see of the reward."""
 
 Curve = list[tuple[float, float]]
 """Points (KL in nats a text, reward)."""
@@ -81,6 +88,10 @@ class Report:
     rows: list[ReportLine]
     curves: dict[str, Curve]
     notes: list[str]
+    gain: float  # of the best possible policy over the language model, in J
+    gain_error: float  # its standard error
+    betas: dict[str, list[float]]  # acting temperatures of the points of a curve, where it has them
+    sees: dict[str, str]  # what the policy of a curve sees of the reward
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -139,6 +150,16 @@ class Yardstick:
         """The best policy at the report's own beta."""
         return self.optimum(self.beta)
 
+    @property
+    def gain(self) -> float:
+        """What the best possible policy gains over the language model, in J, reward units."""
+        return float(self.best.value.mean()) - self.samples.reward
+
+    @property
+    def is_saturated(self) -> bool:
+        """True if that gain is within its own error, so that no share of it means anything."""
+        return not self.gain > max(SURE * self.best.gain_error, 1e-12)
+
     def row(self, name: str, evaluation: Evaluation, distinct: bool = True) -> ReportLine:
         """Return the line of an evaluated agent."""
         figures = evaluation.figures()
@@ -157,8 +178,23 @@ class Yardstick:
             details=figures,
         )
 
-    def report(self, agent: str, evaluations: Sequence[Evaluation], notes: Sequence[str] = ()) -> Report:
-        """Return the report of an agent: ``evaluations`` are those of ``evaluate_agent``."""
+    def report(
+        self,
+        agent: str,
+        evaluations: Sequence[Evaluation],
+        notes: Sequence[str] = (),
+        betas: Sequence[float] = (),
+        sees: str = "",
+    ) -> Report:
+        """Return the report of an agent.
+
+        Args:
+            agent: Its name in the report.
+            evaluations: Those of ``evaluate_agent``.
+            notes: For readers.
+            betas: The acting temperatures of ``evaluations``; see ``acting_betas``.
+            sees: What it sees of the reward.
+        """
         rewards = self.samples.by_prompt(self.samples.rewards)
         bests = {n: best_of_n(rewards, n) for n in BEST_OF if n <= rewards.shape[1]}
         shown = min(16, max(bests))
@@ -171,20 +207,42 @@ class Yardstick:
             self._plain_row(BEST, self.best.point),
         ]
         frontier = [self.optimum(beta).point for beta in sorted({*FRONTIER_BETAS, self.beta}, reverse=True)]
+        lookahead_betas = acting_betas(LookaheadAgent()) if self.lookahead else []
         curves = {
             BEST: [(0.0, self.samples.reward), *((point.kl, point.reward) for point in frontier)],
             BEST_OF_N: [(point.kl, point.reward) for point in bests.values()],
             LOOKAHEAD: _curve(self.lookahead),
             agent: _curve(evaluations),
         }
-        drawn = {name: curve for name, curve in curves.items() if curve}
-        return Report(agent, self.beta, rows, drawn, [*notes, *self._notes(*rewards.shape)])
+        return Report(
+            agent,
+            self.beta,
+            rows,
+            {name: curve for name, curve in curves.items() if curve},
+            [*notes, *self._notes(len(rewards), rewards.shape[1], agent, sees)],
+            self.gain,
+            self.best.gain_error,
+            {LOOKAHEAD: _by_kl(self.lookahead, lookahead_betas), agent: _by_kl(evaluations, betas)},
+            {**SEEN, agent: sees},
+        )
 
-    def _notes(self, prompts: int, samples: int) -> list[str]:
+    def _notes(self, prompts: int, samples: int, agent: str, sees: str) -> list[str]:
+        gain = f"{self.gain:.3f} ± {2 * self.best.gain_error:.3f}"
+        share = f"Its share of the optimal gain ({gain}) is 0% for the language model and 100% for the best policy."
+        if self.is_saturated:
+            share = (
+                f"Already saturated: the optimal gain, {gain}, is within its own error, so no shares of it are shown. "
+                "A smaller beta, a harder reward or more --samples would tell more."
+            )
+        notes = [f"J = reward - {self.beta:g} KL. {share}"]
+        if self.lookahead and sees and sees != SEEN[LOOKAHEAD]:
+            notes.append(
+                f"{LOOKAHEAD.capitalize()}, {SEEN[LOOKAHEAD]}; {agent}, {sees}. With the same information as the "
+                "agent there are the language model, sampled and greedy; --candidate-scores shows the agent as much."
+            )
         return [
-            f"J = reward - {self.beta:g} KL. Its share of the optimal gain is 0% for the language model, sampled, "
-            "and 100% for the best possible policy.",
-            f"The latter is estimated from {samples} samples for each of {prompts} prompts, worth "
+            *notes,
+            f"The best possible policy is estimated from {samples} samples for each of {prompts} prompts, worth "
             f"{np.median(self.best.effective_samples):.0f} of its own (median): more samples, a surer estimate.",
         ]
 
@@ -193,10 +251,9 @@ class Yardstick:
         return ReportLine(name, point.reward, kl=point.kl, kl_at_most=kl_at_most, value=value, share=self._share(value))
 
     def _share(self, value: float | None) -> float | None:
-        if value is None:
+        if value is None or self.is_saturated:
             return None
-        share = share_of_optimal_gain(value, self.samples.reward, float(self.best.value.mean()))
-        return None if math.isnan(share) else share
+        return share_of_optimal_gain(value, self.samples.reward, float(self.best.value.mean()))
 
 
 def evaluate_agent(
@@ -221,13 +278,19 @@ def evaluate_agent(
     return evaluations
 
 
+def acting_betas(agent: Agent) -> list[float]:
+    """Return the temperatures of ``evaluate_agent``, its own first; none for an agent without."""
+    own = getattr(agent, "beta", None)
+    return [] if own is None else [own, *(factor * own for factor in ACTING_FACTORS)]
+
+
 def table(report: Report) -> Table:
-    """Return the rows as a ``rich`` table; ``show`` prints the notes as well."""
+    """Return the rows as a ``rich`` table; ``report_notes`` are the lines below it."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    grid = Table(box=SIMPLE_HEAD)
-    grid.add_column("policy", min_width=20)  # it wraps; figures never do
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("policy", min_width=18)  # it wraps; figures never do
     for heading in ("reward", "KL", "loglik", "distinct", "J", "share"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
@@ -235,11 +298,10 @@ def table(report: Report) -> Table:
     return grid
 
 
-def show(report: Report, console: Console) -> None:
-    """Print the table and the notes."""
-    console.print(table(report))
+def report_notes(report: Report) -> list[str]:
+    """Return the lines below the table."""
     units = "± is half of the 95% interval; KL in nats a text, log-likelihood a token; distinct-2."
-    say(console, units, *report.notes)
+    return [units, *report.notes]
 
 
 def _figures(row: ReportLine) -> tuple[str, ...]:
@@ -279,41 +341,6 @@ def text_metrics(evaluation: Evaluation, references: Sequence[str | None]) -> di
     return figures
 
 
-def draw_plane(report: Report, path: Path) -> None:
-    """Draw reward against KL, every policy of the report under the curve of the best possible ones, as a PNG."""
-    figure = _figure(7.5, 4.8)
-    axes = figure.add_subplot()
-    looks = {
-        BEST: {"color": "black", "linewidth": 1.5},
-        BEST_OF_N: {"color": "tab:gray", "linestyle": "--", "marker": ".", "linewidth": 1},
-        LOOKAHEAD: {"color": "tab:orange", "marker": "s", "markersize": 5},
-    }
-    for name, curve in report.curves.items():
-        look: dict[str, Any] = looks.get(name, {"color": "tab:blue", "marker": "o", "markersize": 7})
-        axes.plot(*zip(*curve, strict=True), label=name, **look)
-    language_model = report.rows[0]
-    axes.plot(0, language_model.reward, "k*", markersize=11, label="language model")
-    axes.set_xlabel("KL to the language model, nats a text")
-    axes.set_ylabel("reward of a text")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
-    _write_png(figure, path)
-
-
-def draw_learning(metrics: Sequence[Mapping[str, float]], language_model: float, path: Path) -> None:
-    """Draw the reward of recent texts against steps and seconds, and the language model's as a line, as a PNG."""
-    figure = _figure(9, 3.6)
-    for place, (key, label) in enumerate([("steps", "steps (tokens)"), ("seconds", "seconds of training")]):
-        axes = figure.add_subplot(1, 2, place + 1)
-        axes.plot([row[key] for row in metrics], [row.get("reward", math.nan) for row in metrics], color="tab:blue")
-        axes.axhline(language_model, color="black", linestyle=":", label="language model, new prompts")
-        axes.legend(frameon=False)
-        axes.set_xlabel(label)
-        axes.set_ylabel("reward of recent texts")
-        axes.grid(alpha=0.3)
-    _write_png(figure, path)
-
-
 def samples_page(before: Evaluation, after: Evaluation, notes: Sequence[str] = ()) -> str:
     """Return a Markdown page: for each prompt, a text before and after training, with their rewards."""
     lines = [
@@ -321,13 +348,15 @@ def samples_page(before: Evaluation, after: Evaluation, notes: Sequence[str] = (
         "",
         *notes,
         "",
-        f"Mean reward {before.reward:.2f} before, {after.reward:.2f} after. Below, the first text of each prompt,",
+        f"Mean reward {before.reward:.2f} before, {after.reward:.2f} after. Below, the first texts of each prompt,",
         "not a selection; both drawn with the same random numbers.",
         "",
         "| prompt | before | reward | after | reward |",
         "|---|---|---:|---|---:|",
     ]
-    for i in range(min(before.num_prompts, len(before.completions), len(after.completions))):
+    rounds = -(-FEWEST_SAMPLES // before.num_prompts)
+    count = min(rounds * before.num_prompts, len(before.completions), len(after.completions))
+    for i in sorted(range(count), key=lambda text: text % before.num_prompts):
         cells = [
             markdown_cell(before.prompts[i]),
             markdown_cell(before.completions[i]),
@@ -343,6 +372,12 @@ def _curve(evaluations: Sequence[Evaluation]) -> Curve:
     """Return the points with a KL, by KL."""
     points = [(evaluation.mean_kl, evaluation.reward) for evaluation in evaluations]
     return sorted((kl, reward) for kl, reward in points if kl is not None)
+
+
+def _by_kl(evaluations: Sequence[Evaluation], betas: Sequence[float]) -> list[float]:
+    """Return the temperatures in the order of the points of ``_curve``."""
+    pairs = zip(evaluations, betas, strict=False)
+    return [beta for _, _, beta in sorted((e.mean_kl, e.reward, beta) for e, beta in pairs if e.mean_kl is not None)]
 
 
 @contextlib.contextmanager
@@ -368,14 +403,3 @@ def markdown_cell(text: str) -> str:
 def _without_link(found: re.Match[str]) -> str:
     """Return an address so that Markdown makes no link of it: its sign as an entity."""
     return f"{found[0][:-1]}&#{ord(found[0][-1])};"
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=130, layout="constrained")
-
-
-def _write_png(figure: Figure, path: Path) -> None:
-    with whole_file(path) as half_made:
-        figure.savefig(half_made, format="png")

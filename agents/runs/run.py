@@ -3,6 +3,7 @@
     RunConfig -> language model (pruned) -> environment -> agent.learn() -> evaluation -> folder
 
     config.json    the configuration: enough to repeat the run
+    prompts.jsonl  the prompts, where they are not in the box
     agent.zip      the agent, as Stable-Baselines3 saves it
     metrics.csv    the course of the training; also as TensorBoard events in tensorboard/
     learning.png   the same as a picture
@@ -16,9 +17,7 @@ Learning and measuring use different prompts, split by template.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import shutil
 import sys
 import time
@@ -26,181 +25,75 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents.runs.checkpoint import load_checkpoint, newest_checkpoint
 from agents.runs.config import RunConfig
 from agents.runs.log import CHECKPOINTS, EVENTS, RunLog
-from agents.runs.parts import open_env, open_language_model, split_prompts
+from agents.runs.opening import AGENT_FILE, PORTABLE_AGENTS, Run, budget_of, load_run, load_writer, open_run
+from agents.runs.parts import open_env
+from agents.runs.pictures import draw_learning, draw_plane
 from agents.runs.progress import JobProgress
 from agents.runs.report import (
     Report,
-    Watch,
-    Yardstick,
-    draw_learning,
-    draw_plane,
-    evaluate_agent,
     samples_page,
-    unwatched,
 )
 from agents.runs.signals import Stopped, stop_signals
 from agents.runs.sizing import fit, measured_speed, work_of
-from agents.runs.yardsticks import known_or_measured
-from agents.sb3_vec import SB3VecEnv
+from agents.runs.stored import (
+    CONFIG_FILE,
+    check_unchanged,
+    located,
+    no_folder_of_a_failed_start,
+    no_new_folders_of_a_failed_start,
+    store,
+    stored_config,
+    write_summary,
+)
 from agents.terminal import say
 from agents.text_dqn.agent import TextDQN
-from agents.zoo import AGENTS, Budget, acts_greedily, make_agent
+from agents.user_code import remember
+from agents.zoo import AGENTS, make_agent
 from textgen_env.errors import ConfigError, RunFolderError, TextGenError
-from textgen_env.evaluation import Evaluation
 from textgen_env.files import (
     check_keys,
     clear_half_made,
     is_free,
     locked,
     read_json,
-    read_text,
     refuse_links,
     whole_file,
     write_file,
 )
-from textgen_env.models import load_language_model
-from textgen_env.prompts import PromptSource
-from textgen_env.rewards import make_reward, reward_spec
-from textgen_env.vector_env import TextGenVectorEnv
 
-CONFIG_FILE = "config.json"
-AGENT_FILE = "agent.zip"
+__all__ = [
+    "AGENT_FILE",
+    "CONFIG_FILE",
+    "LEARNING_FILE",
+    "PLANE_FILE",
+    "SAMPLES_FILE",
+    "SUMMARY_FILE",
+    "TOKENS_FILE",
+    "Run",
+    "RunConfig",
+    "RunResult",
+    "TextSource",
+    "load_run",
+    "load_writer",
+    "local",
+    "open_run",
+    "resume",
+    "train",
+]
+
 SUMMARY_FILE = "summary.json"
 SAMPLES_FILE = "samples.md"
 PLANE_FILE = "plane.png"
 TOKENS_FILE = "tokens.png"
 LEARNING_FILE = "learning.png"
-
-SUMMARY_PACKAGES = ("textgen-env", "torch", "transformers", "stable-baselines3", "gymnasium", "numpy")
-"""Whose versions are in the summary."""
-
-PORTABLE_AGENTS = ("text_dqn",)
-"""Agents stored without pickles: their files run no code when they are read, and their training can be resumed."""
-
-
-# --- opening a run
-
-
-@dataclass(frozen=True)
-class Run:
-    """A configuration with everything that it names, opened."""
-
-    config: RunConfig
-    env: TextGenVectorEnv  # the agent learns in it, on the training prompts
-    agent: BaseAlgorithm
-    test_prompts: PromptSource
-    notes: tuple[str, ...]  # for readers of the results
-    given: Mapping[str, Any]  # Python objects in place of configured names
-
-    def scoring_env(self) -> TextGenVectorEnv:
-        """Return an environment to measure policies without learning in, on the test prompts."""
-        config, reward = self.env.episodes.config, self.env.episodes.reward
-        keys = ["logprobs", "action_mask"]
-        if reward.running() is not None and config.top_k is not None:
-            keys += ["score", "candidate_scores"]
-        return open_env(self.config, self.env.language_model, self.test_prompts, reward, tuple(keys))
-
-    def yardstick(self, watch: Watch = unwatched) -> Yardstick:
-        """Return the measures of the policies without learning on the test prompts, from the cache where they are."""
-        env, config = self.scoring_env(), self.config
-        settings: dict[str, Any] = {"beta": config.beta, "texts": config.eval_texts, "samples": config.eval_samples}
-        settings["seed"] = config.seed
-        return known_or_measured(env, self.test_prompts, watch, **settings)
-
-    def evaluate(self, watch: Watch = unwatched) -> list[Evaluation]:
-        """Measure the agent on the test prompts: at its own temperature, then at others."""
-        return evaluate_agent(
-            self.agent,
-            self.env,
-            self.test_prompts,
-            texts=self.config.eval_texts,
-            seed=self.config.seed,
-            deterministic=self.greedy,
-            watch=watch,
-        )
-
-    @property
-    def agent_name(self) -> str:
-        return f"{self.config.agent}, trained"
-
-    @property
-    def greedy(self) -> bool:
-        """True for a Q-learner without a distribution: the actions that it draws are exploration."""
-        return acts_greedily(self.config.agent, self.agent)
-
-
-def open_run(
-    config: RunConfig, *, model: Any = None, prompts: Any = None, reward: Any = None, load: Path | None = None
-) -> Run:
-    """Return the run of ``config``, with an untrained agent or the one saved in ``load``.
-
-    Args:
-        model, prompts, reward: Python objects in place of those that the configuration names.
-
-    Raises:
-        TextGenError: something that cannot be used, or an object that is missing.
-    """
-    given = {"model": model, "prompts": prompts, "reward": reward}
-    _check_given(config, given)
-    language_model, note = open_language_model(config) if model is None else (load_language_model(model), None)
-    train_prompts, test_prompts, split = split_prompts(
-        config.prompts if prompts is None else prompts, config.eval_prompts, config.seed
-    )
-    env = open_env(config, language_model, train_prompts, config.reward if reward is None else reward)
-    budget = _budget(config)
-    if load is None:
-        agent = make_agent(config.agent, env, config.seed, budget, config.agent_settings)
-    else:
-        agent = AGENTS[config.agent](budget)[0].load(load, env=SB3VecEnv(env))
-    return Run(config, env, agent, test_prompts, tuple(filter(None, (note, split))), given)
-
-
-def _check_given(config: RunConfig, given: Mapping[str, Any]) -> None:
-    missing = [name for name in config.objects if given[name] is None and getattr(config, name) is None]
-    if missing:
-        raise ConfigError(
-            f"the run was made with Python objects that JSON cannot hold: {', '.join(missing)}. Give them again, in "
-            f"Python: load_run(folder, {', '.join(f'{name}=...' for name in missing)})"
-        )
-
-
-def load_run(
-    folder: str | os.PathLike[str], *, model: Any = None, prompts: Any = None, reward: Any = None, trust: bool = False
-) -> Run:
-    """Return the run in ``folder``, with its trained agent.
-
-    Args:
-        model, prompts, reward: The Python objects that the run was made with, if it was.
-        trust: Also load agents that Stable-Baselines3 unpickles, which runs code that the file holds.
-
-    Raises:
-        RunFolderError: the folder holds no run, or no trained agent.
-        ConfigError: the agent would be unpickled, without ``trust``.
-        TextGenError: as of ``open_run``.
-    """
-    path = Path(folder)
-    config = _stored_config(path, trust)
-    if not (path / AGENT_FILE).is_file():
-        reason = "the run was stopped before it had learned anything"
-        if newest_checkpoint(path / CHECKPOINTS) is not None:
-            reason = f"the run was cut off; go on with textgen train --resume {path}"
-        raise RunFolderError(f"{str(path)!r} holds no {AGENT_FILE}: {reason}")
-    if config.agent not in PORTABLE_AGENTS and not trust:
-        raise ConfigError(
-            f"{str(path / AGENT_FILE)!r} holds a {config.agent!r}, which Stable-Baselines3 unpickles, and that runs "
-            "any code that the file holds: load only what you trust, with --trust, or trust=True in Python"
-        )
-    return open_run(config, model=model, prompts=prompts, reward=reward, load=path / AGENT_FILE)
 
 
 # --- a run from start to end
@@ -264,11 +157,12 @@ def train(
             run, estimate = sized(run, minutes, started)
         config = run.config
         say(console, estimate)
-    with text_source(run, partial(say, console)), locked(folder):
+    with text_source(run, partial(say, console)), no_new_folders_of_a_failed_start(folder), locked(folder):
         check_free(folder)  # loading took a while
-        stored = _storable(config, model=model, prompts=prompts, reward=reward)
-        write_file(folder / CONFIG_FILE, stored.to_json())
-        return _carry_out(run, stored, folder, console)
+        with no_folder_of_a_failed_start(folder):
+            stored = store(config, folder, model=model, prompts=prompts, reward=reward)
+            remember(config.references)
+            return _carry_out(run, stored, folder, console)
 
 
 def resume(
@@ -299,13 +193,13 @@ def resume(
         TextGenError: as of ``train``.
     """
     path, console = Path(folder), console or Console(quiet=True)
-    config = _stored_config(path, trust)
+    config = stored_config(path, trust)
     _check_resumable(path, config)
     with locked(path):
         refuse_links(path)
         with console.status("loading the language model"):
-            run = open_run(config, model=model, prompts=prompts, reward=reward)
-        log = _return_to_checkpoint(run, path)
+            run = open_run(located(config, path), model=model, prompts=prompts, reward=reward)
+        log = _return_to_checkpoint(run, config, path)
         if log is None:
             say(console, "stopped before the first checkpoint: the run begins again")
             shutil.rmtree(path / EVENTS, ignore_errors=True)
@@ -313,7 +207,7 @@ def resume(
             return _carry_out(run, config, path, console, log)
 
 
-def _return_to_checkpoint(run: Run, path: Path) -> Mapping[str, Any] | None:
+def _return_to_checkpoint(run: Run, stored: RunConfig, path: Path) -> Mapping[str, Any] | None:
     """Put the agent where the newest checkpoint was made and return the log in it; None without a checkpoint."""
     checkpoint = newest_checkpoint(path / CHECKPOINTS)
     if checkpoint is None:
@@ -321,7 +215,7 @@ def _return_to_checkpoint(run: Run, path: Path) -> Mapping[str, Any] | None:
     assert isinstance(run.agent, TextDQN)
     extra = load_checkpoint(checkpoint, run.agent)
     check_keys(extra, ("config", "log"), f"the checkpoint {str(checkpoint)!r}")
-    _check_unchanged(check_keys(extra["config"], (), "the configuration in the checkpoint"), run.config)
+    check_unchanged(check_keys(extra["config"], (), "the configuration in the checkpoint"), stored)
     log: Mapping[str, Any] = extra["log"]
     return log
 
@@ -337,7 +231,7 @@ def sized(run: Run, minutes: float, started: float) -> tuple[Run, str]:
     work = work_of(config, run.env, run.test_prompts)
     tried = sizes = None
     for _ in range(2):  # an agent's settings follow its steps, and with them the cost of a step
-        budget = _budget(config if sizes is None else sizes.of(config))
+        budget = budget_of(config if sizes is None else sizes.of(config))
         settings = AGENTS[config.agent](budget)[1]
         if settings == tried:
             break
@@ -347,18 +241,8 @@ def sized(run: Run, minutes: float, started: float) -> tuple[Run, str]:
         sizes = found if sizes is None else replace(found, steps=min(found.steps, sizes.steps))
     assert sizes is not None
     chosen = sizes.of(config)
-    agent = make_agent(chosen.agent, run.env, chosen.seed, _budget(chosen), chosen.agent_settings)
+    agent = make_agent(chosen.agent, run.env, chosen.seed, budget_of(chosen), chosen.agent_settings)
     return replace(run, config=chosen, agent=agent, notes=(*run.notes, sizes.note(minutes))), sizes.estimate()
-
-
-def _budget(config: RunConfig) -> Budget:
-    return Budget(config.steps, config.envs, config.env_config().max_new_tokens, config.beta)
-
-
-def _stored_config(path: Path, trust: bool = False) -> RunConfig:
-    if not (path / CONFIG_FILE).is_file():
-        raise RunFolderError(f"{str(path)!r} holds no {CONFIG_FILE}: not a folder that 'textgen train' made")
-    return RunConfig.from_json(read_text(path / CONFIG_FILE), trust)
 
 
 def _check_resumable(path: Path, config: RunConfig) -> None:
@@ -373,16 +257,6 @@ def _check_resumable(path: Path, config: RunConfig) -> None:
             shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
             clear_half_made(path)
         raise RunFolderError(f"{str(path)!r} holds a finished run: there is nothing to resume")
-
-
-def _check_unchanged(then: Mapping[str, Any], config: RunConfig) -> None:
-    now = json.loads(config.to_json())
-    changed = [f"{name} ({now[name]!r}, was {then.get(name)!r})" for name in now if now[name] != then.get(name)]
-    if changed:
-        raise ConfigError(
-            f"{CONFIG_FILE} was changed since the checkpoint: {', '.join(changed)}. Put it back, or start a new run "
-            "with textgen train --config"
-        )
 
 
 def check_free(folder: Path) -> None:
@@ -436,7 +310,7 @@ def _measure_and_learn(run: Run, log: RunLog, folder: Path, console: Console) ->
     draw_learning(log.rows, yardstick.samples.reward, folder / LEARNING_FILE)
     with JobProgress(console, "texts") as progress:
         evaluations = run.evaluate(progress.measuring)
-    report = yardstick.report(run.agent_name, evaluations, run.notes)
+    report = run.report(yardstick, evaluations)
     draw_plane(report, folder / PLANE_FILE)
     write_file(folder / SAMPLES_FILE, samples_page(yardstick.samples, evaluations[0], run.notes))
     return report
@@ -451,29 +325,3 @@ def _learn(run: Run, log: RunLog, folder: Path) -> None:
     finally:
         with whole_file(folder / AGENT_FILE, (RuntimeError,)) as half_made, half_made.open("wb") as file:
             agent.save(file)
-
-
-def write_summary(path: Path, log: RunLog, report: Report | None) -> None:
-    """Write the results of a run, and the versions that it ran with."""
-    versions = {name: metadata.version(name) for name in SUMMARY_PACKAGES}
-    summary = {
-        "finished": report is not None,
-        "steps": log.steps,
-        "episodes": log.episodes,
-        "seconds_of_training": log.seconds,
-        "report": None if report is None else report.as_dict(),
-        "versions": {"python": platform.python_version(), **versions},
-    }
-    write_file(path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-
-
-def _storable(config: RunConfig, **given: Any) -> RunConfig:
-    """Return ``config`` with the given objects: as plain data where possible, else by mention."""
-    objects = {name: value for name, value in given.items() if value is not None}
-    if "reward" in objects and (spec := reward_spec(make_reward(objects["reward"]))) is not None:
-        del objects["reward"]
-        config = replace(config, reward=spec)
-    changes: dict[str, Any] = dict.fromkeys(objects)
-    if "model" in objects:
-        changes["prune"] = None
-    return replace(config, **changes, objects=tuple(objects))

@@ -38,6 +38,12 @@ WEIGHTED = "weighted best of n"
 GUIDED = "guided best of n"
 PARTICLES = "particles"
 
+SPENDING_NOTE = (
+    "Tokens and judge calls a text, all rows together. J and its share of the optimal gain are certified: at least so "
+    "much (± is half of the 95% interval)."
+)
+"""Below ``spending_table``."""
+
 BLOCKS = 4
 """Blocks that guided best-of-n cuts a text into."""
 
@@ -204,20 +210,17 @@ def _measured(way: str, n: int, found: Sequence[Any], repeats: int, beta: float,
     return Spending.of(way, n, tokens, calls, rewards.reshape(repeats, -1).T, bounds.reshape(repeats, -1).T, **tempered)
 
 
-def spending_table(points: Sequence[Spending], reference: float, optimal: float) -> Table:
-    """Return the points as a ``rich`` table.
+def spending_table(points: Sequence[Spending], reference: float, optimal: float | None) -> Table:
+    """Return the points as a ``rich`` table; ``SPENDING_NOTE`` is the line below it.
 
     Args:
-        reference, optimal: J of the language model and of the best possible policy.
+        reference, optimal: J of the language model and of the best possible policy; None where their difference is
+            within its error, so that no share of it means anything.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    caption = (
-        "Tokens and judge calls a text, all rows together. J and its share of the optimal gain are certified: "
-        "at least so much (± is half of the 95% interval)."
-    )
-    grid = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False)
     grid.add_column("more tokens a text", min_width=16)
     for heading in ("n", "tokens", "calls", "reward", "J", "share"):
         grid.add_column(heading, justify="right", no_wrap=True)
@@ -229,28 +232,30 @@ def spending_table(points: Sequence[Spending], reference: float, optimal: float)
             f"{point.judge_calls:.0f}",
             f"{point.reward:.2f} ±{(point.reward_high - point.reward_low) / 2:.2f}",
             f"≥ {point.value:.2f} ±{(point.value_high - point.value_low) / 2:.2f}",
-            f"≥ {share_of_optimal_gain(point.value, reference, optimal):.0%}",
+            "–" if optimal is None else f"≥ {share_of_optimal_gain(point.value, reference, optimal):.0%}",
         )
     return grid
 
 
-def draw_tokens(points: Sequence[Spending], reference: float, optimal: float, path: Path) -> None:
-    """Draw the share of the optimal gain against tokens a text, a line a way, as a PNG; arguments as above."""
+def draw_tokens(points: Sequence[Spending], reference: float, optimal: float | None, path: Path) -> None:
+    """Draw the share of the optimal gain, or J without one, against tokens a text, a line a way, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.8), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     for way in dict.fromkeys(point.way for point in points):
         line = sorted((point for point in points if point.way == way), key=lambda point: point.tokens)
-        shares = np.array(
-            [[share_of_optimal_gain(v, reference, optimal) for v in (p.value, p.value_low, p.value_high)] for p in line]
-        )
-        spread = np.abs(shares[:, 1:] - shares[:, :1]).T
-        axes.errorbar([point.tokens for point in line], shares[:, 0], spread, marker="o", capsize=3, label=way)
+        worth = np.array([[point.value, point.value_low, point.value_high] for point in line])
+        if optimal is not None:
+            worth = np.vectorize(share_of_optimal_gain)(worth, reference, optimal)
+        spread = np.abs(worth[:, 1:] - worth[:, :1]).T
+        axes.errorbar([point.tokens for point in line], worth[:, 0], spread, marker="o", capsize=3, label=way)
+    level, mark = (reference, "language model") if optimal is None else (1.0, "best possible policy")
+    axes.axhline(level, color="black", linestyle=":", label=mark)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="tokens a text, all rows together", ylabel="share of the optimal gain, at least")
-    axes.axhline(1.0, color="black", linestyle=":", label="best possible policy")
+    axes.set_xlabel("tokens a text, all rows together")
+    axes.set_ylabel("J, at least" if optimal is None else "share of the optimal gain, at least")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside lower center", frameon=False, ncols=3, fontsize=8)  # on no curve
     with whole_file(path) as half_made:
         figure.savefig(half_made, format="png")

@@ -11,10 +11,12 @@ from agents.benchmark.statistics import (
     holm,
     improvement_interval,
     interquartile_mean,
+    least_p,
     performance_profile,
     permutation_p,
     probability_of_improvement,
     profile_band,
+    seeds_needed,
     stratified_interval,
 )
 from textgen_env.errors import ConfigError
@@ -103,3 +105,19 @@ def test_differences_of_chance_are_called_significant_rarely():
 def test_agents_without_a_common_task_cannot_be_compared():
     with pytest.raises(ConfigError, match="no task in common"):
         compare(runs(x=1.0), runs(y=1.0))
+
+
+def test_too_few_runs_are_told_by_counting_all_arrangements():
+    for first, second in ((2, 2), (3, 3), (3, 4), (4, 4)):
+        pooled = np.arange(first + second)
+        best = stats.mannwhitneyu(pooled[:first], pooled[first:], alternative="two-sided", method="exact").pvalue
+        assert least_p(first, second) == pytest.approx(best)
+    found = compare({"t": np.array([0.9, 1.0])}, {"t": np.array([0.0, 0.1])})
+    assert found.by_task[0].p == pytest.approx(1 / 3)
+    assert found.by_task[0].has_too_few_runs
+    assert found.overall.has_too_few_runs
+    assert seeds_needed(1) == 4  # 2 / 70 < 0.05 <= 2 / 20
+    assert seeds_needed(6) == 5  # 12 / 252 < 0.05 <= 12 / 70
+    clear = compare({"t": np.arange(4.0)}, {"t": np.arange(4.0) + 10})
+    assert not clear.by_task[0].has_too_few_runs
+    assert clear.by_task[0].significant

@@ -265,7 +265,7 @@ def test_a_stored_configuration_is_a_start_for_another_run(run, folder):
         (["generate", "nowhere"], "holds no config.json"),
         (["generate", "--model", "{model}", "--prompt", " "], "must not be empty"),
         (["generate", "--model", "{model}", "--beta", "0.1"], "the language model itself has none"),
-        (["generate", "{run}", "--reward", "length"], "leave them out"),
+        (["generate", "{run}", "--reward", "length"], "leave it out"),
         (["generate", "{run}", "--prompt", "the " * 9], "more than max_prompt_tokens=8"),
         (["evaluate", "{run}", "--prompts", "fod"], "prompts in the box"),
         (["list", "reward"], "Did you mean 'rewards'"),
@@ -331,3 +331,45 @@ def test_help_loads_no_framework():
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""
+
+
+def test_train_and_benchmark_print_json_alone(folder, tmp_path):
+    result = textgen(
+        *("train", "--out", tmp_path / "r", "--model", folder / "model", "--prompts", folder / "prompts.txt"),
+        *("--steps", 8, "--envs", 4, "--json", *TINY),
+    )
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed.pop("folder") == str(tmp_path / "r")
+    assert printed == json.loads((tmp_path / "r" / "summary.json").read_text())
+    common = ("--out", tmp_path / "b", "--json")
+    sizes = ("--tasks", "Needle:depth=2", "--agents", "random,greedy", "--seeds", 2, "--workers", 1)
+    figures = json.loads(textgen("benchmark", *sizes, *common).stdout)
+    assert (figures["runs"], figures["failed"]) == (4, 0)
+    scores = figures["scores"]["greedy"]["TextGen/Needle-v0:depth=2"]
+    assert len(scores) == 2
+    compared = json.loads(textgen("benchmark", "--compare", "random", "greedy", *common).stdout)
+    assert compared["random against greedy"]["by_task"][0]["second"] == pytest.approx(sum(scores) / 2)
+
+
+def test_the_version_and_short_help_are_options_of_the_command():
+    from importlib import metadata
+
+    assert textgen("--version").stdout == f"textgen-env {metadata.version('textgen-env')}\n"
+    for command in typer.main.get_command(app).commands:
+        shown = textgen(command, "-h").stdout
+        assert f"Example: textgen {command}" in shown
+    assert all(panel in textgen("train", "-h").stdout for panel in ("Learning", "Texts and reward"))
+
+
+def test_every_example_of_a_help_is_parsed():
+    import shlex
+
+    from agents.cli.app import EXAMPLES
+
+    group = typer.main.get_command(app)
+    assert set(EXAMPLES) == set(group.commands)
+    for name, example in EXAMPLES.items():
+        words = shlex.split(example)
+        assert words[:2] == ["textgen", name]
+        group.commands[name].make_context(name, words[2:])

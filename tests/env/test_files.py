@@ -109,12 +109,14 @@ def test_a_reader_never_sees_a_part(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", program, path])
     try:
-        for _ in range(200):
+        while not path.exists():  # a busy machine takes a while to start Python
+            assert process.poll() is None
             time.sleep(0.005)
-            if path.exists():
-                content = path.read_bytes()
-                assert len(content) == size
-                assert len(set(content)) == 1
+        for _ in range(200):
+            content = path.read_bytes()
+            assert len(content) == size
+            assert len(set(content)) == 1
+            time.sleep(0.005)
     finally:
         process.kill()
         process.wait()

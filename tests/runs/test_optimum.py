@@ -238,3 +238,13 @@ def test_lookahead_says_which_key_it_needs():
 def test_a_temperature_of_zero_is_refused():
     with pytest.raises(ConfigError, match="above 0, got 0"):
         LookaheadAgent(beta=0)
+
+
+def test_the_error_of_the_gain_is_the_spread_of_its_estimates():
+    rng, count = np.random.default_rng(0), 64
+    draws = rng.choice([0.0, 0.3, 1.0], size=(3000, count), p=[0.5, 0.3, 0.2])
+    gains = estimated_optimum(draws, 0.5).value - draws.mean(-1)
+    errors = estimated_optimum(draws, 0.5).gain_errors
+    assert errors.mean() == pytest.approx(gains.std(), rel=0.1)
+    two = estimated_optimum(draws[:2], 0.5)
+    assert two.gain_error == pytest.approx(math.hypot(*two.gain_errors) / 2)

@@ -64,8 +64,11 @@ def test_ways_are_measured_tempered_and_shown(tmp_path):
     grid = spending_table(points, 1.0, 2.0)
     assert [column.header for column in grid.columns][2:4] == ["tokens", "calls"]
     assert grid.row_count == 2
-    draw_tokens(points, 1.0, 2.0, tmp_path / "tokens.png")
-    assert (tmp_path / "tokens.png").read_bytes().startswith(b"\x89PNG")
+    assert "–" not in list(grid.columns[-1].cells)
+    assert list(spending_table(points, 1.0, None).columns[-1].cells) == ["–", "–"]  # a gain within its error
+    for optimal in (2.0, None):
+        draw_tokens(points, 1.0, optimal, tmp_path / f"{optimal}.png")
+        assert (tmp_path / f"{optimal}.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "summary.json").write_text(json.dumps({"spending": [asdict(point) for point in points]}))
     found = tempered_settings(tmp_path / "summary.json", 4)
     assert found == {"trust": particles.trust, "threshold": particles.threshold}
