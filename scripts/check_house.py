@@ -37,7 +37,7 @@ datasets stand beside that. Counted are lines of code: blank lines, comments and
 
 LONG_MODULES: dict[str, str] = {
     "textgen_env.episode": "the rules of an episode are one class, to be read from above to below",
-    "agents.text_dqn.agent": "the whole interface of an SB3 algorithm is one class: constructor, learn, save and load"
+    "agents.text_dqn.agent": "the whole interface of an SB3 algorithm is one class: constructor, learn, save and load",
 }
 """Modules that may be longer than ``MAX_MODULE_LINES``, each with its reason."""
 

@@ -32,7 +32,7 @@ KEPT_SNAPSHOTS = 64
 MOST_NODES = 5_000
 """Tokens that a writer's tree may have."""
 
-WAYS = ("sample", "greedy")
+WRITERS = ("sample", "greedy")
 """How a text is written to its end."""
 
 END_SHOWN = "(end)"
@@ -205,8 +205,8 @@ class Desk:
         Raises:
             ConfigError: no such way, or a tree is full.
         """
-        if way not in WAYS:
-            raise ConfigError(f"a text is written by {' or '.join(WAYS)}, got {way!r}")
+        if way not in WRITERS:
+            raise ConfigError(f"a text is written by {' or '.join(WRITERS)}, got {way!r}")
         with self._lock, self._acting_at(beta):
             live = [name for name in writers if not sheet.trees[name].ended]
             self._restore(sheet, live)

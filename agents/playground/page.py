@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from agents.playground.desk import WAYS, Desk, Sheet, View, bar
+from agents.playground.desk import WRITERS, Desk, Sheet, View, bar
 from textgen_env.errors import TextGenError
 from textgen_env.extras import require
 
@@ -43,7 +43,7 @@ def build_page(desk: Desk, title: str = "Playground") -> Any:
             begin = gr.Button("Start", variant="primary", scale=1, elem_id="start")
         with gr.Row():
             beta = gr.Slider(0.01, 1.0, value=desk.beta or 0.1, step=0.01, label="beta", visible=desk.beta is not None)
-            way = gr.Radio(list(WAYS), value=WAYS[0], label="to the end")
+            way = gr.Radio(list(WRITERS), value=WRITERS[0], label="to the end")
             both = gr.Button("Write all to the end", elem_id="write-all")
         columns = [_column(gr, desk, writer) for writer in desk.writers]
         outputs = [sheet, *(part for column in columns for part in column)]
