@@ -30,6 +30,7 @@ from agents.runs.report import (
     evaluate_agent,
     unwatched,
 )
+from agents.runs.sizing import budget_of
 from agents.runs.stored import (
     check_stored_code,
     located,
@@ -38,7 +39,7 @@ from agents.runs.stored import (
 )
 from agents.runs.yardsticks import known_or_measured
 from agents.sb3_vec import SB3VecEnv
-from agents.zoo import AGENTS, Budget, acts_greedily, make_agent
+from agents.zoo import AGENTS, acts_greedily, make_agent
 from textgen_env.errors import ConfigError, RunFolderError
 from textgen_env.evaluation import Evaluation
 from textgen_env.models import load_language_model
@@ -207,8 +208,3 @@ def _opened_config(path: Path, trust: bool, given: Mapping[str, Any]) -> RunConf
     replaced: dict[str, Any] = {name: None for name, value in given.items() if value is not None}
     check_stored_code(replace(config, **replaced), trust)
     return config
-
-
-def budget_of(config: RunConfig) -> Budget:
-    """Return the sizes by which an agent of the run chooses its settings."""
-    return Budget(config.steps, config.envs, config.env_config().max_new_tokens, config.beta)

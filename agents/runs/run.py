@@ -33,8 +33,8 @@ from rich.console import Console
 from agents.runs.checkpoint import load_checkpoint, newest_checkpoint
 from agents.runs.config import RunConfig
 from agents.runs.log import CHECKPOINTS, EVENTS, RunLog
-from agents.runs.opening import AGENT_FILE, PORTABLE_AGENTS, Run, budget_of, load_run, load_writer, open_run
-from agents.runs.parts import open_env
+from agents.runs.opening import AGENT_FILE, PORTABLE_AGENTS, Run, load_run, load_writer, open_run
+from agents.runs.parts import open_env, validation_prompts
 from agents.runs.pictures import draw_learning, draw_plane
 from agents.runs.progress import JobProgress
 from agents.runs.report import (
@@ -42,7 +42,7 @@ from agents.runs.report import (
     samples_page,
 )
 from agents.runs.signals import Stopped, stop_signals
-from agents.runs.sizing import fit, measured_speed, work_of
+from agents.runs.sizing import budget_of, measured_sizes, work_of
 from agents.runs.stored import (
     CONFIG_FILE,
     check_unchanged,
@@ -56,7 +56,7 @@ from agents.runs.stored import (
 from agents.terminal import say
 from agents.text_dqn.agent import TextDQN
 from agents.user_code import remember
-from agents.zoo import AGENTS, make_agent
+from agents.zoo import make_agent
 from textgen_env.errors import ConfigError, RunFolderError, TextGenError
 from textgen_env.files import (
     check_keys,
@@ -94,6 +94,9 @@ SAMPLES_FILE = "samples.md"
 PLANE_FILE = "plane.png"
 TOKENS_FILE = "tokens.png"
 LEARNING_FILE = "learning.png"
+
+VALIDATED = 32
+"""Texts at each temperature that an agent may choose to act at."""
 
 
 # --- a run from start to end
@@ -228,18 +231,9 @@ def sized(run: Run, minutes: float, started: float) -> tuple[Run, str]:
     """
     config, episodes = run.config, run.env.episodes
     trial = open_env(config, run.env.language_model, episodes.prompts, episodes.reward)
-    work = work_of(config, run.env, run.test_prompts)
-    tried = sizes = None
-    for _ in range(2):  # an agent's settings follow its steps, and with them the cost of a step
-        budget = budget_of(config if sizes is None else sizes.of(config))
-        settings = AGENTS[config.agent](budget)[1]
-        if settings == tried:
-            break
-        tried, timed = settings, replace(config, steps=budget.steps)
-        speed = measured_speed(timed, trial, run.scoring_env())
-        found = fit(minutes, time.perf_counter() - started, speed, work)
-        sizes = found if sizes is None else replace(found, steps=min(found.steps, sizes.steps))
-    assert sizes is not None
+    sizes = measured_sizes(
+        config, trial, run.scoring_env(), work_of(config, run.env, run.test_prompts), minutes, started
+    )
     chosen = sizes.of(config)
     agent = make_agent(chosen.agent, run.env, chosen.seed, budget_of(chosen), chosen.agent_settings)
     return replace(run, config=chosen, agent=agent, notes=(*run.notes, sizes.note(minutes))), sizes.estimate()
@@ -306,7 +300,7 @@ def _say_how_to_go_on(folder: Path, console: Console) -> None:
 def _measure_and_learn(run: Run, log: RunLog, folder: Path, console: Console) -> Report:
     with JobProgress(console, "texts") as progress:
         yardstick = run.yardstick(progress.measuring)
-    _learn(run, log, folder)
+    run = _learned(run, log, folder)
     draw_learning(log.rows, yardstick.samples.reward, folder / LEARNING_FILE)
     with JobProgress(console, "texts") as progress:
         evaluations = run.evaluate(progress.measuring)
@@ -316,12 +310,17 @@ def _measure_and_learn(run: Run, log: RunLog, folder: Path, console: Console) ->
     return report
 
 
-def _learn(run: Run, log: RunLog, folder: Path) -> None:
-    """Train the agent. It is saved even if the training is stopped or fails."""
-    agent, done = run.agent, run.agent.num_timesteps
+def _learned(run: Run, log: RunLog, folder: Path) -> Run:
+    """Train the agent, and let it choose its temperature. It is saved even if the training is stopped or fails."""
+    agent, config, done = run.agent, run.config, run.agent.num_timesteps
     try:
         with log:
-            agent.learn(run.config.steps - done, log, log_interval=sys.maxsize, reset_num_timesteps=not done)
+            agent.learn(config.steps - done, log, log_interval=sys.maxsize, reset_num_timesteps=not done)
+        if isinstance(agent, TextDQN):
+            some = validation_prompts(run.env.episodes.prompts, config.seed)
+            chosen = agent.choose_beta(run.env, min(VALIDATED, config.eval_texts), config.seed, some)
+            run = replace(run, notes=(*run.notes, f"Acts as {chosen}; J = E[R] - {agent.target_beta:g} KL decided."))
+        return run
     finally:
         with whole_file(folder / AGENT_FILE, (RuntimeError,)) as half_made, half_made.open("wb") as file:
             agent.save(file)

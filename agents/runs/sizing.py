@@ -125,6 +125,36 @@ def fit(given: float, spent: float, speed: Speed, work: Work) -> Sizes:
     return Sizes(steps, *work.sizes(share), yardstick, steps * speed.learn, agent)
 
 
+def measured_sizes(
+    config: RunConfig, own: TextGenVectorEnv, scoring: TextGenVectorEnv, work: Work, given: float, started: float
+) -> Sizes:
+    """Return the sizes with which a run that ``started`` (``time.perf_counter``) takes ``given`` minutes.
+
+    Args:
+        own, scoring: See ``measured_speed``.
+
+    Raises:
+        ConfigError: too few minutes for the smallest run.
+    """
+
+    def timed(steps: int) -> Sizes:
+        speed = measured_speed(replace(config, steps=steps), own, scoring)
+        return fit(given, time.perf_counter() - started, speed, work)
+
+    sizes = timed(config.steps)
+    before, after = (AGENTS[config.agent](budget_of(each))[1] for each in (config, sizes.of(config)))
+    if before == after:
+        return sizes
+    # An agent's settings follow its steps, and with them the cost of a step.
+    again = timed(sizes.steps)
+    return replace(again, steps=min(again.steps, sizes.steps))
+
+
+def budget_of(config: RunConfig) -> Budget:
+    """Return the sizes of a training, by which agents choose settings."""
+    return Budget(config.steps, config.envs, config.env_config().max_new_tokens, config.beta)
+
+
 def measured_speed(config: RunConfig, own: TextGenVectorEnv, scoring: TextGenVectorEnv) -> Speed:
     """Time a few steps of a run, in environments that it does not go on with.
 
@@ -135,7 +165,7 @@ def measured_speed(config: RunConfig, own: TextGenVectorEnv, scoring: TextGenVec
     """
     tokens = own.episodes.config.max_new_tokens
     trial = config.envs * (tokens + 2)
-    budget, settings = Budget(config.steps, config.envs, tokens, config.beta), dict(config.agent_settings)
+    budget, settings = budget_of(config), dict(config.agent_settings)
     if issubclass(AGENTS[config.agent](budget)[0], OffPolicyAlgorithm):
         settings["learning_starts"] = trial // 2  # updates are owed for the steps before it, too
     agent = make_agent(config.agent, own, config.seed, budget, settings)

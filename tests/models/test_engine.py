@@ -27,7 +27,7 @@ from textgen_env.models.generic import GenericDecoder
 from textgen_env.models.hf import HFModel
 from textgen_env.models.llama import LlamaDecoder
 from textgen_env.models.one_row import OneRow
-from textgen_env.models.products import product
+from textgen_env.models.products import multiply
 from textgen_env.models.projections import ColumnProjection, PackedProjection, Projection, can_pack
 from textgen_env.models.slots import LRUCache
 from textgen_env.models.stateful import StatefulDecoder
@@ -633,17 +633,34 @@ def test_a_projection_of_each_kind_equals_the_layers_behind_the_norm(rows, bias,
 @pytest.mark.parametrize("relayout", [False, True])
 def test_a_module_keeps_its_values_and_shares_its_memory_only_where_it_may_be_laid_out_anew(relayout):
     torch.manual_seed(0)
-    layer, norm, x = torch.nn.Linear(64, 96), LlamaRMSNorm(64), torch.randn(3, 64)
+    layers, norm, x = [torch.nn.Linear(64, n) for n in (96, 32)], LlamaRMSNorm(64), torch.randn(3, 64)
     norm.weight.data.uniform_(0.5, 2.0)
-    before, expected = layer.weight.detach().clone(), layer(norm(x)).detach()
-    projection = ColumnProjection([layer], norm, relayout)
-    assert torch.equal(layer.weight, before)
-    assert layer.weight.is_contiguous() != relayout
+    before = [layer.weight.detach().clone() for layer in layers]
+    expected = torch.cat([layer(norm(x)) for layer in layers], -1).detach()
+    projection = ColumnProjection(layers, norm, relayout)
+    for layer, weight in zip(layers, before, strict=True):
+        assert torch.equal(layer.weight, weight)
+        assert layer.weight.is_contiguous() != relayout
     with torch.inference_mode():
-        torch.testing.assert_close(layer(norm(x)), expected)
+        torch.testing.assert_close(torch.cat([layer(norm(x)) for layer in layers], -1), expected)
         torch.testing.assert_close(projection(projection.normed(x)), expected)
-        layer.weight.zero_()
-        assert bool((projection(x) == layer.bias).all()) == relayout  # True: one memory
+        for layer in layers:
+            layer.weight.zero_()
+        biases = torch.cat([layer.bias for layer in layers])
+        assert bool((projection(x) == biases).all()) == relayout  # True: one memory
+
+
+def test_a_named_model_that_was_laid_out_anew_is_saved_and_writes_as_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(llama_module, "best_projection", lambda *args: ColumnProjection)
+    plain = family("llama")
+    ids = torch.tensor([[4, 5, 6]])
+    expected = plain(ids).logits.detach()
+    language_model = HFModel(plain, word_tokenizer(), relayout=True)
+    assert not plain.model.layers[0].self_attn.q_proj.weight.is_contiguous()
+    torch.testing.assert_close(plain(ids).logits.detach(), expected)
+    language_model.model.save_pretrained(tmp_path)
+    again = hf.LlamaForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids).logits.detach(), expected)
 
 
 @pytest.mark.parametrize("kind", [Projection, PackedProjection, ColumnProjection])
@@ -677,10 +694,11 @@ def test_a_product_on_some_threads_is_the_product(shape, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     rng = np.random.default_rng(0)
     x, columns = (rng.normal(size=size).astype(np.float32) for size in (shape, (600, 1001)))
-    found = product(x, columns)
-    assert found.dtype == np.float32
+    found, again = np.full((2, *shape[:-1], 1001), np.nan, np.float32)
+    multiply(x, columns, found)
     np.testing.assert_allclose(found, x.astype(np.float64) @ columns, atol=1e-3)
-    assert np.array_equal(found, product(x, columns))
+    multiply(x, columns, again)
+    assert np.array_equal(found, again)
 
 
 def test_precision_follows_the_hardware_unless_said(monkeypatch):

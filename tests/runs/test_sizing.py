@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 from weather import CONFIG, weather
 
-from agents.runs import run as runs
 from agents.runs.progress import JobProgress, minutes
 from agents.runs.run import train
 from agents.runs.sizing import LEAST_STEPS, Speed, Work, fit
@@ -48,7 +47,7 @@ def test_too_few_minutes_are_refused_with_the_number_that_is_enough():
 def test_a_sized_run_says_its_sizes_and_is_the_run_of_its_configuration(tmp_path, monkeypatch):
     timed = []
     sizes = replace(fit(60, 0.0, SPEED, WORK), steps=400, texts=8, samples=4)
-    monkeypatch.setattr(runs, "fit", lambda *args: timed.append(args) or sizes)
+    monkeypatch.setattr("agents.runs.sizing.fit", lambda *args: timed.append(args) or sizes)
     shown = Console(file=io.StringIO(), width=200)
     first = train(CONFIG, tmp_path / "a", model=weather(), console=shown, minutes=1)
     minutes_given, spent, speed, work = timed[0]

@@ -153,7 +153,7 @@ class _LlamaLayer:
     def __init__(self, layer: Any, kind: type[Projection], relayout: bool) -> None:
         attention, mlp, after = layer.self_attn, layer.mlp, layer.post_attention_layernorm
         self.turned_norm, self.turned_eps = _turned_norm(attention)
-        self.qkv = kind([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm)
+        self.qkv = kind([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm, relayout)
         self.out = kind([attention.o_proj], relayout=relayout)
         self.gate = kind([mlp.gate_proj], after, relayout)
         self.up = kind([mlp.up_proj], after, relayout)

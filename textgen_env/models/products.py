@@ -28,14 +28,13 @@ ALIGNED = 16
 """Columns: parts begin at multiples of it."""
 
 
-def product(x: Float32s, columns: Float32s) -> Float32s:
-    """Return ``x @ columns`` for ``x`` (N, d) or (d,). The same threads give the same bits."""
+def multiply(x: Float32s, columns: Float32s, out: Float32s) -> None:
+    """Write ``x @ columns`` for ``x`` (N, d) or (d,) into ``out``. The same threads give the same bits."""
     rows = 1 if x.ndim == 1 else len(x)
     parts = torch.get_num_threads()
     if parts == 1 or max(columns.size, rows * columns.size // 40) < LEAST_WORK:
-        found: Float32s = x @ columns
-        return found
-    out = np.empty((*x.shape[:-1], columns.shape[1]), np.float32)
+        np.matmul(x, columns, out=out)
+        return
     edges = np.linspace(0, columns.shape[1] // ALIGNED, parts + 1).astype(int) * ALIGNED
     edges[-1] = columns.shape[1]
     done: SimpleQueue[None] = SimpleQueue()
@@ -44,7 +43,6 @@ def product(x: Float32s, columns: Float32s) -> Float32s:
     np.matmul(x, columns[:, : edges[1]], out=out[..., : edges[1]])
     for _ in range(parts - 1):
         done.get()
-    return out
 
 
 @cache
