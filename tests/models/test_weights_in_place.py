@@ -155,6 +155,20 @@ def test_suppressed_tokens_are_proposed_neither_by_generate_nor_by_the_environme
     assert observation["tokens"][: int(observation["length"][0])].tolist() == greedy[0].tolist()
 
 
+def test_a_prefix_in_memory_that_begins_one_text_may_go_on_with_any_token_in_another(pair):
+    model, tokenizer = pair
+    model.generation_config.begin_suppress_tokens = [3, 4]
+    slots, free = HFModel(model, tokenizer).slots(2, 8, None), np.zeros(1, bool)
+    first, second = np.array([0]), np.array([1])
+    slots.start(np.arange(2), [[2, 5, 6], [2, 5]])
+    for row in (first, second):
+        assert (slots.propose(row, free).logprobs[0, [3, 4]] < -1e6).all()
+    slots.advance(second, np.array([6]))
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([[2, 5, 6]])).logits[0, -1].log_softmax(-1).numpy()
+    np.testing.assert_allclose(slots.propose(second, free).logprobs[0], expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["forced_eos_token_id", "forced_bos_token_id", "bad_words_ids"])
 def test_tokens_that_a_generation_config_forces_or_forbids_are_refused_by_name(pair, name):
     model, tokenizer = pair
