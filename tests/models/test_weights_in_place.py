@@ -162,7 +162,7 @@ def test_a_prefix_in_memory_that_begins_one_text_may_go_on_with_any_token_in_ano
     first, second = np.array([0]), np.array([1])
     slots.start(np.arange(2), [[2, 5, 6], [2, 5]])
     for row in (first, second):
-        assert (slots.propose(row, free).logprobs[0, [3, 4]] < -1e6).all()
+        assert (slots.propose(row, free).logprobs[0, [3, 4]] <= -1e4).all()
     slots.advance(second, np.array([6]))
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([[2, 5, 6]])).logits[0, -1].log_softmax(-1).numpy()
