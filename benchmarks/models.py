@@ -145,6 +145,8 @@ def build(kind: str, seq2seq: bool = False) -> Any:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+    if not model.config.is_encoder_decoder and model.generation_config is not None:
+        model.generation_config.forced_eos_token_id = None  # of the translation models whose decoders these are
     return model.eval()
 
 

@@ -154,6 +154,8 @@ def run_benchmark(
     folder = Path(out)
     for task in config.tasks:
         known_bounds(task)
+    if not folder.exists():
+        check_agents(config)  # before the lock makes the folder
     with locked(folder):
         open_folder(folder, config, check=lambda: check_agents(config))
         return _run_missing(config, folder, workers, retry_failed, cell_runner, console)

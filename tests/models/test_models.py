@@ -205,7 +205,7 @@ def test_a_folder_without_a_model_its_weights_or_its_tokenizer_is_named(folder, 
 def test_weights_without_an_output_layer_are_refused_rather_than_made_up(tiny_lm, tmp_path):
     tiny_lm[0].model.save_pretrained(tmp_path)  # the trunk alone
     tiny_lm[1].save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"lack lm_head.weight: they are not those of a causal"):
+    with pytest.raises(ModelError, match=r"lack lm_head.weight: they are not those of a model that generates text"):
         load_language_model(tmp_path)
 
 

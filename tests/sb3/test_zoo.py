@@ -56,8 +56,8 @@ def test_what_an_actor_says_of_its_policy_is_what_is_played(name):
     ("name", "message"),
     [
         ("text_dqnn", "Did you mean 'text_dqn'"),
-        ("nowhere:agent", "No module named 'nowhere'"),
-        ("toys:agent", "has no attribute 'agent'"),
+        ("nowhere:agent", "names no module that can be imported"),
+        ("toys:agent", "unknown name 'agent'"),
         ("toys:TABLE", "must be callable"),
     ],
 )
