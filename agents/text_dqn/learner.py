@@ -227,6 +227,7 @@ class Learner:
     def put(self, steps: Mapping[str, npt.NDArray[Any]], lengths: npt.NDArray[np.int64], counted: int) -> None:
         """Remember whole episodes that were written elsewhere; ``counted`` steps are paid for by them."""
         self.replay.put(steps, lengths)
+        self.judge_calls += len(lengths)
         self.steps += counted
 
     @property

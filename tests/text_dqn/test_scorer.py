@@ -190,6 +190,9 @@ def test_judged_prefixes_are_counted():
     asked.learn(2_000)
     calls.learn(2_000)
     assert calls.learner.judge_calls == calls.replay_buffer.episodes_seen > 450
+    there = agent(worth, score="learned")
+    there.learner.put(*calls.replay_buffer.take(), counted=2_000)  # texts that were written, and judged, elsewhere
+    assert there.learner.judge_calls == calls.learner.judge_calls
     assert calls.learner.judge_calls < asked.learner.judge_calls <= 2_000
 
 
