@@ -8,7 +8,7 @@
 
 Each shard of the corpus and each epoch of the training is a file that appears by one rename and
 has random numbers of its own: a build that was killed goes on where it was and ends the same
-(bit-equal on one machine with the same number of threads). Needs torch 2.9, which brings Muon.
+(bit-equal on one machine with the same number of threads).
 
     python scripts/build_tiny_lm.py                     # the model in the package
     python scripts/build_tiny_lm.py --quick             # a weak one in a few minutes, in build/quick
@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny_lm_muon import Muon
 from tiny_lm_seeds import draw
 from tiny_lm_texts import END, SAMPLES, TEACHER_K, TEMPERATURE, TOP_P, Alignment, Array, Texts, ends_of, sampled_from
 from tokenizers import Tokenizer, decoders, models, trainers
@@ -53,6 +54,8 @@ class Settings:
     texts: int = 2048  # a shard
     rows: int = 256  # texts that the teacher writes at a time
     vocabulary: int = 3072
+    width: int = 192  # of the model's hidden states, a multiple of 96
+    layers: int = 3  # few: a step of one text takes as long as there are layers
     epochs: int = 10
     batch: int = 2048  # tokens
     rate: float = 6e-3  # of AdamW, which trains embeddings and norms
@@ -163,16 +166,16 @@ def train_tokenizer(path: Path, shards: Sequence[Path], teacher: Any, s: Setting
 # --- training
 
 
-def student(tokenizer: Tokenizer) -> LlamaForCausalLM:
-    """Return the untrained model. Few layers: a step of one text takes as long as there are layers."""
+def student(tokenizer: Tokenizer, s: Settings) -> LlamaForCausalLM:
+    """Return the untrained model: heads of 32, three of them to each head of keys and values."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=tokenizer.get_vocab_size(),
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=3,
-            num_attention_heads=6,
-            num_key_value_heads=2,
+            hidden_size=s.width,
+            intermediate_size=s.width * 8 // 3,
+            num_hidden_layers=s.layers,
+            num_attention_heads=s.width // 32,
+            num_key_value_heads=s.width // 96,
             max_position_embeddings=256,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.token_to_id(END),
@@ -221,7 +224,7 @@ def train(path: Path, model: LlamaForCausalLM, texts: Texts, held_out: Texts, s:
     for name, parameter in model.named_parameters():
         (hidden if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(hidden, lr=s.muon_rate, momentum=0.95, weight_decay=0.1),
+        Muon(hidden, lr=s.muon_rate, momentum=0.95, weight_decay=0.1),
         torch.optim.AdamW(rest, lr=s.rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True),
     ]
     history: list[float] = []
@@ -392,7 +395,7 @@ def build(s: Settings, work: Path, out: Path, command: str) -> dict[str, Any]:
     rest = [alignment.read(paths[0], slice(s.texts // 4, None))]
     texts = Texts.joined(rest + [alignment.read(path) for path in tqdm(paths[1:], "tokens", unit="shard")])
     torch.manual_seed(s.seed)
-    model = student(tokenizer)
+    model = student(tokenizer, s)
     history = train(work / "training.pt", model, texts, held_out, s)
     ngram, tokens = kneser_ney(texts, held_out, len(alignment.student_width)), int(held_out.written.sum())
     figures: dict[str, Any] = {"ngram": ngram, "tiny": history[-1], "teacher": held_out.nats / tokens}

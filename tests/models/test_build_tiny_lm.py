@@ -166,6 +166,22 @@ def test_the_baseline_equals_kneser_ney_by_the_book_and_is_a_distribution(build)
     assert sum(every) == pytest.approx(1, rel=1e-9)
 
 
+def test_muon_steps_like_the_one_of_torch(build):
+    """torch's multiplies in bfloat16: eight bits of the step."""
+    import torch
+
+    mine, theirs = [torch.nn.Parameter(torch.zeros(8, 24)) for _ in range(2)]
+    settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
+    optimizers = build.Muon([mine], **settings), torch.optim.Muon([theirs], **settings)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        mine.grad = theirs.grad = torch.randn(8, 24, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert theirs.abs().max() > 0.02
+    assert torch.allclose(mine, theirs, atol=5 * 0.02 / 2**7)
+
+
 # --- killed and resumed
 
 
@@ -191,7 +207,8 @@ def toy_teacher(build, tmp_path_factory):
 
 
 def start(teacher, work):
-    size = {"shards": 3, "texts": 64, "rows": 32, "vocabulary": 300, "epochs": 3, "batch": 512, "threads": 1}
+    size = {"shards": 3, "texts": 64, "rows": 32, "vocabulary": 300, "batch": 512, "threads": 1}
+    size |= {"width": 96, "layers": 1, "epochs": 3}
     options = [f"--{name}={value}" for name, value in size.items()]
     command = [sys.executable, str(SCRIPTS / "build_tiny_lm.py"), f"--teacher={teacher}", f"--work={work}", *options]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "OMP_NUM_THREADS": "1"}
@@ -222,7 +239,7 @@ def test_a_build_that_was_killed_ends_with_the_same_files(toy_teacher, tmp_path)
         process = start(toy_teacher, killed)
         while not (killed / sign).exists() and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.1))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
