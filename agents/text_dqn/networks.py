@@ -9,6 +9,10 @@ would lead to:
     tokens (B, T)         ->  contributions, summed  ->  memory (B, m)
     candidates (B, k)     ->  memory + contribution, embedding, log mu  ->  Q (B, k)
 
+What a token is worth changes sharply towards the end of a text: an article is a good last token but
+one for no judge that wants a whole sentence. So the output layer has weights of their own for the
+last tokens, beside those for all.
+
 Token embeddings are the language model's own: read from it when needed, never copied or saved.
 """
 
@@ -29,6 +33,9 @@ from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
 NEEDED_KEYS = ("tokens", "length", "budget", "candidates", "logprobs", "action_mask", "hidden")
+MARKS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
+"""Tokens left for which the network has weights of their own, linear in between; from the last one on it has none."""
+
 MASKED_LOGIT = -1e9  # added to what must not be chosen: finite, since 0 * inf is not a number
 
 Tensors = Mapping[str, torch.Tensor]
@@ -62,6 +69,14 @@ def known_advantage(observations: Tensors) -> torch.Tensor | None:
     if "candidate_scores" not in observations or "score" not in observations:
         return None
     return (observations["candidate_scores"] - observations["score"]).float()
+
+
+def marked(left: torch.Tensor) -> torch.Tensor:
+    """Return the shares of the ``MARKS`` next to so many tokens that are left, (..., 1) to (..., all but the last)."""
+    marks = torch.tensor(MARKS, dtype=left.dtype, device=left.device)
+    widths = functional.pad(marks.diff(), (1, 0), value=1.0)
+    away = left - marks[:-1]
+    return (1 - torch.where(away < 0, -away / widths[:-1], away / widths[1:])).clamp(min=0)
 
 
 def shifted(vectors: torch.Tensor) -> torch.Tensor:
@@ -115,17 +130,19 @@ class CandidateHead(nn.Module):
     ) -> None:
         super().__init__()
         token = 64
+        self.outputs = outputs
         self.embed = nn.Linear(embedding_size, token, bias=False)
         self.from_token = nn.Linear(token, token)
         self.from_previous = nn.Linear(token, token, bias=False)
         self.contribution = nn.Linear(token, memory)
         self.from_hidden = nn.Linear(hidden_size, width)
         self.from_scalars = nn.Linear(2 if uses_score else 1, width, bias=False)
+        self.from_left = nn.Linear(len(MARKS) - 1, width, bias=False)
         self.from_candidate = nn.Linear(token, width, bias=False)
         self.from_candidate_scalars = nn.Linear(2 if uses_candidate_scores else 1, width, bias=False)
         self.from_memory = nn.Linear(memory, width, bias=False)
         self.mix = nn.Linear(width, width)
-        self.value = nn.Linear(width, outputs)
+        self.value = nn.Linear(width, len(MARKS) * outputs)
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
@@ -144,18 +161,21 @@ class CandidateHead(nn.Module):
         self,
         hidden: torch.Tensor,
         scalars: torch.Tensor,
+        left: torch.Tensor,
         candidates: torch.Tensor,
         candidate_scalars: torch.Tensor,
         memory: torch.Tensor,
         last: torch.Tensor,
     ) -> torch.Tensor:
         hidden = functional.layer_norm(hidden.float(), hidden.shape[-1:])
-        state = self.from_hidden(self.dropout(hidden)) + self.from_scalars(scalars)  # (..., h)
+        state = self.from_hidden(self.dropout(hidden)) + self.from_scalars(scalars) + self.from_left(left)  # (..., h)
         after = memory.unsqueeze(-2) + self.contributions(candidates, last.unsqueeze(-2))  # (..., k, m)
         x = state.unsqueeze(-2) + self.from_candidate(candidates) + self.from_memory(after)  # (..., k, h)
         x = self.dropout(functional.gelu(x + self.from_candidate_scalars(candidate_scalars)))
         x = x + functional.gelu(self.mix(x))
-        values: torch.Tensor = self.value(x)  # (..., k, n)
+        at_marks = self.value(x).unflatten(-1, (-1, self.outputs))  # (..., k, marks, n)
+        weights = functional.pad(left, (1, 0), value=1.0)  # the first ones hold for all
+        values: torch.Tensor = (at_marks * weights[..., None, :, None]).sum(-2)  # (..., k, n)
         return values
 
 
@@ -282,7 +302,7 @@ class CandidateQNetwork(nn.Module):
                 self.support.copy_(torch.linspace(float(low - margin), float(high + margin), len(self.support)))
                 bias = torch.log(self.atoms_of(returns).mean(0) + 1e-3)
             for head in self.heads:
-                head.value.bias.copy_(bias)
+                head.value.bias[: head.outputs] = bias
 
     def atoms_of(self, returns: torch.Tensor) -> torch.Tensor:
         """Return (..., atoms) probabilities whose mean is the return, on the two atoms next to it."""
@@ -384,6 +404,7 @@ class CandidateQNetwork(nn.Module):
         outputs: torch.Tensor = head(
             observations["hidden"],
             torch.cat(scalars, -1),
+            marked((observations["budget"].float() * self.max_new_tokens).round()),
             candidates,
             torch.stack(candidate_scalars, -1),
             memory,

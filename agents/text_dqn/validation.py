@@ -2,12 +2,17 @@
 
 agent, environment with validation prompts  ->  texts at each temperature, on the same luck
                                             ->  the one with the most E[R] - target_beta KL
+
+A few hundred texts tell two temperatures apart only roughly. So the temperature that the agent learned
+for stays, unless another is better by more than a standard error, or the language model is as good.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from agents.text_dqn.learner import Learner
 from textgen_env.errors import ConfigError
@@ -28,7 +33,7 @@ class Validated:
     """What was tried and what was chosen.
 
     Attributes:
-        beta: The best temperature; ``LANGUAGE_MODEL`` where learning has gained nothing.
+        beta: The temperature chosen; ``LANGUAGE_MODEL`` where learning has gained nothing.
         values: E[R] - target_beta KL at each temperature that was tried.
         texts: Texts at each.
     """
@@ -67,12 +72,22 @@ def validate(
         ConfigError: see ``evaluate``.
     """
     price = learner.objective.beta
-    values: dict[float, float] = {}
+    found: dict[float, Floats] = {}
     for beta in (LANGUAGE_MODEL, *(multiple * price for multiple in MULTIPLES)):
         learner.beta = beta
-        found: Floats | None = evaluate(agent, env, texts, seed, prompts).values(price)
-        if found is None:
+        of_texts: Floats | None = evaluate(agent, env, texts, seed, prompts).values(price)
+        if of_texts is None:
             raise ConfigError("temperatures are compared by KL, and this agent has no probabilities")
-        values[beta] = float(found.mean())
-    learner.beta = max(values, key=lambda beta: values[beta])
-    return Validated(learner.beta, values, texts)
+        found[beta] = of_texts
+    learner.beta = best_supported(found, price)
+    return Validated(learner.beta, {beta: float(values.mean()) for beta, values in found.items()}, texts)
+
+
+def best_supported(found: Mapping[float, Floats], learned_for: float) -> float:
+    """Return the temperature of ``found``, which has (n,) values of texts at each, that the values speak for."""
+    means = {beta: float(values.mean()) for beta, values in found.items()}
+    errors = {beta: float(values.var()) / len(values) for beta, values in found.items()}
+    chosen = max(means, key=lambda beta: means[beta])
+    if chosen != LANGUAGE_MODEL and means[chosen] - means[learned_for] <= np.sqrt(errors[chosen] + errors[learned_for]):
+        chosen = learned_for
+    return LANGUAGE_MODEL if means[LANGUAGE_MODEL] >= means[chosen] else chosen

@@ -14,6 +14,7 @@ from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.networks import NEEDED_KEYS
 from agents.text_dqn.ridge import Design, cross_fit, rising_curve
 from agents.text_dqn.scorer import FOLDS, JudgedTexts, TextScorer, Visited
+from agents.text_dqn.validation import LANGUAGE_MODEL, best_supported
 from textgen_env.errors import ConfigError
 
 VOCABULARY, LENGTH, TEXTS = 12, 6, 1500
@@ -213,6 +214,22 @@ def test_the_temperature_is_the_language_models_where_nothing_was_learned():
     chosen = useless.choose_beta(useless.env.env, 64)
     assert str(chosen).startswith("the language model of 64 texts each")
     assert chosen.values[chosen.beta] == max(chosen.values.values())
+
+
+@pytest.mark.parametrize(
+    ("gains", "chosen"),
+    [
+        ({0.1: 0.5, 0.14: 0.7}, 0.14),  # by two standard errors
+        ({0.1: 0.5, 0.14: 0.55}, 0.1),  # by half of one
+        ({0.1: 0.02, 0.14: 0.0}, 0.1),
+        ({0.1: -0.05, 0.14: -0.03}, LANGUAGE_MODEL),
+        ({0.1: -0.5, 0.14: 0.3}, 0.14),
+    ],
+)
+def test_another_temperature_than_the_one_learned_for_is_chosen_on_evidence_only(gains, chosen):
+    noise = np.tile([-0.7, 0.7], 50)  # standard error of a mean 0.07, of a difference 0.1
+    values = {beta: gain + noise for beta, gain in {LANGUAGE_MODEL: 0.0, **gains}.items()}
+    assert best_supported(values, 0.1) == chosen
 
 
 def test_an_unknown_way_to_score_is_named():
