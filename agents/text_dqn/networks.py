@@ -33,7 +33,7 @@ from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
 NEEDED_KEYS = ("tokens", "length", "budget", "candidates", "logprobs", "action_mask", "hidden")
-MARKS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
+LAST_TOKENS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Tokens left for which the network has weights of their own, linear in between; from the last one on it has none."""
 
 MASKED_LOGIT = -1e9  # added to what must not be chosen: finite, since 0 * inf is not a number
@@ -71,9 +71,9 @@ def known_advantage(observations: Tensors) -> torch.Tensor | None:
     return (observations["candidate_scores"] - observations["score"]).float()
 
 
-def marked(left: torch.Tensor) -> torch.Tensor:
-    """Return the shares of the ``MARKS`` next to so many tokens that are left, (..., 1) to (..., all but the last)."""
-    marks = torch.tensor(MARKS, dtype=left.dtype, device=left.device)
+def near_the_end(left: torch.Tensor) -> torch.Tensor:
+    """Return the shares of all ``LAST_TOKENS`` but the last when so many tokens are left: (..., 1) to (..., m)."""
+    marks = torch.tensor(LAST_TOKENS, dtype=left.dtype, device=left.device)
     widths = functional.pad(marks.diff(), (1, 0), value=1.0)
     away = left - marks[:-1]
     return (1 - torch.where(away < 0, -away / widths[:-1], away / widths[1:])).clamp(min=0)
@@ -137,12 +137,12 @@ class CandidateHead(nn.Module):
         self.contribution = nn.Linear(token, memory)
         self.from_hidden = nn.Linear(hidden_size, width)
         self.from_scalars = nn.Linear(2 if uses_score else 1, width, bias=False)
-        self.from_left = nn.Linear(len(MARKS) - 1, width, bias=False)
+        self.from_left = nn.Linear(len(LAST_TOKENS) - 1, width, bias=False)
         self.from_candidate = nn.Linear(token, width, bias=False)
         self.from_candidate_scalars = nn.Linear(2 if uses_candidate_scores else 1, width, bias=False)
         self.from_memory = nn.Linear(memory, width, bias=False)
         self.mix = nn.Linear(width, width)
-        self.value = nn.Linear(width, len(MARKS) * outputs)
+        self.value = nn.Linear(width, len(LAST_TOKENS) * outputs)
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
@@ -173,9 +173,9 @@ class CandidateHead(nn.Module):
         x = state.unsqueeze(-2) + self.from_candidate(candidates) + self.from_memory(after)  # (..., k, h)
         x = self.dropout(functional.gelu(x + self.from_candidate_scalars(candidate_scalars)))
         x = x + functional.gelu(self.mix(x))
-        at_marks = self.value(x).unflatten(-1, (-1, self.outputs))  # (..., k, marks, n)
+        by_place = self.value(x).unflatten(-1, (-1, self.outputs))  # (..., k, places, n)
         weights = functional.pad(left, (1, 0), value=1.0)  # the first ones hold for all
-        values: torch.Tensor = (at_marks * weights[..., None, :, None]).sum(-2)  # (..., k, n)
+        values: torch.Tensor = (by_place * weights[..., None, :, None]).sum(-2)  # (..., k, n)
         return values
 
 
@@ -404,7 +404,7 @@ class CandidateQNetwork(nn.Module):
         outputs: torch.Tensor = head(
             observations["hidden"],
             torch.cat(scalars, -1),
-            marked((observations["budget"].float() * self.max_new_tokens).round()),
+            near_the_end((observations["budget"].float() * self.max_new_tokens).round()),
             candidates,
             torch.stack(candidate_scalars, -1),
             memory,

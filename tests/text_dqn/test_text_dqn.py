@@ -20,7 +20,7 @@ from agents.baselines.one_step import LookaheadAgent, SampleAgent
 from agents.runs.optimum import TextTree
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
-from agents.text_dqn.networks import MARKS, NEEDED_KEYS, marked
+from agents.text_dqn.networks import LAST_TOKENS, NEEDED_KEYS, near_the_end
 from agents.text_dqn.targets import OBJECTIVES, soft_value
 from textgen_env import TableModel
 from textgen_env.errors import ConfigError, ModelError, UnknownName
@@ -171,11 +171,13 @@ def test_values_of_single_states_are_those_of_whole_episodes():
 
 
 def test_the_last_tokens_have_weights_of_their_own_and_others_share_theirs():
-    marks = MARKS[:-1]
-    np.testing.assert_array_equal(marked(torch.tensor(marks).unsqueeze(-1)), np.eye(len(marks)))
+    marks = LAST_TOKENS[:-1]
+    np.testing.assert_array_equal(near_the_end(torch.tensor(marks).unsqueeze(-1)), np.eye(len(marks)))
     left = np.arange(1, 20)
-    expected = [np.interp(left, MARKS, row, right=0.0) for row in np.eye(len(MARKS))[:-1]]
-    np.testing.assert_allclose(marked(torch.from_numpy(left).float().unsqueeze(-1)), np.transpose(expected), atol=1e-6)
+    expected = [np.interp(left, LAST_TOKENS, row, right=0.0) for row in np.eye(len(LAST_TOKENS))[:-1]]
+    np.testing.assert_allclose(
+        near_the_end(torch.from_numpy(left).float().unsqueeze(-1)), np.transpose(expected), atol=1e-6
+    )
 
 
 def test_each_row_draws_its_own_random_number():
