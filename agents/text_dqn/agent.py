@@ -247,7 +247,7 @@ class TextDQN(DQN):
         return ParticlesAgent(env, seed, n=particles, values=self, **settings).write(prompts)
 
     def logits_processor(self, model: Any, *, max_new_tokens: int | None = None, reward: Any = None) -> Steering:
-        """Return what steers ``model.generate`` with this agent: a context manager and logits processor in one.
+        """Return what steers ``model.generate`` with this agent: a context manager and logits processor in one::
 
             with agent.logits_processor(model) as steer:
                 model.generate(**inputs, logits_processor=[steer], **steer.settings)

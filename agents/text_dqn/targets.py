@@ -4,11 +4,11 @@ The trade is E[R] - beta KL(pi || mu). Its optimal policy is pi(a|s) proportiona
 mu(a|s) exp(Q(s, a) / beta), and the value of a state V(s) = beta log sum_a mu(a|s) exp(Q(s, a) / beta)
 already pays for the KL of its own step.
 
-Four regress Q on one recursion over the episode, computed backwards with a slow network,
+Four regress Q on one recursion over the episode, computed backwards with a slow network::
 
     y_t = r_t + gamma (V(s_t+1) + lambda c_t+1 (y_t+1 - B(s_t+1, a_t+1))),
 
-and differ in the trace c and the baseline B:
+and differ in the trace c and the baseline B::
 
     td        c = 0              one step: unbiased fixed point, slow over a long text
     retrace   c = min(1, pi/b)   B = Q   stable off-policy (Munos et al. 2016, arXiv:1606.02647)
@@ -16,7 +16,7 @@ and differ in the trace c and the baseline B:
     peng      c = 1              B = V   Peng's Q(lambda): fast, biased towards the behaviour;
                                          with lambda 1 the return that followed, whoever acted
 
-Two need no slow network:
+Two need no slow network::
 
     residual  the squared Bellman residual of the whole text, V(s_0) + sum_t (Q - V) - R, through
               all of its terms at once (Yuan et al. 2025, arXiv:2505.15311)

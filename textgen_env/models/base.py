@@ -30,11 +30,12 @@ MASKED_LOGPROB = -1e4
 class Proposals:
     """Next tokens of B rows, best first.
 
-    candidates: (B, k) int32 token ids, sorted by log-probability, ties by smaller id.
-        With ``k=None`` at ``slots``, k is the vocabulary size and column i is token id i.
-    logprobs: (B, k) float32, nats, normalised over the whole vocabulary (without the end tokens
-        where they were blocked); a blocked token has ``MASKED_LOGPROB``.
-    hidden: (B, d) float32, the last hidden state that the model reads its logits from.
+    Attributes:
+        candidates: (B, k) int32 token ids, sorted by log-probability, ties by smaller id.
+            With ``k=None`` at ``slots``, k is the vocabulary size and column i is token id i.
+        logprobs: (B, k) float32, nats, normalised over the whole vocabulary (without the end tokens
+            where they were blocked); a blocked token has ``MASKED_LOGPROB``.
+        hidden: (B, d) float32, the last hidden state that the model reads its logits from.
     """
 
     candidates: npt.NDArray[np.int32]

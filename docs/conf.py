@@ -1,0 +1,54 @@
+"""The site's settings: ``make docs`` builds it offline from the pages of this folder and the docstrings."""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from textgen_env import __version__  # noqa: E402  # of this tree, wherever the build starts
+
+project, author, copyright = "textgen-env", "the textgen-env authors", "the textgen-env authors"
+version = release = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+html_theme = "furo"
+html_title = f"textgen-env {release}"
+html_copy_source = False
+
+# The same pages are read on GitHub: its anchors, and no syntax of Sphinx's own outside the index.
+myst_heading_anchors = 4
+
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+
+
+def from_markdown(app, what, name, obj, options, lines):
+    """Turn the Markdown of Gymnasium's docstrings (headings, tables) into reStructuredText, in place."""
+    found, in_table = [], False
+    for line in lines:
+        is_row, was_table = line.startswith("|") and line.endswith("|"), in_table
+        in_table = is_row
+        if is_row and set(line) <= set("|-: "):
+            continue
+        if is_row:
+            cells = [cell.strip() for cell in re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", line).strip("|").split(" | ")]
+            found += [] if was_table else ["", ".. list-table::", "   :header-rows: 1", ""]
+            found += [f"   {'* -' if i == 0 else '  -'} {cell}" for i, cell in enumerate(cells)]
+        elif line.startswith("## "):
+            found += [f"**{line[3:]}**", ""]
+        else:
+            found += ([""] if was_table else []) + [line if line.startswith(" ") else bars_escaped(line)]
+    lines[:] = found
+
+
+def bars_escaped(line):
+    """Return ``line`` with the bars of absolute values escaped, outside of code: ``|a - b|`` is a substitution."""
+    parts = re.split(r"(``.*?``)", line)
+    return "".join(part if part.startswith("``") else part.replace("|", "\\|") for part in parts)
+
+
+def setup(app):
+    """Register the hook; called by Sphinx."""
+    app.connect("autodoc-process-docstring", from_markdown, priority=400)  # before napoleon
