@@ -12,7 +12,6 @@ import typer
 from agents.cli.options import (
     AsJson,
     Greedy,
-    OptionalRun,
     RewardWithoutRun,
     Seed,
     Trust,
@@ -33,6 +32,13 @@ if TYPE_CHECKING:
     from textgen_env.prompts import Prompt
     from textgen_env.vector_env import TextGenVectorEnv
 
+Writer = Annotated[
+    Path | None,
+    typer.Argument(
+        help="A folder that 'textgen train' or save_pretrained made, or an agent on the Hugging Face Hub, USER/AGENT.",
+        metavar="[RUN]",
+    ),
+]
 ActingBeta = Annotated[
     float | None,
     typer.Option(
@@ -44,7 +50,7 @@ ActingBeta = Annotated[
 
 
 def generate_command(
-    run: OptionalRun = None,
+    run: Writer = None,
     prompt: Annotated[str, typer.Option(help="How the texts begin.", metavar="TEXT")] = "The movie was",
     num: Annotated[int, typer.Option(help="Texts.", min=1)] = 4,
     model: Annotated[
@@ -94,7 +100,7 @@ def generate_command(
         if max_new_tokens is not None:
             raise ConfigError("--max-new-tokens is that which the run was trained with; leave it out")
         acting = None if particles is not None else beta
-        agent, env, run_is_greedy, unscored = _trained(run, start, reward_again(run, reward), acting, trust)
+        agent, env, run_is_greedy, unscored = _opened(run, start, reward, acting, trust)
         greedy = greedy or run_is_greedy
         if unscored:
             typer.echo(printable(f"warning: the texts are not scored: {unscored}", one_line=True), err=True)
@@ -175,19 +181,42 @@ def _cost(written: Sequence[Mapping[str, Any]], particles: int) -> str:
     return f"{line}; estimated to be worth at least J = {value:.3f}."
 
 
-def _trained(
-    run: Path, prompt: Prompt, reward: Any, beta: float | None, trust: bool
+def _opened(
+    run: Path, prompt: Prompt, reward: str | None, beta: float | None, trust: bool
 ) -> tuple[Agent, TextGenVectorEnv, bool, str]:
     """Return the agent of a run at the temperature ``beta``, its environment, True if it acts greedily, and the reason
     why texts have no reward, or ""."""
-    from agents.runs.run import load_writer
+    from agents.hub import is_repository
+    from agents.runs.run import CONFIG_FILE, load_writer
+    from agents.text_dqn.portable import SETTINGS_FILE
 
-    opened, unscored = load_writer(run, prompts=[prompt], reward=reward, trust=trust)
+    if is_repository(run) or ((run / SETTINGS_FILE).is_file() and not (run / CONFIG_FILE).exists()):
+        return _shared(run, reward, beta)
+    opened, unscored = load_writer(run, prompts=[prompt], reward=reward_again(run, reward), trust=trust)
     if beta is not None:
         if not hasattr(opened.agent, "beta"):
             raise ConfigError(f"agent {opened.config.agent!r} has no acting temperature; leave --beta out")
         opened.agent.beta = beta
     return opened.agent, opened.env, opened.greedy, unscored
+
+
+def _shared(source: Path, reward: str | None, beta: float | None) -> tuple[Agent, TextGenVectorEnv, bool, str]:
+    """Return the same as ``_opened``, of an agent on the hub or in a folder that ``save_pretrained`` wrote."""
+    from agents.baselines.planning import ROWS
+    from agents.text_dqn.agent import TextDQN
+    from agents.text_dqn.portable import env_to_write_in
+    from textgen_env.vector_env import TextGenVectorEnv
+
+    agent = TextDQN.from_pretrained(source)
+    keys: tuple[str, ...] = tuple(agent.observation_space.spaces)  # type: ignore[attr-defined]  # TextDQN's is a Dict
+    one_row, is_scored = env_to_write_in(
+        None, agent.task, agent.language_model, own_reward(reward), sees_scores="score" in keys
+    )
+    own = one_row.episodes
+    env = TextGenVectorEnv(ROWS, own.model, None, own.reward, **vars(own.config) | {"observation": keys})
+    if beta is not None:
+        agent.beta = beta
+    return agent, env, False, "" if is_scored else "the agent's reward was not stored; give it as --reward FILE.py:NAME"
 
 
 def _language_model(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -29,6 +30,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from agents.baselines.particles import ParticlesAgent, WeightedTexts
 from agents.baselines.planning import ROWS
+from agents.hub import MOST_WEIGHT_BYTES, fetched, push
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn import portable
 from agents.text_dqn.learner import Learner
@@ -40,6 +42,7 @@ from agents.text_dqn.sources import EpisodeSource, add_step
 from agents.text_dqn.steering import Steering
 from agents.text_dqn.validation import Validated, validate
 from textgen_env.errors import ConfigError
+from textgen_env.files import MOST_BYTES
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.hub import load_language_model
 from textgen_env.prompts import Prompt
@@ -515,23 +518,61 @@ class TextDQN(DQN):
         card = portable.model_card(stored, self.language_model.vocab_size, numbers)
         portable.save_pretrained(Path(folder), stored, self.policy.state_dict(), card)
 
-    @classmethod
-    def from_pretrained(
-        cls: type[Self], folder: Any, env: Any = None, *, model: Any = None, device: torch.device | str = "auto"
-    ) -> Self:
-        """Return the agent that ``save_pretrained`` wrote, to act, to steer, or to learn on.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        results: Mapping[str, Any] | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Add a TextDQN",
+    ) -> str:
+        """Upload what ``save_pretrained`` writes to the Hugging Face Hub, and return the address of the commit.
 
         Args:
-            folder: What ``save_pretrained`` wrote.
+            repo_id: ``"user/agent"``; made if it does not exist.
+            results: Measures for the card and the hub's metadata, numbers by name, such as
+                ``evaluate(...).figures()``. Other values are left out.
+            private: Visibility of a new repository. None: as the user's default is.
+            token: Of the hub. None: that of ``hf auth login`` or ``HF_TOKEN``.
+            commit_message: Of the commit.
+
+        Raises:
+            ConfigError: no such form of an id, no right to write, or the hub cannot be reached.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            settings: dict[str, Any] = {"private": private, "token": token, "message": commit_message}
+            return push(Path(folder), repo_id, results or {}, **settings)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self],
+        folder: Any,
+        env: Any = None,
+        *,
+        model: Any = None,
+        device: torch.device | str = "auto",
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> Self:
+        """Return the agent that ``save_pretrained`` or ``push_to_hub`` wrote, to act, to steer, or to learn on.
+
+        Args:
+            folder: What ``save_pretrained`` wrote, or ``"user/agent"`` on the Hugging Face Hub. It means the
+                hub where there is no folder ``user`` here.
             env: An environment like the one it was trained in.
             model: Without ``env``: its language model, as ``load_language_model`` takes it. None:
                 the one of the same name.
+            revision: Branch, tag or commit on the hub. None: the main branch.
+            token: Of the hub. None: that of ``hf auth login`` or ``HF_TOKEN``.
 
         Raises:
-            ConfigError: no such folder, or a damaged one.
+            ConfigError: no such folder or repository, or a damaged one.
             ModelError: another language model or vocabulary than it was trained on.
         """
-        stored, weights = portable.read_pretrained(Path(folder))
+        files = {portable.SETTINGS_FILE: MOST_BYTES, portable.WEIGHTS_FILE: MOST_WEIGHT_BYTES}
+        stored, weights = portable.read_pretrained(fetched(folder, files, revision, token))
         agent = cls._restored(stored, {}, env, model, device, repr(str(folder)))
         with portable.reporting_damage(folder):
             agent.policy.load_state_dict(weights)
