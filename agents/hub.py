@@ -55,9 +55,9 @@ def fetched(source: Any, files: Mapping[str, int], revision: str | None = None, 
             found = hf_hub_download(repository, name, revision=revision, token=token, dry_run=True)
             if found.file_size > most:
                 raise ConfigError(f"{name} of {repository!r} has {found.file_size:,} bytes, more than {most:,}")
+            folder = Path(hf_hub_download(repository, name, revision=revision, token=token)).parent
             revision = found.commit_hash  # all files of one commit
-        paths = [hf_hub_download(repository, name, revision=revision, token=token) for name in files]
-    return Path(paths[0]).parent
+    return folder
 
 
 def push(

@@ -64,6 +64,9 @@ def test_every_requirement_is_pinned_and_every_pin_satisfies_its_requirement():
             assert requirement.specifier.contains(version), (line, version)
 
 
+TRACKERS = ("trackio", "wandb")
+
+
 def extras():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
@@ -71,7 +74,7 @@ def extras():
 
 
 def test_all_is_every_extra_and_dev_is_all_and_the_tools():
-    features = sorted(set(extras()) - {"all", "dev", "docs"})  # the site is for developers
+    features = sorted(set(extras()) - {"all", "dev", "docs", *TRACKERS})  # the site and services are for those who ask
     assert extras()["all"] == [f"textgen-env[{','.join(features)}]"]
     assert extras()["dev"][0] == "textgen-env[all]"
 
@@ -169,6 +172,15 @@ def open_the_playground(folder):
     load_gradio()
 
 
+def track_by(name):
+    def train(folder):
+        from agents.runs.run import RunConfig, train
+
+        train(RunConfig(steps=64), folder / "run", track=name)
+
+    return train
+
+
 WITHOUT = [
     ("classifier", "sklearn", train_a_classifier),
     ("contrib", "sb3_contrib", make_an_agent),
@@ -189,10 +201,13 @@ WITHOUT = [
     ("structure", "regex", make_reward({"name": "regex", "pattern": "a+"})),
     ("structure", "regex", make_reward({"name": "json", "schema": {}})),
     ("structure", "jsonschema", make_reward({"name": "json", "schema": {}})),
+    ("tensorboard", "tensorboard", track_by("tensorboard")),
+    ("trackio", "trackio", track_by("trackio")),
+    ("wandb", "wandb", track_by("wandb")),
 ]
 
 
-OPTIONAL = sorted({package for _, package, _ in WITHOUT} - {"regex"} | {"tensorboard"})  # transformers needs regex
+OPTIONAL = sorted({package for _, package, _ in WITHOUT} - {"regex"})  # transformers needs regex
 
 
 @pytest.mark.parametrize(("extra", "package", "use"), WITHOUT)
@@ -205,8 +220,8 @@ def test_a_feature_without_its_package_names_the_extra(hide, tmp_path, monkeypat
 
 
 def test_every_extra_but_the_clients_has_a_feature_that_fails_without_it():
-    # Clients are other software that uses the environments; without TensorBoard a run writes no events.
-    assert {extra for extra, *_ in WITHOUT} == set(extras()) - {"all", "dev", "docs", "clients", "tensorboard"}
+    # Clients are other software that uses the environments.
+    assert {extra for extra, *_ in WITHOUT} == set(extras()) - {"all", "dev", "docs", "clients"}
 
 
 def test_the_lists_of_names_need_no_extra(hide):

@@ -213,7 +213,10 @@ def _shared(source: Path, reward: str | None, beta: float | None) -> tuple[Agent
         None, agent.task, agent.language_model, own_reward(reward), sees_scores="score" in keys
     )
     own = one_row.episodes
-    env = TextGenVectorEnv(ROWS, own.model, None, own.reward, **vars(own.config) | {"observation": keys})
+    length = agent.observation_space["tokens"].shape[0]  # type: ignore[index]
+    settings = vars(own.config) | {"observation": keys}
+    settings["max_prompt_tokens"] = max(1, length - own.config.max_new_tokens)  # as in training
+    env = TextGenVectorEnv(ROWS, own.model, None, own.reward, **settings)
     if beta is not None:
         agent.beta = beta
     return agent, env, False, "" if is_scored else "the agent's reward was not stored; give it as --reward FILE.py:NAME"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
-WHERE = {"resume", "engine", "actors", "address", "trust", "as_json"}
+WHERE = {"resume", "engine", "actors", "address", "trust", "track", "as_json"}
 """Options that say where a run is worked on; all others belong to its configuration."""
 
 LEARNING, WRITING = "Learning", "Texts and reward"
@@ -133,6 +133,13 @@ Minutes = Annotated[
 Resume = Annotated[
     Path | None, typer.Option(help="Go on with the run in this folder, from its last checkpoint.", metavar="RUN")
 ]
+Track = Annotated[
+    str | None,
+    typer.Option(
+        help="Where to send the figures as well: wandb, trackio, or tensorboard, whose events are in the run's folder.",
+        show_default="events if TensorBoard is installed",
+    ),
+]
 Actors = Annotated[
     int | None, typer.Option(help="With --engine ray: processes that write.", min=1, show_default="the cores")
 ]
@@ -164,6 +171,7 @@ def train_command(
     engine: Engine = "local",
     actors: Actors = None,
     address: Address = None,
+    track: Track = None,
     trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
@@ -180,7 +188,8 @@ def train_command(
     text_source = _text_source(engine, actors, address)
     if resume is not None:
         _check_only_where(ctx)
-        _show(runs.resume(resume, trust=trust, text_source=text_source, console=console), console, as_json)
+        resumed = runs.resume(resume, trust=trust, text_source=text_source, console=console, track=track)
+        _show(resumed, console, as_json)
         return
     changes = {"agent": agent, "model": model, "prune": prune, "prompts": prompts, "reward": parse_reward(reward)}
     changes |= {"steps": steps, "envs": envs, "seed": seed, "beta": beta, "checkpoint_every": checkpoint_every}
@@ -189,7 +198,8 @@ def train_command(
     env["min_new_tokens"] = max_new_tokens if min_new_tokens is None else min_new_tokens
     settings = _settings(config, changes, env, candidate_scores, trust)
     folder = out or _free_folder(Path("runs"), settings.agent)
-    _show(runs.train(settings, folder, text_source=text_source, console=console, minutes=minutes), console, as_json)
+    where: dict[str, Any] = {"text_source": text_source, "console": console, "track": track}
+    _show(runs.train(settings, folder, minutes=minutes, **where), console, as_json)
 
 
 def _text_source(engine: str, actors: int | None, address: str | None) -> TextSource:

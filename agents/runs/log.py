@@ -26,6 +26,7 @@ from agents.runs.checkpoint import save_checkpoint
 from agents.runs.config import RunConfig
 from agents.runs.progress import JobProgress
 from agents.runs.signals import Stopped
+from agents.runs.tracking import TrackerWriter, sb3_tags
 from agents.terminal import say
 from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import RunFolderError
@@ -125,16 +126,18 @@ class RunLog(BaseCallback):
 
     A row is written a hundred times in a run and at its end. It holds steps, seconds of training,
     episodes, mean reward (with its parts, where it has several) and length of the latest episodes,
-    and every figure that the agent records.
+    and every figure that the agent records. Events and a tracker (``track``: ``"wandb"``, ``"trackio"``)
+    also get the figures under SB3's own tags.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, console: Console) -> None:
+    def __init__(self, folder: Path, config: RunConfig, console: Console, track: str | None = None) -> None:
         super().__init__()
         self.steps = 0
         self.seconds = 0.0
         self._folder = folder
         self._config = config
         self._console = console
+        self._track = track
         self._metrics = MetricsFile(folder / METRICS_FILE)
         self._texts = RecentTexts()
         self._schedule = CheckpointSchedule(config.checkpoint_every)
@@ -175,7 +178,7 @@ class RunLog(BaseCallback):
     # --- SB3's hooks
 
     def _on_training_start(self) -> None:
-        self.model.set_logger(Logger(None, self._event_writers()))
+        self.model.set_logger(Logger(None, [*self._event_writers(), *self._tracker()]))
         self._started = time.perf_counter() - self.seconds
         self._learning = True
         if self._gathered is not None:
@@ -195,6 +198,11 @@ class RunLog(BaseCallback):
             events.writer.close()
             events.writer = SummaryWriter(str(self._folder / EVENTS), purge_step=self.steps + 1)
         return [events]
+
+    def _tracker(self) -> list[KVWriter]:
+        if self._track in (None, EVENTS):  # events are written in any case
+            return []
+        return [TrackerWriter(str(self._track), self._folder.resolve().name, json.loads(self._config.to_json()))]
 
     def _on_step(self) -> bool:
         self._texts.add(self.locals["infos"])
@@ -281,6 +289,8 @@ class RunLog(BaseCallback):
         row = {"steps": float(self.steps), "seconds": self.seconds, "episodes": float(self.episodes), **means}
         for name, value in _numbers(self.logger.name_to_value).items():
             row[name.rpartition("/")[2]] = value
+        for name, value in sb3_tags(means, self.steps, self.seconds, self.episodes).items():
+            self.logger.record(name, value)
         with self._writing_events():
             self.logger.dump(self.steps)
         self._metrics.append(row)

@@ -53,6 +53,7 @@ from agents.runs.stored import (
     stored_config,
     write_summary,
 )
+from agents.runs.tracking import check_tracker
 from agents.terminal import say
 from agents.text_dqn.agent import TextDQN
 from agents.user_code import remember
@@ -132,6 +133,7 @@ def train(
     text_source: TextSource = local,
     console: Console | None = None,
     minutes: float | None = None,
+    track: str | None = None,
 ) -> RunResult:
     """Train an agent, measure it, and leave everything in the folder ``out``.
 
@@ -145,12 +147,15 @@ def train(
         text_source: This process, or ``agents.distributed.actors.RayTextSource``.
         console: Shows progress. None: silence.
         minutes: How long the whole should take: steps, texts and samples are chosen by the speed of this machine.
+        track: ``"wandb"`` or ``"trackio"``, which also get the figures; ``"tensorboard"``, whose events are in the
+            folder, must be installed then. None: events if it is installed.
 
     Raises:
         RunFolderError: ``out`` holds something already (nothing is ever overwritten), or cannot be written to.
         TextGenError: something that cannot be used. Nothing was written.
     """
     folder, console = Path(out), console or Console(quiet=True)
+    check_tracker(track)
     check_free(folder)
     started = time.perf_counter()
     with console.status("loading the language model"):
@@ -165,7 +170,7 @@ def train(
         with no_folder_of_a_failed_start(folder):
             stored = store(config, folder, model=model, prompts=prompts, reward=reward)
             remember(config.references)
-            return _carry_out(run, stored, folder, console)
+            return _carry_out(run, stored, folder, console, track=track)
 
 
 def resume(
@@ -177,6 +182,7 @@ def resume(
     trust: bool = False,
     text_source: TextSource = local,
     console: Console | None = None,
+    track: str | None = None,
 ) -> RunResult:
     """Go on with a run that was stopped or killed, from its last checkpoint, or from the start before there is one.
 
@@ -189,12 +195,14 @@ def resume(
         trust: Also go on with a run whose configuration lets a hub repository's code run.
         text_source: As of ``train``; may differ from that of the first start.
         console: Shows progress. None: silence.
+        track: As of ``train``. A tracker gets a run of its own for each start.
 
     Raises:
         RunFolderError: no run, a finished one, one that another process works on, or one with links in it.
         ConfigError: an agent that cannot be resumed, or a configuration that was changed.
         TextGenError: as of ``train``.
     """
+    check_tracker(track)
     path, console = Path(folder), console or Console(quiet=True)
     config = stored_config(path, trust)
     _check_resumable(path, config)
@@ -207,7 +215,7 @@ def resume(
             say(console, "stopped before the first checkpoint: the run begins again")
             shutil.rmtree(path / EVENTS, ignore_errors=True)
         with text_source(run, partial(say, console)):
-            return _carry_out(run, config, path, console, log)
+            return _carry_out(run, config, path, console, log, track)
 
 
 def _return_to_checkpoint(run: Run, stored: RunConfig, path: Path) -> Mapping[str, Any] | None:
@@ -262,11 +270,16 @@ def check_free(folder: Path) -> None:
 
 
 def _carry_out(
-    run: Run, stored: RunConfig, folder: Path, console: Console, logged: Mapping[str, Any] | None = None
+    run: Run,
+    stored: RunConfig,
+    folder: Path,
+    console: Console,
+    logged: Mapping[str, Any] | None = None,
+    track: str | None = None,
 ) -> RunResult:
     """Measure, learn, measure, from the start or from the checkpoint that holds ``logged``."""
     say(console, *run.notes)
-    log = RunLog(folder, stored, console)
+    log = RunLog(folder, stored, console, track)
     if logged is not None:
         log.restore(logged)
         say(console, f"going on after {log.steps:,} steps")
