@@ -89,7 +89,11 @@ def card_with_results(card: str, repository: str, results: Mapping[str, Any]) ->
         page.data.base_model = None  # a name or path of this machine says nothing to the hub
     numbers = {name: float(value) for name, value in results.items() if _is_number(value)}
     if numbers:
-        task = {"task_type": "text-generation", "dataset_type": "textgen-env", "dataset_name": "test prompts"}
+        task: dict[str, Any] = {
+            "task_type": "text-generation",
+            "dataset_type": "textgen-env",
+            "dataset_name": "test prompts",
+        }
         page.data.model_name = repository.split("/")[1]
         page.data.eval_results = [
             EvalResult(metric_type=name, metric_value=value, **task) for name, value in numbers.items()
