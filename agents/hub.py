@@ -53,8 +53,9 @@ def fetched(source: Any, files: Mapping[str, int], revision: str | None = None, 
     with _reporting(f"no folder {repository!r} is here, and the agent cannot be read from the hub"):
         for name, most in files.items():
             found = hf_hub_download(repository, name, revision=revision, token=token, dry_run=True)
-            if found.file_size > most:
-                raise ConfigError(f"{name} of {repository!r} has {found.file_size:,} bytes, more than {most:,}")
+            size = math.inf if found.file_size is None else found.file_size
+            if size > most:
+                raise ConfigError(f"{name} of {repository!r} has {size:,} bytes, more than {most:,}")
             folder = Path(hf_hub_download(repository, name, revision=revision, token=token)).parent
             revision = found.commit_hash  # all files of one commit
     return folder
@@ -85,8 +86,9 @@ def card_with_results(card: str, repository: str, results: Mapping[str, Any]) ->
     from huggingface_hub import EvalResult, ModelCard
 
     page = ModelCard(card.replace('"this folder"', f'"{repository}"'))
-    if not REPOSITORY.fullmatch(str(page.data.base_model)):
-        page.data.base_model = None  # a name or path of this machine says nothing to the hub
+    data: Any = page.data
+    if not REPOSITORY.fullmatch(str(data.base_model)):
+        data.base_model = None  # a name or path of this machine says nothing to the hub
     numbers = {name: float(value) for name, value in results.items() if _is_number(value)}
     if numbers:
         task: dict[str, Any] = {
@@ -94,8 +96,8 @@ def card_with_results(card: str, repository: str, results: Mapping[str, Any]) ->
             "dataset_type": "textgen-env",
             "dataset_name": "test prompts",
         }
-        page.data.model_name = repository.split("/")[1]
-        page.data.eval_results = [
+        data.model_name = repository.split("/")[1]
+        data.eval_results = [
             EvalResult(metric_type=name, metric_value=value, **task) for name, value in numbers.items()
         ]
     return str(page)
