@@ -289,7 +289,7 @@ class Learner:
             return
         mu = prior(some.observations).exp()
         visited = Visited(some.tokens, some.observations["candidates"].long(), mu, some.acted)
-        self.held_out = self.network.fit_scorer(texts, visited)
+        self.held_out = self.network.fit_scorer(texts, visited, self.objective.beta)
         self.slow_network.scorer.load_state_dict(self.network.scorer.state_dict())
         self._fit_at = max(seen + LEAST_TEXTS, int(seen * REFIT))
 

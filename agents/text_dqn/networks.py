@@ -266,13 +266,13 @@ class CandidateQNetwork(nn.Module):
         if self.scorer is not None:
             self.scorer.describe(language_model)
 
-    def fit_scorer(self, texts: JudgedTexts, visited: Visited) -> float:
+    def fit_scorer(self, texts: JudgedTexts, visited: Visited, beta: float) -> float:
         """Fit the scorer; return R2 on texts that were left out. See ``TextScorer.fit``."""
         if self.scorer is None or self._language_model is None:
             raise ModelError("no scorer to fit, or no language model to read embeddings from: call bind")
         known = directions(self._language_model) if self._directions is None else self._directions
         object.__setattr__(self, "_directions", known)
-        return self.scorer.fit(texts, known, visited)
+        return self.scorer.fit(texts, known, visited, beta)
 
     def scored(self, observations: Tensors) -> Tensors:
         """Return observations of single states (B, ...) with the learned scores, where there is a scorer."""

@@ -11,8 +11,9 @@ that occur for the first time, pairs of neighbours, the last token, the length i
 curve is fitted to predictions for texts that were left out. It bends where the judge saturates, and
 it is flat where nothing was learned: a random judge scores every prefix alike.
 
-The score of a prefix is the mean of g over what the rest of the text will add, if the language
-model writes on as it does on average. As a potential it moves no optimum, however wrong it is.
+The score of a prefix is the soft value beta log E[exp(g / beta)] over what the rest of the text will
+add, if the language model writes on as it does on average: roughly what the best possible policy
+would make of it. As a potential it moves no optimum, however wrong it is.
 
 Source: return decomposition, Arjona-Medina et al. 2019, arXiv:1806.07857; single-index models,
 Kakade et al. 2011, arXiv:1104.2018; hashed features, Weinberger et al. 2009, arXiv:0902.2206.
@@ -197,13 +198,14 @@ class TextScorer(nn.Module):
 
     # --- learning
 
-    def fit(self, texts: JudgedTexts, vectors: Floats, visited: Visited) -> float:
+    def fit(self, texts: JudgedTexts, vectors: Floats, visited: Visited, beta: float) -> float:
         """Learn from texts and their rewards; return R2 on the texts that were left out.
 
         Args:
             texts: At least ``LEAST_TEXTS``.
             vectors: (V, ``DIRECTIONS``) of the tokens; see ``directions``.
             visited: Some states, under the language model's own probabilities.
+            beta: The trade between reward and KL, reward units a nat.
         """
         design, marks = self._design(texts, vectors)
         if np.unique(texts.folds).size == 1:
@@ -217,7 +219,7 @@ class TextScorer(nn.Module):
             return 0.0
         curve = rising_curve(predicted, rewards)
         of_length = self._take_weights(design, fitted, vectors)
-        self._tabulate(curve, marks, of_length, predicted, visited)
+        self._tabulate(curve, marks, of_length, predicted, visited, beta)
         return float(1 - ((rewards - predicted) ** 2).mean() / rewards.var())
 
     def _design(self, texts: JudgedTexts, vectors: Floats) -> tuple[Design, tuple[float, float]]:
@@ -269,8 +271,9 @@ class TextScorer(nn.Module):
         of_length: Floats,
         predicted: Floats,
         visited: Visited,
+        beta: float,
     ) -> None:
-        """Tabulate the potential: the mean of the curve over a normal law of what is still to come."""
+        """Tabulate the potential: the soft mean of the curve over a normal law of what is still to come."""
         means, variances = self._course(visited)  # (2, T) a step
         self.drift.copy_(torch.from_numpy(_still_to_come(means)))
         deviations = np.sqrt(_still_to_come(variances))  # (2, T + 1)
@@ -281,14 +284,14 @@ class TextScorer(nn.Module):
         index = np.linspace(predicted.min() - added.max() - reach, predicted.max() - added.min() + reach, GRID[0])
         nodes, shares = np.polynomial.hermite_e.hermegauss(7)
         shares = shares / shares.sum()
-        potential = np.zeros(self.potential.shape)
+        total = np.full(self.potential.shape, -np.inf)  # log E[exp(g / beta)]
         for node_z, share_z in zip(nodes, shares, strict=True):
             for node_c, share_c in zip(nodes, shares, strict=True):
                 lengths = length + deviations[1][:, None] * node_c  # (T + 1, GRID[1])
                 z = index[:, None] + (_hats(lengths, marks) @ of_length)[:, None, :]
                 z = z + deviations[0][:, None, None] * node_z
-                potential += share_z * share_c * np.interp(z, *curve)
-        self.potential.copy_(torch.from_numpy(potential))
+                total = np.logaddexp(total, np.log(share_z * share_c) + np.interp(z, *curve) / beta)
+        self.potential.copy_(torch.from_numpy(beta * total))
         for axis, values in enumerate((index, length)):
             self.grid[axis] = torch.tensor([values[0], values[1] - values[0]])
 

@@ -17,7 +17,7 @@ from agents.text_dqn.scorer import FOLDS, JudgedTexts, TextScorer, Visited
 from agents.text_dqn.validation import LANGUAGE_MODEL, best_supported
 from textgen_env.errors import ConfigError
 
-VOCABULARY, LENGTH, TEXTS = 12, 6, 1500
+VOCABULARY, LENGTH, TEXTS, BETA = 12, 6, 1500, 0.1
 
 
 def texts(reward, seed=0, count=TEXTS):
@@ -40,7 +40,7 @@ def fitted(found):
     scorer = TextScorer(VOCABULARY, LENGTH)
     scorer.characters.copy_(torch.arange(VOCABULARY) % 4 + 1.0)
     vectors = np.random.default_rng(2).normal(size=(VOCABULARY, 3))
-    return scorer, scorer.fit(found, vectors, visited(found))
+    return scorer, scorer.fit(found, vectors, visited(found), BETA)
 
 
 def finished_scores(scorer, found):
@@ -97,6 +97,19 @@ def test_the_candidate_that_was_taken_has_the_score_of_the_next_prefix():
     tokens, steps, _ = arguments(texts(JUDGES["saturating"], seed=6))
     score, taken = scorer(tokens, steps, tokens.unsqueeze(-1))
     torch.testing.assert_close(taken[:, :-1, 0], score[:, 1:, 0])
+
+
+def test_before_a_text_the_score_is_the_soft_value_of_all_texts():
+    """Tokens add up and are drawn alike, so that the exact one is a sum over the places."""
+    scorer, _ = fitted(texts(lambda row: float(row.sum()) / 30))
+    found = scorer(
+        torch.ones(1, LENGTH, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, 1).long()
+    )
+    worth = np.arange(1, VOCABULARY) / 30
+    assert float(found[0]) == pytest.approx(
+        LENGTH * BETA * np.log(np.exp(worth / BETA).mean()), abs=0.1
+    )  # its law is taken as normal
+    assert float(found[0]) > LENGTH * worth.mean() + 0.15
 
 
 def test_a_prefix_is_scored_without_what_follows_it():
