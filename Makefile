@@ -29,10 +29,10 @@ demo: .venv/.demo
 	$(BIN)/textgen train --model smollm2 --prune l1_unstructured:0.1 --minutes $(MINUTES) --out $(RUN)
 
 test: .venv/.ready
-	$(PYTEST) -n auto --dist loadfile
+	$(PYTEST) -n auto --dist loadfile --no-loadscope-reorder
 
 quick: .venv/.ready
-	$(PYTEST) -n auto --dist loadfile -m "not slow"
+	$(PYTEST) -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 check: .venv/.ready
 	$(BIN)/ruff check .

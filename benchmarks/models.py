@@ -48,12 +48,14 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("moe_intermediate", "q_lora_rank", "kv_lora_rank"), 16),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim", "d_kv"), 8),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "hidden_size_per_layer_input"), 8),
+    "linear_head_dim": 8,
     "d_inner": 64,
     # layers and heads
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 4),
     **dict.fromkeys(("decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers", "depth"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "linear_num_value_heads", "num_encoder_attention_heads"), 4),
+    "linear_num_heads": 4,
     **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads", "num_decoder_attention_heads"), 2),
     # experts
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),

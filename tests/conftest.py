@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # silences a warning in tests that fork
@@ -37,6 +38,12 @@ def tiny_lm():
         eos_token_id=0,
     )
     return LlamaForCausalLM(config).eval(), tokenizer
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files with the most slow tests first: with ``--dist loadfile`` a long file at the end holds up all."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,4 +1,4 @@
-"""What is shipped: a quick import, and a wheel and sdist that an empty environment can use."""
+"""What is shipped: a light import, and a wheel and sdist that an empty environment can use."""
 
 from __future__ import annotations
 
@@ -36,15 +36,18 @@ def run(*command, **settings):
     return done.stdout
 
 
-def test_the_import_takes_less_than_half_a_second():
-    """Of processor time beyond numpy and gymnasium's own, so that a busy machine does not matter; the best of three."""
-    program = (
-        "import time, gymnasium, numpy; before = time.process_time(); import textgen_env;"
-        "print(time.process_time() - before)"
-    )
-    whole = "import time; before = time.process_time(); import textgen_env; print(time.process_time() - before)"
-    assert min(float(run(sys.executable, "-c", program, cwd=ROOT)) for _ in range(3)) < 0.25
-    assert min(float(run(sys.executable, "-c", whole, cwd=ROOT)) for _ in range(3)) < 0.5
+def test_the_import_loads_no_package_but_numpy_gymnasium_and_psutil():
+    """What makes it quick: torch, transformers and the like load when a model or an agent does."""
+    program = """
+import sys
+before = set(sys.modules)
+import textgen_env
+new = [name for name in set(sys.modules) - before if "." not in name and name not in sys.stdlib_module_names]
+print(*(name for name in new if getattr(sys.modules[name], "__file__", None)))
+"""
+    loaded = set(run(sys.executable, "-c", program, cwd=ROOT).split())
+    assert {"textgen_env", "gymnasium", "numpy"} <= loaded
+    assert loaded <= {"textgen_env", "gymnasium", "numpy", "psutil", "farama_notifications", "typing_extensions"}
 
 
 def test_every_requirement_is_pinned_and_every_pin_satisfies_its_requirement():

@@ -10,13 +10,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import Forked, textgen
 from typer.testing import CliRunner
 
 from agents.benchmark.cells import run_cell
@@ -115,20 +115,19 @@ def test_what_an_agent_cannot_do_is_not_its_failure():
     assert "candidate_scores" in result.error
 
 
+def run_with_one_worker(folder):
+    run_benchmark(CONFIG, folder, workers=1)
+
+
 @pytest.mark.slow
 def test_a_killed_benchmark_goes_on_where_it_was(done, tmp_path):
     folder = tmp_path / "b"
-    program = (
-        "from agents.benchmark.grid import *; from test_benchmark import CONFIG\n"
-        f"if __name__ == '__main__': run_benchmark(CONFIG, {str(folder)!r}, workers=2)"
-    )
-    (tmp_path / "program.py").write_text(program)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [Path.cwd(), *Path(__file__).parents[:2]]))}
-    process = subprocess.Popen([sys.executable, tmp_path / "program.py"], env=env)
+    process = Forked(tmp_path, run_with_one_worker, folder)
     while len(list(folder.glob("cells/*.json"))) < 3 and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     recorded = {path: path.read_bytes() for path in folder.glob("cells/*.json")}
     assert 3 <= len(recorded)
     assert all(json.loads(text)["cell"] for text in recorded.values())  # none is half written
@@ -140,14 +139,12 @@ def test_a_killed_benchmark_goes_on_where_it_was(done, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_ends_the_command_and_its_processes_with_143_and_a_line(tmp_path):
-    command = ["benchmark", "--tasks", "Needle", "--agents", "sample", "--seeds", "5000", "--out", "b"]
-    env = {**os.environ, "PYTHONPATH": str(Path.cwd())}
-    pipe = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-    process = subprocess.Popen([sys.executable, "-m", "agents.cli", *command], cwd=tmp_path, env=env, **pipe)
+    command = ("--tasks", "Needle", "--agents", "sample", "--seeds", 5000, "--out", "b", "--workers", 1)
+    process = Forked(tmp_path, textgen, "benchmark", *command)
     while len(list(tmp_path.glob("b/cells/*.json"))) < 3 and process.poll() is None:
         time.sleep(0.02)
-    process.terminate()
-    said, _ = process.communicate(timeout=60)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()
     assert process.returncode == 143
     assert "stopped by SIGTERM: what is done is in b/; the same command goes on" in said
     deadline = time.monotonic() + 30

@@ -47,14 +47,33 @@ def test_lines_tables_and_states_show_text_as_it_is(options):
     assert shown_by(lambda console: console.print(status_text("[b]x[/b]\x1b"), end=""), markup=True) == "[b]x[/b]\\x1b"
 
 
-def run(*arguments, cwd, **env):
-    return subprocess.run(
-        [sys.executable, "-m", "agents.cli", *map(str, arguments)],
+COMMANDS = """
+import json, sys
+from agents.cli.app import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["textgen", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+    sys.stdout.flush()
+    sys.stdout.buffer.write(bytes(1))
+    sys.stdout.flush()
+"""
+
+
+def run(*commands, cwd, **env):
+    """What commands print, one after the other in a process whose console has its encoding from the start."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()} | env,
         capture_output=True,
         check=False,
     )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(bytes(1))[:-1]
 
 
 def test_an_error_is_one_line_without_control_characters_whatever_the_path(tmp_path):
@@ -70,13 +89,11 @@ def test_an_error_is_one_line_without_control_characters_whatever_the_path(tmp_p
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_a_console_of_a_poor_encoding_gets_replacements_and_json_stays_json(tmp_path, encoding):
     options = ("--model", "tiny", "--prompt", "日本 – é", "--num", "1", "--max-new-tokens", "2")
-    plain = run("generate", *options, cwd=tmp_path, PYTHONIOENCODING=encoding)
-    assert plain.returncode == 0, plain.stderr
-    assert encoding == "ascii" or b"??" in plain.stdout  # click writes UTF-8 where Python says ASCII
-    as_json = run("generate", *options, "--json", cwd=tmp_path, PYTHONIOENCODING=encoding)
-    assert json.loads(as_json.stdout)[0]["prompt"] == "日本 – é"
-    listed = run("list", "models", cwd=tmp_path, PYTHONIOENCODING=encoding)
-    assert listed.returncode == 0, listed.stderr
+    commands = ("generate", *options), ("generate", *options, "--json"), ("list", "models")
+    plain, as_json, listed = run(*commands, cwd=tmp_path, PYTHONIOENCODING=encoding)
+    assert encoding == "ascii" or b"??" in plain  # click writes UTF-8 where Python says ASCII
+    assert json.loads(as_json)[0]["prompt"] == "日本 – é"
+    assert b"smollm2" in listed
 
 
 @pytest.mark.parametrize("seed", ["-1", "4294967296", "1e3"])

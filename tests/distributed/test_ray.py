@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from weather import CONFIG as WEATHER
 from weather import RUN_FILES, read_csv, weather
 
+from agents.benchmark.cells import run_cell
 from agents.benchmark.config import BenchmarkConfig
 from agents.benchmark.grid import run_benchmark
 from agents.cli.app import app
@@ -303,7 +304,7 @@ def test_a_killed_learner_goes_on_from_its_checkpoint(tmp_path):
         "import test_ray as t\n"
         "from agents.distributed.actors import RayTextSource\n"
         "t.train(t.replace(t.CONFIG, steps=100_000, checkpoint_every=200), 'run', model=t.weather(), "
-        "text_source=RayTextSource(2))\n"
+        "text_source=RayTextSource(1))\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.path.join(root, "tests"), os.path.dirname(__file__)])}
@@ -399,12 +400,16 @@ def test_batches_of_a_slow_actor_are_old_and_what_is_too_old_is_not_learned_from
         assert run.agent.num_timesteps == run.agent._total_timesteps == pool.steps
 
 
+def in_this_process(config, cells, workers, started):
+    yield from (run_cell(config, cell) for cell in cells)
+
+
 @pytest.mark.slow
 def test_a_benchmark_on_ray_has_the_rows_of_a_local_one_and_goes_on_where_it_stopped(tmp_path):
     config = BenchmarkConfig(("Needle",), ("random", "sample"), seeds=(0, 1), steps=64, texts=8, evaluations=2)
-    local = run_benchmark(config, tmp_path / "local", workers=1)
+    local = run_benchmark(config, tmp_path / "local", cell_runner=in_this_process)
     runner = RayCellRunner()
-    cells = iter(runner(config, config.cells, 2))
+    cells = iter(runner(config, config.cells, 1))
     next(cells)
     cells.close()  # stopped
     assert not ray.is_initialized()

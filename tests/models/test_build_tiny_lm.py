@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import Forked, script
 from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -206,19 +207,15 @@ def toy_teacher(build, tmp_path_factory):
     return folder
 
 
-def start(teacher, work):
+def options(teacher, work):
     size = {"shards": 3, "texts": 64, "rows": 32, "vocabulary": 300, "batch": 512, "threads": 1}
     size |= {"width": 96, "layers": 1, "epochs": 3}
-    options = [f"--{name}={value}" for name, value in size.items()]
-    command = [sys.executable, str(SCRIPTS / "build_tiny_lm.py"), f"--teacher={teacher}", f"--work={work}", *options]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, f"--out={work / 'model'}"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    size |= {"teacher": teacher, "work": work, "out": work / "model"}
+    return [f"--{name}={value}" for name, value in size.items()]
+
+
+def start(teacher, work):
+    return Forked(work.parent, script, SCRIPTS / "build_tiny_lm.py", *options(teacher, work))
 
 
 def checksums(work):
@@ -228,10 +225,14 @@ def checksums(work):
 
 @pytest.mark.slow
 def test_a_build_that_was_killed_ends_with_the_same_files(toy_teacher, tmp_path):
-    whole = start(toy_teacher, tmp_path / "whole")
-    output, errors = whole.communicate(timeout=300)
-    assert whole.returncode == 0, errors
-    assert "4-gram baseline" in output
+    whole = subprocess.run(  # a process with other hashes
+        [sys.executable, str(SCRIPTS / "build_tiny_lm.py"), *options(toy_teacher, tmp_path / "whole")],
+        env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert whole.returncode == 0, whole.stderr
+    assert "4-gram baseline" in whole.stdout
 
     rng = random.Random(0)
     killed = tmp_path / "killed"
@@ -244,14 +245,15 @@ def test_a_build_that_was_killed_ends_with_the_same_files(toy_teacher, tmp_path)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
     last = start(toy_teacher, killed)
-    _, errors = last.communicate(timeout=300)
-    assert last.returncode == 0, errors
+    said = last.communicate()
+    assert last.returncode == 0, said
     assert checksums(killed) == checksums(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_a_work_folder_of_other_settings_is_refused(toy_teacher, tmp_path):
-    (tmp_path / "settings.json").write_text("{}")
-    process = start(toy_teacher, tmp_path)
-    assert "holds a build with other settings" in process.communicate(timeout=300)[1]
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "settings.json").write_text("{}")
+    process = start(toy_teacher, tmp_path / "work")
+    assert "holds a build with other settings" in process.communicate()
     assert process.returncode == 1

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from forked import Forked, program
 from gymnasium.utils.env_checker import data_equivalence
 
 import textgen_env.models.hub
@@ -267,13 +266,13 @@ transformers.PreTrainedModel.save_pretrained = lambda *args, **kwargs: os.kill(o
 """
 
 
-def run(program, path):
-    return subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE, text=True)
+def run(source, path, folder):
+    return Forked(folder, program, source, path)
 
 
 @pytest.mark.slow
-def test_a_kill_in_the_middle_leaves_nothing_that_looks_finished(gguf_file, cache):
-    killed = run(KILLED, gguf_file[0])
+def test_a_kill_in_the_middle_leaves_nothing_that_looks_finished(gguf_file, cache, tmp_path):
+    killed = run(KILLED, gguf_file[0], tmp_path)
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     assert [path.name for path in cache.glob("*half-made/*")] != []  # it was in the middle
@@ -285,9 +284,9 @@ def test_a_kill_in_the_middle_leaves_nothing_that_looks_finished(gguf_file, cach
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_make_one_folder(gguf_file, cache):
-    both = [run(CONVERT, gguf_file[0]) for _ in range(2)]
-    printed = [process.communicate()[0].strip() for process in both]
+def test_two_processes_at_once_make_one_folder(gguf_file, cache, tmp_path):
+    both = [run(CONVERT, gguf_file[0], tmp_path) for _ in range(2)]
+    printed = [process.communicate().splitlines()[-1] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     (made,) = (path for path in cache.iterdir() if path.is_dir())
     assert printed == [str(made)] * 2

@@ -8,22 +8,22 @@ import pickle
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from forked import Forked, textgen
 from safetensors.torch import save_file
 from toys import PROMPTS, Worth, letters
+from typer.testing import CliRunner
 from weather import CONFIG as WEATHER
 from weather import read_csv, weather
 
+from agents.cli.app import app
 from agents.runs.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from agents.runs.run import load_run, resume, train
 from agents.runs.signals import Stopped, stop_signals
@@ -276,15 +276,13 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_there(tmp_path, si
 # --- the command line, killed
 
 
-def command(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "agents.cli", "train", *map(str, arguments)],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def command(folder, *arguments):
+    return Forked(folder, textgen, "train", *arguments, COLUMNS="200")
+
+
+def here(*arguments):
+    """The same command in this process."""
+    return CliRunner().invoke(app, ["train", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
 @pytest.fixture
@@ -300,8 +298,8 @@ def tiny_run(tiny_lm, tmp_path):
         prompts=str(tmp_path / "prompts.txt"),
         reward={"name": "keywords", "words": ["good"]},
         env={"top_k": 4, "max_new_tokens": 8, "min_new_tokens": 4, "max_prompt_tokens": 8},
-        steps=3_200,
-        checkpoint_every=160,
+        steps=1_600,
+        checkpoint_every=80,
     )
     (tmp_path / "config.json").write_text(config.to_json())
     return tmp_path
@@ -309,12 +307,11 @@ def tiny_run(tiny_lm, tmp_path):
 
 @pytest.mark.slow
 def test_ten_kills_and_a_resumed_run_ends_like_one_that_was_never_killed(tiny_run):
-    whole = command("--config", tiny_run / "config.json", "--out", tiny_run / "whole")
-    said, _ = whole.communicate()
-    assert whole.returncode == 0, said
+    whole = here("--config", tiny_run / "config.json", "--out", tiny_run / "whole")
+    assert whole.exit_code == 0, whole.output
     rng = random.Random(0)
     killed = tiny_run / "killed"
-    process = command("--config", tiny_run / "config.json", "--out", killed)
+    process = command(tiny_run, "--config", tiny_run / "config.json", "--out", killed)
     kills, seen = 0, 0
     while kills < 10:
         checkpoint = newest_checkpoint(killed / "checkpoints")
@@ -324,13 +321,14 @@ def test_ten_kills_and_a_resumed_run_ends_like_one_that_was_never_killed(tiny_ru
             time.sleep(0.002)
             continue
         seen = int(checkpoint.name)  # a new one has come: kill at a random moment after it
-        time.sleep(rng.uniform(0.0, 0.2))
+        time.sleep(rng.uniform(0.0, 0.1))
         process.send_signal(signal.SIGKILL)
-        process.communicate()  # waits, and closes the pipe
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
         kills += 1
-        process = command("--resume", killed)
-    assert kills == 10
-    said, _ = process.communicate()
+        process = command(tiny_run, "--resume", killed)
+    said = process.communicate()
+    assert kills == 10, said
     assert process.returncode == 0, said
     assert_same_run(tiny_run / "whole", killed)
 
@@ -339,15 +337,14 @@ def test_ten_kills_and_a_resumed_run_ends_like_one_that_was_never_killed(tiny_ru
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_command_line_says_how_to_go_on(tiny_run, signum, code):
     folder = tiny_run / "run"
-    process = command("--config", tiny_run / "config.json", "--out", folder)
+    process = command(tiny_run, "--config", tiny_run / "config.json", "--out", folder)
     while newest_checkpoint(folder / "checkpoints") is None and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signum)
-    said, _ = process.communicate(timeout=60)
+    said = process.communicate()
     assert process.returncode == code, said
     assert f"stopped by {'Ctrl-C' if code == 130 else 'SIGTERM'} after" in said
     assert f"go on with: textgen train --resume {folder}" in said
-    refused = command("--resume", folder, "--steps", 10)
-    said, _ = refused.communicate()
-    assert refused.returncode == 2
-    assert "leave out --steps" in said
+    refused = here("--resume", folder, "--steps", 10)
+    assert refused.exit_code == 2
+    assert "leave out --steps" in refused.output

@@ -43,10 +43,17 @@ def filling_after(calls, fill):
     return reward
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that found room."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(CONFIG, folder, model=weather(), reward=breaking_after(-1))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("calls", [100, 270])
-def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_once_there_is_room(tmp_path, calls):
-    train(CONFIG, tmp_path / "whole", model=weather(), reward=breaking_after(-1))
+def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_once_there_is_room(whole, tmp_path, calls):
     folder = tmp_path / "run"
     with no_room() as fill, pytest.raises(RunFolderError, match="cannot write") as error:
         train(CONFIG, folder, model=weather(), reward=filling_after(calls, fill))
@@ -59,7 +66,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_once_there_is_room
     result = resume(folder, model=weather(), reward=breaking_after(-1))
 
     assert result.finished
-    assert_same_run(tmp_path / "whole", folder)
+    assert_same_run(whole, folder)
     assert sorted(path.name for path in folder.iterdir()) == RUN_FILES
 
 

@@ -46,24 +46,25 @@ def test_the_learner_learns_in_a_loop_of_one_s_own_without_stable_baselines3():
 @pytest.mark.parametrize("reset", [True, False])
 def test_updates_are_owed_for_every_step_of_every_learn(reset):
     agent = agent_in(make())
-    for steps in (400, 800, 1_200):
+    for steps in (160, 320, 480):
         before = [weight.clone() for weight in agent.q_net.parameters()]
-        agent.learn(400, reset_num_timesteps=reset)
-        assert agent.num_timesteps == (400 if reset else steps)
+        agent.learn(160, reset_num_timesteps=reset)
+        assert agent.num_timesteps == (160 if reset else steps)
         assert agent.learner.updates == agent.learner.steps // 10 == steps // 10
         assert not all(torch.equal(a, b) for a, b in zip(before, agent.q_net.parameters(), strict=True))
 
 
 def test_a_loaded_agent_learns_on(tmp_path):
-    agent_in(make()).learn(400).save(tmp_path / "agent")
-    agent_in(make()).learn(400).save_pretrained(tmp_path / "folder")
+    agent = agent_in(make()).learn(160)
+    agent.save(tmp_path / "agent")
+    agent.save_pretrained(tmp_path / "folder")
     for loaded in (
         TextDQN.load(tmp_path / "agent", env=make()),
         TextDQN.from_pretrained(tmp_path / "folder", env=make(num_envs=4)),
     ):
-        assert loaded.learner.updates == 40
-        loaded.learn(200)
-        assert loaded.learner.updates == 60
+        assert loaded.learner.updates == 16
+        loaded.learn(80)
+        assert loaded.learner.updates == 24
 
 
 @pytest.mark.parametrize("settings", [{"learning_rate": 1e30}, {"beta": 1e-300, "target_beta": 0.1}])

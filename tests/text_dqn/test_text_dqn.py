@@ -40,6 +40,12 @@ def positions(ids: tuple[int, ...]) -> np.ndarray:
     return hidden.ravel()
 
 
+SMALL = {
+    "q_net_kwargs": {"dropout": 0.0, "heads": 1, "width": 64},
+    "optimizer_kwargs": {"weight_decay": 0.0},
+}
+
+
 def small_agent(env, **kwargs) -> TextDQN:
     settings = {
         "beta": 0.5,
@@ -91,9 +97,10 @@ def test_q_converges_to_the_exact_soft_values(target):
     )
     toy = TextTree(make(1, model=model, prompts=["c"], top_k=3, max_new_tokens=3, reward=env.episodes.reward), "c")
     values, exact = toy.soft_values(0.5)
-    agent = small_agent(env, target=target, score=None, beta_start=2.0, tau=0.1)  # Q itself, beside no potential
+    settings = {"beta_start": 2.0, "tau": 0.1, "policy_kwargs": SMALL}
+    agent = small_agent(env, target=target, score=None, **settings)  # Q itself, beside no potential
 
-    agent.learn(20_000)
+    agent.learn(10_000)
 
     observations, _ = agent.policy.obs_to_tensor(toy.observations)
     with torch.no_grad():
@@ -112,9 +119,9 @@ def test_running_scores_lead_to_the_same_optimum_however_they_are_paid(reward_at
     toy = TextTree(make(1, **settings), "a")
     start = toy.point(LookaheadAgent(beta=0.5).probabilities(toy.observations))
     best = toy.soft_values(0.5)[0][0]
-    agent = small_agent(make(**settings))
+    agent = small_agent(make(**settings), policy_kwargs=SMALL)
 
-    agent.learn(12_000)
+    agent.learn(6_000)
 
     reached = toy.point(agent.probabilities(toy.observations))
     gap = best - (reached.reward - 0.5 * reached.kl)
