@@ -163,6 +163,8 @@ def measured_speed(config: RunConfig, own: TextGenVectorEnv, scoring: TextGenVec
         own: An environment as the agent learns in.
         scoring: An environment as the yardstick is measured in.
     """
+    for env in (own, scoring):
+        env.episodes.rebuild()  # an earlier trial wrote the same texts, and memos would answer for the model
     tokens = own.episodes.config.max_new_tokens
     trial = config.envs * (tokens + 2)
     budget, settings = budget_of(config), dict(config.agent_settings)

@@ -11,8 +11,11 @@ from weather import CONFIG, weather
 
 from agents.runs.progress import JobProgress, minutes
 from agents.runs.run import train
-from agents.runs.sizing import LEAST_STEPS, Speed, Work, fit
+from agents.runs.sizing import LEAST_STEPS, Speed, Work, fit, measured_speed
 from textgen_env.errors import ConfigError
+from textgen_env.models import load_language_model
+from textgen_env.models.slots import HFSlots
+from textgen_env.vector_env import TextGenVectorEnv
 
 SPEED = Speed(score=0.002, write=0.001, learn=0.004)
 WORK = Work(prompts=10, tokens=20, texts=400, samples=64, lookahead=True)
@@ -62,6 +65,24 @@ def test_a_sized_run_says_its_sizes_and_is_the_run_of_its_configuration(tmp_path
     assert [row.reward for row in first.report.rows] == [row.reward for row in again.report.rows]
     assert [row.kl for row in first.report.rows] == [row.kl for row in again.report.rows]
     assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "b" / "config.json").read_text()
+
+
+def test_a_second_timing_is_not_answered_from_memory(monkeypatch):
+    """It writes the same texts, so that as many rows must pass through the model."""
+    passed, forward = [], HFSlots._forward
+    monkeypatch.setattr(
+        HFSlots, "_forward", lambda slots, rows, *rest: passed.append(len(rows)) or forward(slots, rows, *rest)
+    )
+    model = load_language_model("tiny")
+    own, scoring = (
+        TextGenVectorEnv(2, model, ["I am"], "sentiment", observation="full", max_new_tokens=4) for _ in range(2)
+    )
+    rows = []
+    for _ in range(2):
+        passed.clear()
+        measured_speed(replace(CONFIG, envs=2), own, scoring)
+        rows.append(sum(passed))
+    assert rows[0] == rows[1] > 10
 
 
 def test_too_few_minutes_leave_no_folder(tmp_path):
