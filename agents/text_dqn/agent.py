@@ -406,7 +406,7 @@ class TextDQN(DQN):
                 "the optimum only undiscounted; leave gamma out, or make the environment without 'score'"
             )
         self.model_name = language_model.name
-        self.policy_kwargs["q_net_kwargs"] = self._network_settings(language_model)
+        self.policy_kwargs = self.policy_kwargs | {"q_net_kwargs": self._network_settings(language_model)}
         self.replay_buffer = EpisodeReplay(
             self.buffer_size, space, device=self.device, n_envs=self.n_envs, seed=self.seed
         )
