@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from agents.benchmark.cells import CellResult, check_agents, run_cell
 from agents.benchmark.config import BenchmarkConfig, Cell, known_bounds
 from agents.benchmark.results import RESULTS_FILE, write_results
+from agents.runs.stored import no_new_folders_of_a_failed_start
 from agents.tables import SteadyProgress
 from agents.terminal import say, status_text
 from textgen_env.errors import RunFolderError
@@ -154,9 +155,7 @@ def run_benchmark(
     folder = Path(out)
     for task in config.tasks:
         known_bounds(task)
-    if not folder.exists():
-        check_agents(config)  # before the lock makes the folder
-    with locked(folder):
+    with no_new_folders_of_a_failed_start(folder), locked(folder):
         open_folder(folder, config, check=lambda: check_agents(config))
         return _run_missing(config, folder, workers, retry_failed, cell_runner, console)
 

@@ -12,9 +12,19 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from textgen_env.models import load_language_model
+from textgen_env.models.hf import HFModel
 
 PROMPTS = ["the film", "the long film was", "good"]
 SIZES = {"vocab_size": 10, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.6}
@@ -109,11 +119,35 @@ def test_a_folder_that_is_saved_again_and_a_relative_name_elsewhere_are_other_mo
     assert not np.allclose(load_language_model("m").embed(np.arange(10)), again.embed(np.arange(10)))
 
 
-def test_a_model_with_local_attention_is_exact_beyond_its_window(tiny_lm):
-    torch.manual_seed(0)
+def test_an_end_token_that_the_tokenizer_appends_does_not_end_the_prompt(tiny_lm):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_lm[1].backend_tokenizer, eos_token="<end>")
+    plain = HFModel(gpt2(), tokenizer).encode("the film")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
+    assert tokenizer("the film")["input_ids"] == [*plain, 0]
+    assert HFModel(gpt2(), tokenizer).encode("the film") == plain
+    tokenizer.backend_tokenizer.post_processor = None
+
+
+def local_attention():
+    """Layers that see 8 tokens, under a name of their own."""
     sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "window_size": 8, "max_position_embeddings": 64}
     layers = [[["global", "local"], 1]]
-    model = GPTNeoForCausalLM(GPTNeoConfig(attention_types=layers, intermediate_size=32, **sizes, **SIZES)).eval()
+    return GPTNeoForCausalLM(GPTNeoConfig(attention_types=layers, intermediate_size=32, **sizes, **SIZES)).eval()
+
+
+def long_rope():
+    """Positions whose factors change for the whole text at its ninth token, so that cached keys are no longer right."""
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    limits = {"original_max_position_embeddings": 8, "max_position_embeddings": 64}
+    rope |= {"original_max_position_embeddings": 8}
+    return Phi3ForCausalLM(Phi3Config(rope_parameters=rope, pad_token_id=0, **limits, **sizes, **SIZES)).eval()
+
+
+@pytest.mark.parametrize("build", [local_attention, long_rope])
+def test_a_model_is_exact_beyond_where_its_attention_changes(tiny_lm, build):
+    torch.manual_seed(0)
+    model = build()
     env = make((model, tiny_lm[1]), max_new_tokens=16, min_new_tokens=16, prompts=["the film"])
     observation, _ = env.reset(seed=0)
     for _ in range(14):
