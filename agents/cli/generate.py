@@ -204,19 +204,16 @@ def _shared(source: Path, reward: str | None, beta: float | None) -> tuple[Agent
     """Return the same as ``_opened``, of an agent on the hub or in a folder that ``save_pretrained`` wrote."""
     from agents.baselines.planning import ROWS
     from agents.text_dqn.agent import TextDQN
+    from agents.text_dqn.networks import check_observation_space
     from agents.text_dqn.portable import env_to_write_in
-    from textgen_env.vector_env import TextGenVectorEnv
 
     agent = TextDQN.from_pretrained(source)
-    keys: tuple[str, ...] = tuple(agent.observation_space.spaces)  # type: ignore[attr-defined]  # TextDQN's is a Dict
-    one_row, is_scored = env_to_write_in(
-        None, agent.task, agent.language_model, own_reward(reward), sees_scores="score" in keys
-    )
-    own = one_row.episodes
-    length = agent.observation_space["tokens"].shape[0]  # type: ignore[index]
-    settings = vars(own.config) | {"observation": keys}
-    settings["max_prompt_tokens"] = max(1, length - own.config.max_new_tokens)  # as in training
-    env = TextGenVectorEnv(ROWS, own.model, None, own.reward, **settings)
+    space = check_observation_space(agent.observation_space)
+    longest = space["tokens"].shape[0] - agent.q_net.max_new_tokens  # type: ignore[index]
+    env, is_scored = env_to_write_in(
+        None, agent.task, agent.language_model, own_reward(reward), sees_scores="score" in space.spaces,
+        rows=ROWS, observation=tuple(space.spaces), max_prompt_tokens=max(1, longest),
+    )  # fmt: skip
     if beta is not None:
         agent.beta = beta
     return agent, env, False, "" if is_scored else "the agent's reward was not stored; give it as --reward FILE.py:NAME"

@@ -276,9 +276,10 @@ def task_of(env: VecEnv) -> dict[str, Any]:
 
 
 def env_to_write_in(
-    env: VecEnv | None, task: Mapping[str, Any] | None, model: LanguageModel, reward: Any, sees_scores: bool
-) -> tuple[TextGenVectorEnv, bool]:
-    """Return an environment of one row like the one that an agent was trained in, and True if its reward is known.
+    env: VecEnv | None, task: Mapping[str, Any] | None, model: LanguageModel, reward: Any, sees_scores: bool,
+    rows: int = 1, **changed: Any,
+) -> tuple[TextGenVectorEnv, bool]:  # fmt: skip
+    """Return an environment like the one that an agent was trained in, and True if its reward is known.
 
     Args:
         env: The agent's own. None, or of another make: ``task`` describes it.
@@ -286,6 +287,8 @@ def env_to_write_in(
         model: That the agent was trained on.
         reward: See ``make_reward``. None: that of ``env`` or ``task``; where that was not stored every text gets 0.
         sees_scores: The agent's observation has running scores.
+        rows: N.
+        changed: Keywords of ``TextGenVectorEnv`` that should have other values.
 
     Raises:
         ConfigError: the task is unknown, or the agent needs scores of a reward that was not stored.
@@ -306,8 +309,8 @@ def env_to_write_in(
             )
     else:
         raise ConfigError("the agent does not know its task: it was trained in an environment of another make")
-    is_known = reward is not None
-    return TextGenVectorEnv(1, model, None, reward if is_known else (lambda text: 0.0), **settings), is_known
+    judge = (lambda text: 0.0) if reward is None else reward
+    return TextGenVectorEnv(rows, model, None, judge, **settings | changed), reward is not None
 
 
 def fingerprint(model: LanguageModel) -> dict[str, Any]:
