@@ -7,9 +7,10 @@ sum of contributions of what occurs in it, and a rising curve g from z to the re
     a prefix, k candidates   ->  forward  ->  score (B, 1), candidate_scores (B, k)
 
 The contributions are a ridge regression on sparse features, which need few texts: tokens, tokens
-that occur for the first time, pairs of neighbours, the last token, the length in characters. The
-curve is fitted to predictions for texts that were left out. It bends where the judge saturates, and
-it is flat where nothing was learned: a random judge scores every prefix alike.
+that occur for the first time, pairs of neighbours, the last token, the length in characters. Judges
+differ in which of these kinds matter, so each kind is shrunk by a factor of its own, chosen by
+predictions for texts that were left out. The curve is fitted to such predictions. It bends where the
+judge saturates, and it is flat where nothing was learned: a random judge scores every prefix alike.
 
 The score of a prefix is the soft value beta log E[exp(g / beta)] over what the rest of the text will
 add, if the language model writes on as it does on average: roughly what the best possible policy
@@ -28,7 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from agents.text_dqn.ridge import PENALTIES, Design, Fitted, cross_fit, rising_curve
+from agents.text_dqn.ridge import PENALTIES, Design, Fitted, cross_fit, rising_curve, weigh_groups
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
@@ -41,7 +42,7 @@ PAIRS = 2**17
 RESIDUES = 4096
 """A token counts as seen where one of the same residue has occurred: exact for vocabularies up to this."""
 
-DIRECTIONS = 64
+DIRECTIONS = 256
 """Principal directions of the token embeddings that the regression sees."""
 
 MARKS = np.linspace(-2.5, 2.5, 11)
@@ -55,6 +56,12 @@ LEAST_TEXTS = 50
 
 LEAST_EVIDENCE = 3.0
 """Standard errors that the correlation with left-out rewards must have for the scorer to speak."""
+
+GROUPS = {"token": 1.0, "first": 1.0, "last": 0.3, "pair": 1.0, "vector": 1.0, "length": 1.0}
+"""Kinds of features, and the relevance that each begins with."""
+
+WEIGH_AGAIN = 2.0
+"""Their relevance is found anew when there are so many times as many texts."""
 
 Indices = npt.NDArray[np.int64]
 
@@ -91,6 +98,8 @@ class TextScorer(nn.Module):
     characters: torch.Tensor
     ends: torch.Tensor
     penalty: torch.Tensor
+    relevance: torch.Tensor
+    weighed: torch.Tensor
     bias: torch.Tensor
     token: torch.Tensor
     first: torch.Tensor
@@ -107,6 +116,8 @@ class TextScorer(nn.Module):
             "characters": (vocab_size,),  # of each token
             "ends": (vocab_size,),  # 1 for end tokens
             "penalty": (),  # of the last fit, 0 before the first
+            "relevance": (len(GROUPS),),  # factor of each kind of feature
+            "weighed": (),  # texts from which it was found
             "bias": (FOLDS + 1,),
             "token": (FOLDS + 1, vocab_size),
             "first": (FOLDS + 1, vocab_size),
@@ -118,6 +129,7 @@ class TextScorer(nn.Module):
         }
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
+        self.relevance.copy_(torch.tensor(list(GROUPS.values())))
         self.silence()
 
     def silence(self) -> None:
@@ -210,9 +222,7 @@ class TextScorer(nn.Module):
         design, marks = self._design(texts, vectors)
         if np.unique(texts.folds).size == 1:
             return 0.0
-        strongest = 3 * float(self.penalty) or max(PENALTIES)
-        fitted = cross_fit(design, texts.rewards, texts.folds, FOLDS, [p for p in PENALTIES if p <= strongest * 1.01])
-        self.penalty.fill_(fitted.penalty)
+        design, fitted = self._fitted(design, texts)
         predicted, rewards = fitted.left_out[texts.finished], texts.rewards[texts.finished]
         if not _correlates(predicted, rewards):
             self.silence()
@@ -221,6 +231,19 @@ class TextScorer(nn.Module):
         of_length = self._take_weights(design, fitted, vectors)
         self._tabulate(curve, marks, of_length, predicted, visited, beta)
         return float(1 - ((rewards - predicted) ** 2).mean() / rewards.var())
+
+    def _fitted(self, design: Design, texts: JudgedTexts) -> tuple[Design, Fitted]:
+        """Return the features, as large as they are relevant, and their weights; note both for the next fit."""
+        design = design.sized(**dict(zip(GROUPS, self.relevance.tolist(), strict=True)))
+        strongest = 3 * float(self.penalty) or max(PENALTIES)
+        penalties = [penalty for penalty in PENALTIES if penalty <= strongest * 1.01]
+        fitted = cross_fit(design, texts.rewards, texts.folds, FOLDS, penalties)
+        if len(texts.rewards) >= WEIGH_AGAIN * float(self.weighed):
+            design, fitted = weigh_groups(design, texts.rewards, texts.folds, FOLDS, fitted)
+            self.relevance.copy_(torch.tensor([design.relevance[group] for group in GROUPS]))
+            self.weighed.fill_(len(texts.rewards))
+        self.penalty.fill_(fitted.penalty)
+        return design, fitted
 
     def _design(self, texts: JudgedTexts, vectors: Floats) -> tuple[Design, tuple[float, float]]:
         """Return the features of texts, and mean and deviation of their lengths in characters."""
@@ -240,19 +263,22 @@ class TextScorer(nn.Module):
         }
         length = (self.characters.cpu().numpy()[tokens] * inside).sum(1)
         marks = (float(length.mean()), float(length.std()) + 1e-6)
-        means = (vectors[tokens] * inside[..., None]).sum(1)
+        means = np.zeros((len(tokens), vectors.shape[1]))
+        for place in range(tokens.shape[1]):  # one after the other: all at once are large
+            means += vectors[tokens[:, place]] * inside[:, place, None]
         return Design.of(sparse, {"vector": means, "length": _hats(length, marks)}, padding), marks
 
     def _take_weights(self, design: Design, fitted: Fitted, vectors: Floats) -> Floats:
         """Fill the tables of contributions; return the weights of the marks, their mean over the folds."""
-        vocabulary, scales = self.vocab_size, design.scales
+        vocabulary = self.vocab_size
+        scales = {group: design.scales[part.start] for group, part in design.groups.items()}
         weights = np.concatenate([fitted.weights, fitted.weights.mean(0, keepdims=True)])
         biases = np.append(fitted.biases, fitted.biases.mean())
         occurring, dense = design.parts(weights)
         sparse = np.zeros((FOLDS + 1, 3 * vocabulary + PAIRS))
         sparse[:, design.used] = occurring[:, :-1]
         token, first, last = (sparse[:, i * vocabulary : (i + 1) * vocabulary] for i in range(3))
-        of_vectors = dense[:, : vectors.shape[1]] @ vectors.T
+        of_vectors = dense[:, : vectors.shape[1]].astype(np.float32) @ vectors.T
         for table, values in (
             (self.token, token * scales["token"] + of_vectors * scales["vector"]),
             (self.first, first * scales["first"]),
@@ -321,7 +347,7 @@ def directions(language_model: LanguageModel) -> Floats:
         _, axes = np.linalg.eigh(vectors.T @ vectors)
         vectors = vectors @ axes[:, -DIRECTIONS:]
     size = float(np.linalg.norm(vectors, axis=1).mean())
-    return np.asarray(vectors / (size or 1.0), np.float64)
+    return np.asarray(vectors / (size or 1.0), np.float32)
 
 
 def pair_index(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

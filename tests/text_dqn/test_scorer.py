@@ -12,7 +12,7 @@ from toys import PROMPTS, letters
 
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.networks import NEEDED_KEYS
-from agents.text_dqn.ridge import Design, cross_fit, rising_curve
+from agents.text_dqn.ridge import Design, cross_fit, rising_curve, weigh_groups
 from agents.text_dqn.scorer import FOLDS, JudgedTexts, TextScorer, Visited
 from agents.text_dqn.validation import LANGUAGE_MODEL, best_supported
 from textgen_env.errors import ConfigError
@@ -149,14 +149,40 @@ def test_weights_are_those_of_ridge_regression():
     found = cross_fit(design, rewards, folds, 2, [0.1])
     full = np.zeros((80, len(design.used) + 1 + 2))
     for row in range(80):
-        for place, value in zip(design.places[row], design.values, strict=True):
+        for place, value in zip(design.places[row], design.scales[:3], strict=True):
             full[row, place] += value
-    full[:, len(design.used) + 1 :] = design.dense
+    full[:, len(design.used) + 1 :] = design.dense * design.scales[3:]
     for fold in range(2):
         seen = folds != fold
         x, y = full[seen] - full[seen].mean(0), rewards[seen] - rewards[seen].mean()
         exact = np.linalg.solve(x.T @ x + 0.1 * seen.sum() * np.eye(x.shape[1]), x.T @ y)
         np.testing.assert_allclose(found.weights[fold], exact, atol=1e-3)
+
+
+def test_larger_features_are_those_of_a_larger_block():
+    rng = np.random.default_rng(0)
+    index, dense = rng.integers(0, 9, (80, 3)), rng.normal(size=(80, 2))
+    design = Design.of({"a": index}, {"b": dense}, 9)
+    larger = design._replace(dense=design.dense * 3.0)
+    weights = rng.normal(size=len(design.used) + 3)
+    np.testing.assert_allclose(design.sized(b=3.0).times(weights), larger.times(weights))
+    errors = rng.normal(size=80)
+    np.testing.assert_allclose(
+        design.sized(b=6.0).sized(b=3.0).transposed_times(errors), larger.transposed_times(errors)
+    )
+
+
+def test_features_that_matter_are_shrunk_less():
+    rng = np.random.default_rng(0)
+    folds = np.arange(300) % 5
+    groups = {"noise": rng.normal(size=(300, 100)), "signal": rng.normal(size=(300, 100))}
+    rewards = groups["signal"] @ rng.normal(size=100) + rng.normal(size=300)
+    design = Design.of({"none": np.full((300, 1), 1)}, groups, 1)
+    first = cross_fit(design, rewards, folds, 5)
+    weighed, found = weigh_groups(design, rewards, folds, 5, first)
+    assert weighed.relevance["noise"] < 1.0 <= weighed.relevance["signal"]
+    alone = cross_fit(Design.of({"none": np.full((300, 1), 1)}, {"signal": groups["signal"]}, 1), rewards, folds, 5)
+    assert alone.error < found.error < 0.7 * first.error + 0.3 * alone.error
 
 
 def test_the_curve_rises_and_bends_where_the_rewards_do():
