@@ -16,6 +16,7 @@ from agents.cli.options import (
     own_reward,
     reward_again,
 )
+from textgen_env.terminal import printable
 
 if TYPE_CHECKING:
     from agents.playground.desk import Desk
@@ -51,7 +52,7 @@ def _of_run(run: Path, reward: str | None, trust: bool) -> Desk:
 
     opened, unscored = load_writer(run, reward=reward_again(run, reward), trust=trust)
     if unscored:
-        typer.echo(f"warning: the texts are not scored: {unscored}", err=True)
+        typer.echo(printable(f"warning: the texts are not scored: {unscored}", one_line=True), err=True)
     own = opened.env.episodes
     env = open_env(replace(opened.config, envs=2), own.model, own.prompts, own.reward)
     return Desk(env, opened.agent, opened.agent_name, scored=not unscored)

@@ -164,6 +164,11 @@ class RayTextSource:
         """
         if not isinstance(run.agent, TextDQN):
             raise ConfigError(f"actors write for text_dqn only, got agent {run.config.agent!r}: use --engine local")
+        if run.agent.settings["score"] == "judge":
+            raise ConfigError(
+                "score='judge' asks the reward about prefixes while it acts, and actors do not: use --engine local, or "
+                "score='learned'"
+            )
         store = max(SMALLEST_STORE, 2 * store_bound(run, self.actors))
         with connected(self.address, self.actors, self.timeout, store) as ray:
             pool = ActorPool(ray, self, run, say)

@@ -39,6 +39,7 @@ from agents.runs.stored import (
 )
 from agents.runs.yardsticks import known_or_measured
 from agents.sb3_vec import SB3VecEnv
+from agents.text_dqn.agent import TextDQN
 from agents.zoo import AGENTS, acts_greedily, make_agent
 from textgen_env.errors import ConfigError, RunFolderError
 from textgen_env.evaluation import Evaluation
@@ -101,6 +102,8 @@ class Run:
         episodes = self.env.episodes
         if "candidate_scores" in episodes.keys:
             return SEEN[LOOKAHEAD]
+        if isinstance(self.agent, TextDQN) and self.agent.q_net.scorer is not None:
+            return "has learned a score from finished texts"
         return "sees the running score" if episodes.reward.running() and "score" in episodes.keys else "sees no score"
 
     @property

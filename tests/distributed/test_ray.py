@@ -193,6 +193,12 @@ def test_wrong_options_are_refused_in_one_line(options, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_judge_of_prefixes_is_not_asked_by_actors():
+    run = open_run(RunConfig(agent_settings={"score": "judge"}))
+    with pytest.raises(ConfigError, match="score='judge' asks the reward about prefixes"), RayTextSource(1)(run, print):
+        pass
+
+
 def test_actors_are_counted():
     with pytest.raises(ConfigError, match="actors must be"):
         RayTextSource(0)

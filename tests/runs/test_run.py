@@ -140,6 +140,13 @@ def test_every_agent_runs_and_loads(agent, tmp_path):
 # --- what can go wrong
 
 
+def test_a_report_says_what_the_agent_sees_of_the_reward():
+    config = RunConfig(env={"observation": "full"})
+    assert open_run(config).seen_of_reward == "sees each candidate's score"
+    judged = open_run(config, reward=lambda text: float(len(text)))
+    assert judged.seen_of_reward == "has learned a score from finished texts"
+
+
 def test_a_folder_that_holds_something_is_never_touched(run, tmp_path):
     folder, _ = run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
