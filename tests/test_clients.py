@@ -119,9 +119,14 @@ def test_rl_zoo_trains_with_the_projects_hyperparameters(tiny_lm, tmp_path, monk
     settings["TextGen-v0"] |= {"n_timesteps": 120.0, "learning_starts": 40}
     (tmp_path / "dqn.yml").write_text(yaml.safe_dump(settings))
     arguments = f"--algo dqn --env TextGen-v0 --gym-packages textgen_env --conf-file {tmp_path / 'dqn.yml'} --seed 1"
-    monkeypatch.setattr(sys, "argv", ["train", *arguments.split(), "-f", str(tmp_path / "logs"), "--eval-freq", "-1"])
+    evaluated = [*"--eval-freq 60 --eval-episodes 2 --n-eval-envs 1 --eval-env-kwargs".split()]  # as docs/clients.md
+    evaluated += [f"{name}:{value!r}" for name, value in settings["TextGen-v0"]["env_kwargs"].items()]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments.split(), "-f", str(tmp_path / "logs"), *evaluated])
     runpy.run_module("rl_zoo3.train", run_name="__main__")
 
+    measured = np.load(tmp_path / "logs" / "dqn" / "TextGen-v0_1" / "evaluations.npz")
+    assert measured["timesteps"].tolist() == [60, 120]
+    assert measured["ep_lengths"].max() <= settings["TextGen-v0"]["env_kwargs"]["max_new_tokens"]
     agent = DQN.load(tmp_path / "logs" / "dqn" / "TextGen-v0_1" / "TextGen-v0.zip")
     assert agent.num_timesteps == 120
     assert agent._n_updates == 20  # one every fourth step after the 40th
