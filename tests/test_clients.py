@@ -119,7 +119,7 @@ def test_rl_zoo_trains_with_the_projects_hyperparameters(tiny_lm, tmp_path, monk
     settings["TextGen-v0"] |= {"n_timesteps": 120.0, "learning_starts": 40}
     (tmp_path / "dqn.yml").write_text(yaml.safe_dump(settings))
     arguments = f"--algo dqn --env TextGen-v0 --gym-packages textgen_env --conf-file {tmp_path / 'dqn.yml'} --seed 1"
-    evaluated = [*"--eval-freq 60 --eval-episodes 2 --n-eval-envs 1 --eval-env-kwargs".split()]  # as docs/clients.md
+    evaluated = ["--eval-freq", "60", "--eval-episodes", "2", "--eval-env-kwargs"]  # see docs/clients.md
     evaluated += [f"{name}:{value!r}" for name, value in settings["TextGen-v0"]["env_kwargs"].items()]
     monkeypatch.setattr(sys, "argv", ["train", *arguments.split(), "-f", str(tmp_path / "logs"), *evaluated])
     runpy.run_module("rl_zoo3.train", run_name="__main__")
