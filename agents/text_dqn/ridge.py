@@ -1,7 +1,7 @@
 """Ridge regression on sparse and dense features, cross-fitted; and a rising curve through its predictions.
 
     Design (n, features), rewards (n,), folds (n,)  ->  cross_fit  ->  weights of each fold, left-out predictions
-    Design, rewards, folds            ->  weigh_groups  ->  the same, with groups that matter shrunk less
+    Design, rewards, folds  ->  weigh_groups  ->  how little each group of features should be shrunk
     left-out predictions, rewards  ->  rising_curve  ->  knots
 
 Solved by conjugate gradients, so a fit costs a few passes over the features, however many there are.
@@ -147,30 +147,29 @@ def cross_fit(
 
 
 def weigh_groups(
-    design: Design,
-    rewards: Floats,
-    folds: npt.NDArray[np.int64],
-    count: int,
-    fitted: Fitted,
-) -> tuple[Design, Fitted]:
-    """Make each group of features less or more relevant where that predicts left-out rewards better.
+    design: Design, rewards: Floats, folds: npt.NDArray[np.int64], count: int, penalty: float, start: Floats
+) -> Mapping[str, float]:
+    """Return how relevant each group of features is: tried up and down, as left-out rewards are predicted best.
 
     A judge of word pairs does not care about last tokens: at a common size they are noise to it.
 
     Args:
-        fitted: What ``cross_fit`` has made of the design.
+        design, rewards, folds, count: See ``cross_fit``.
+        penalty: With which the design is fitted best.
+        start: Weights of such a fit.
     """
+    best = cross_fit(design, rewards, folds, count, [penalty], start)
     for group in design.groups:
         for factor in FACTORS:
             relevance = design.relevance[group] * factor
             if not LEAST_RELEVANT <= relevance <= MOST_RELEVANT:
                 continue
             trial = design.sized(**{group: relevance})
-            found = cross_fit(trial, rewards, folds, count, [fitted.penalty], fitted.weights)
-            if found.error < WORTHWHILE * fitted.error:
-                design, fitted = trial, found
+            found = cross_fit(trial, rewards, folds, count, [penalty], best.weights)
+            if found.error < WORTHWHILE * best.error:
+                design, best = trial, found
                 break
-    return design, fitted
+    return design.relevance
 
 
 def _solve(design: Design, rewards: Floats, penalty: float, start: Floats) -> tuple[Floats, float]:

@@ -63,6 +63,9 @@ GROUPS = {"token": 1.0, "first": 1.0, "last": 0.3, "pair": 1.0, "vector": 1.0, "
 WEIGH_AGAIN = 2.0
 """Their relevance is found anew when there are so many times as many texts."""
 
+MOST_WEIGHED = 2_000
+"""Texts that it is found on."""
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -238,10 +241,16 @@ class TextScorer(nn.Module):
         strongest = 3 * float(self.penalty) or max(PENALTIES)
         penalties = [penalty for penalty in PENALTIES if penalty <= strongest * 1.01]
         fitted = cross_fit(design, texts.rewards, texts.folds, FOLDS, penalties)
-        if len(texts.rewards) >= WEIGH_AGAIN * float(self.weighed):
-            design, fitted = weigh_groups(design, texts.rewards, texts.folds, FOLDS, fitted)
-            self.relevance.copy_(torch.tensor([design.relevance[group] for group in GROUPS]))
-            self.weighed.fill_(len(texts.rewards))
+        count = len(texts.rewards)
+        if count >= WEIGH_AGAIN * float(self.weighed):
+            some = np.linspace(0, count - 1, min(count, MOST_WEIGHED)).astype(np.int64)
+            relevance = weigh_groups(
+                design.rows(some), texts.rewards[some], texts.folds[some], FOLDS, fitted.penalty, fitted.weights
+            )
+            design = design.sized(**relevance)
+            fitted = cross_fit(design, texts.rewards, texts.folds, FOLDS, [fitted.penalty], fitted.weights)
+            self.relevance.copy_(torch.tensor([relevance[group] for group in GROUPS]))
+            self.weighed.fill_(count)
         self.penalty.fill_(fitted.penalty)
         return design, fitted
 

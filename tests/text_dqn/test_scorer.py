@@ -179,8 +179,9 @@ def test_features_that_matter_are_shrunk_less():
     rewards = groups["signal"] @ rng.normal(size=100) + rng.normal(size=300)
     design = Design.of({"none": np.full((300, 1), 1)}, groups, 1)
     first = cross_fit(design, rewards, folds, 5)
-    weighed, found = weigh_groups(design, rewards, folds, 5, first)
-    assert weighed.relevance["noise"] < 1.0 <= weighed.relevance["signal"]
+    relevance = weigh_groups(design, rewards, folds, 5, first.penalty, first.weights)
+    assert relevance["noise"] < 1.0 <= relevance["signal"]
+    found = cross_fit(design.sized(**relevance), rewards, folds, 5)
     alone = cross_fit(Design.of({"none": np.full((300, 1), 1)}, {"signal": groups["signal"]}, 1), rewards, folds, 5)
     assert alone.error < found.error < 0.7 * first.error + 0.3 * alone.error
 
