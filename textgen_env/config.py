@@ -26,9 +26,11 @@ OBSERVATION_KEYS = (
     "hidden",
     "source",
 )
-"""All keys of the Dict observation, in the order of the documentation."""
+"""The keys of the Dict observation, in the order of the documentation."""
 ONLY_WHEN_NAMED = ("source",)
 """Keys that neither ``"default"`` nor ``"full"`` has."""
+OF_CONVERSATIONS = ("turn", "turn_budget", "speaker")
+"""Further keys of an environment with a partner; ``"default"`` leaves them out."""
 
 FLAT_OBSERVATIONS = ("hidden", "tokens")
 """Observations that are one flat Box, for agents built on a plain MLP."""
@@ -58,7 +60,11 @@ class EnvConfig:
     max_new_tokens: int = 32  # reaching it ends the episode
     min_new_tokens: int = 0  # end tokens are not proposed before
     max_prompt_tokens: int = 64
-    stop: tuple[str, ...] = ()  # strings that end the episode once the completion holds one
+    stop: tuple[str, ...] = ()  # strings that end the episode (with a partner: the turn) once it holds one
+    max_turns: int = 1  # of the agent, in a conversation
+    max_turn_tokens: int | None = None  # of the agent, reaching it ends the turn; None: only max_new_tokens does
+    max_reply_tokens: int = 0  # of the partner, each turn
+    reply_seconds: float | None = 60.0  # that the partner may take for a reply; None: as long as it takes
     observation: str | tuple[str, ...] = "default"
     on_illegal: str = "raise"  # or "last_legal": map a masked action and count it
     dtype: str = "auto"  # of the language model's weights
@@ -87,7 +93,16 @@ class EnvConfig:
             raise ConfigError(f"stop must be non-empty strings, got {self.stop!r}")
         check_unicode("stop", stop)
         object.__setattr__(self, "stop", stop)
+        self._check_turns()
         self._check_observation()
+
+    def _check_turns(self) -> None:
+        check_in_range("max_turns", self.max_turns, 1, MOST_TOKENS)
+        check_in_range("max_reply_tokens", self.max_reply_tokens, 0, MOST_TOKENS)
+        if self.max_turn_tokens is not None:
+            check_in_range("max_turn_tokens", self.max_turn_tokens, 1, MOST_TOKENS)
+        if self.reply_seconds is not None and not (isinstance(self.reply_seconds, Real) and self.reply_seconds > 0):
+            raise ConfigError(f"reply_seconds must be above 0 or None, got {self.reply_seconds!r}")
 
     def _check_observation(self) -> None:
         if isinstance(self.observation, str) or not isinstance(self.observation, Iterable):
@@ -95,8 +110,8 @@ class EnvConfig:
             return
         keys = tuple(self.observation)
         for key in keys:
-            if key not in OBSERVATION_KEYS:
-                raise unknown_name("observation key", key, OBSERVATION_KEYS)
+            if key not in (*OBSERVATION_KEYS, *OF_CONVERSATIONS):
+                raise unknown_name("observation key", key, (*OBSERVATION_KEYS, *OF_CONVERSATIONS))
         if not keys or len(set(keys)) != len(keys):
             raise ConfigError(f"observation must name distinct keys, at least one, got {keys}")
         if self.top_k is None:
@@ -117,28 +132,33 @@ class EnvConfig:
         known = [field.name for field in fields(cls)]
         for name in settings:
             if name not in known:
-                unknown = unknown_name("argument", name, ["model", "prompts", "reward", *known])
+                unknown = unknown_name("argument", name, ["model", "prompts", "reward", "partner", *known])
                 raise UnknownArgument(f"got an unexpected keyword argument {name!r}: {unknown}")
         return cls(**settings)
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest text, prompt included."""
-        return self.max_prompt_tokens + self.max_new_tokens
+        """Tokens of the longest text, prompt and replies included."""
+        return self.max_prompt_tokens + self.max_new_tokens + self.max_turns * self.max_reply_tokens
 
     def num_actions(self, vocab_size: int) -> int:
         """Return k, the number of actions with this vocabulary."""
         return vocab_size if self.top_k is None else self.top_k
 
-    def keys(self, scores_prefixes: bool) -> tuple[str, ...]:
+    def keys(self, scores_prefixes: bool, has_partner: bool = False) -> tuple[str, ...]:
         """Return the keys that are computed.
 
         Args:
             scores_prefixes: True if the reward can score a prefix.
+            has_partner: True if a partner answers.
 
         Raises:
-            ConfigError: ``candidate_scores`` was named but the reward cannot score a prefix.
+            ConfigError: ``candidate_scores`` was named but the reward cannot score a prefix, or a key of
+                conversations and there is no partner.
         """
+        named = () if isinstance(self.observation, str) else self.observation
+        if not has_partner and (alone := set(OF_CONVERSATIONS).intersection(named)):
+            raise ConfigError(f"observation keys {sorted(alone)} need a partner: give partner=, or leave them out")
         if not scores_prefixes and not isinstance(self.observation, str) and "candidate_scores" in self.observation:
             raise ConfigError(
                 "observation key 'candidate_scores' needs a reward that can score a prefix; this one "
@@ -147,6 +167,8 @@ class EnvConfig:
         match self.observation:
             case "full" | "default":
                 keys: Sequence[str] = [key for key in OBSERVATION_KEYS if key not in ONLY_WHEN_NAMED]
+                if has_partner and self.observation == "full":
+                    keys = (*keys, *OF_CONVERSATIONS)
             case "hidden":
                 keys = ("hidden", "logprobs", "budget", "score")
             case "tokens":

@@ -18,6 +18,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from textgen_env.config import MOST_ROWS, EnvConfig, check_at_least, check_in_range
+from textgen_env.conversation import UNLESS_SAID, make_partner
 from textgen_env.episode import Episodes
 from textgen_env.errors import CapacityError, ConfigError
 from textgen_env.models import load_language_model
@@ -25,7 +26,7 @@ from textgen_env.models.base import LanguageModel
 from textgen_env.observation import flatten, observation_space
 from textgen_env.prompts import as_prompt, make_prompts
 from textgen_env.render import describe, draw
-from textgen_env.rewards import make_reward
+from textgen_env.rewards import FunctionReward, make_reward
 from textgen_env.rows import Snapshot
 from textgen_env.spec import unwrap, wrap_objects
 
@@ -92,13 +93,16 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
     | `candidate_scores` | (k,) float32 | the running reward that each candidate would lead to |
     | `action_mask` | (k,) int8 | 1 where the action is allowed, never all 0 |
     | `hidden` | (d,) float32 | the model's last hidden state for the prefix |
+    | `turn` | (1,) int32 | turns that the agent has finished; this and the next two with a partner only |
+    | `turn_budget` | (1,) float32 | share of the running turn's tokens still left, 1 to 0 |
+    | `speaker` | (T,) int8 | who each token is by: 0 the prompt (and padding), 1 the agent, 2 the partner |
     | `source` | (max_prompt_tokens,) int32 | the prompt's ids, padded with -1; only where it is named |
 
     An encoder-decoder reads the prompt once; its `tokens` are the decoder's, and `source` shows the prompt.
 
-    ``observation="default"`` leaves out `hidden` and `candidate_scores`, ``"full"`` keeps all that
-    the reward allows, a tuple names keys, ``"hidden"`` is one flat Box of hidden, logprobs, budget
-    and score, ``"tokens"`` one of length, budget and the ids padded with -1.
+    ``observation="default"`` leaves out `hidden`, `candidate_scores` and the three of conversations,
+    ``"full"`` keeps all that reward and partner allow, a tuple names keys, ``"hidden"`` is one flat Box
+    of hidden, logprobs, budget and score, ``"tokens"`` one of length, budget and the ids padded with -1.
 
     ## Rewards
     ``reward_at="end"``: the reward of the finished completion, once. ``"step"``: the increments of
@@ -109,6 +113,12 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
     generated; ``truncated`` never. ``info`` then holds `prompt`, `completion`, `text`,
     `finish_reason`, `logprob` (nats) and `reward_parts`.
 
+    ## Conversations
+    With ``partner=`` an end token, a stop string or ``max_turn_tokens`` end a turn, and the partner's
+    reply is appended in the same step. The episode ends when the partner says so, or after
+    ``max_turns`` or ``max_new_tokens``. A reply may pay a reward, in its step; the environment's own is
+    of everything behind the prompt. ``info`` then also holds `turns`. See ``textgen_env.conversation``.
+
     ## Reset
     ``reset(options={"prompt": text})`` chooses the prompt, a string, a ``Prompt`` or a dict with
     ``prompt``, ``reference`` and metadata; otherwise the seeded generator draws it.
@@ -117,7 +127,8 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
         model: A name, folder, hub id, GGUF file, ``LanguageModel`` or ``(model, tokenizer)``; see
             ``textgen_env.models.load_language_model``.
         prompts: See ``textgen_env.prompts.make_prompts``. None: the built-in ones.
-        reward: See ``textgen_env.rewards.make_reward``.
+        reward: See ``textgen_env.rewards.make_reward``. None, with a partner: its rewards alone.
+        partner: See ``textgen_env.conversation.make_partner``. None: an episode is one text.
         settings: The fields of ``textgen_env.config.EnvConfig``, by name.
 
     Raises:
@@ -127,8 +138,15 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
 
     metadata: dict[str, Any] = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4}  # noqa: RUF012
 
-    def __init__(self, model: Any = "tiny", prompts: Any = None, reward: Any = "sentiment", **settings: Any) -> None:
-        self.episodes = open_episodes(model, prompts, reward, settings, rows=1)
+    def __init__(
+        self,
+        model: Any = "tiny",
+        prompts: Any = None,
+        reward: Any = "sentiment",
+        partner: Any = None,
+        **settings: Any,
+    ) -> None:
+        self.episodes = open_episodes(model, prompts, reward, settings, rows=1, partner=partner)
         self.render_mode = self.episodes.config.render_mode
         self.observation_space = observation_space(self.episodes.config, self.episodes.keys, self.language_model)
         self.action_space = spaces.Discrete(self.episodes.k)
@@ -195,14 +213,20 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
             print(describe(self.episodes, 0), flush=True)
 
 
-def open_episodes(model: Any, prompts: Any, reward: Any, settings: dict[str, Any], rows: int) -> Episodes:
+def open_episodes(
+    model: Any, prompts: Any, reward: Any, settings: dict[str, Any], rows: int, partner: Any = None
+) -> Episodes:
     """Return the episodes that the arguments of ``gym.make`` describe."""
     check_in_range("num_envs", rows, 1, MOST_ROWS)
-    model, prompts, reward = map(unwrap, (model, prompts, reward))
-    config = EnvConfig.from_settings({name: unwrap(value) for name, value in settings.items()})
+    model, prompts, reward, partner = map(unwrap, (model, prompts, reward, partner))
+    given = {name: unwrap(value) for name, value in settings.items()}
+    answering = make_partner(partner)
+    config = EnvConfig.from_settings(given if answering is None else {**UNLESS_SAID, **given})
+    if answering is not None and reward is None:
+        reward = FunctionReward(lambda completion: 0.0, "none")
     language_model = load_language_model(model, config.dtype, trust_remote_code=config.trust_remote_code)
     _check_memory(language_model, config, rows)
-    return Episodes(language_model, make_prompts(prompts), make_reward(reward), config, rows)
+    return Episodes(language_model, make_prompts(prompts), make_reward(reward), config, rows, answering)
 
 
 def _check_memory(model: LanguageModel, config: EnvConfig, rows: int) -> None:

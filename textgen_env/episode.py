@@ -20,12 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from textgen_env.config import EnvConfig
+from textgen_env.conversation import Partner, Talk, TurnStates
 from textgen_env.errors import ConfigError, IllegalAction, PromptError, ResetNeeded
 from textgen_env.models.base import LanguageModel, Proposals, Rows, read_only
 from textgen_env.observation import Observation, as_observation, budget_left, legal_candidates
 from textgen_env.policies import Floats, last_legal, renormalise
 from textgen_env.prompts import Prompt, PromptSource
-from textgen_env.rewards.base import Generation, Reward, ScoreState
+from textgen_env.rewards.base import Generation, Reward, ScoreState, Turn
 from textgen_env.rows import FINISH_REASONS, Phase, RowStates, Snapshot
 
 
@@ -50,17 +51,24 @@ class Episodes:
 
     Raises:
         ConfigError: ``top_k`` does not fit the vocabulary, the prompt and the completion do not
-            fit the context, or scores are asked of a reward that cannot score a prefix.
+            fit the context, scores are asked of a reward that cannot score a prefix, or turns without a partner.
         CapacityError: the model's cache for N rows would not fit into memory.
     """
 
     def __init__(
-        self, model: LanguageModel, prompts: PromptSource, reward: Reward, config: EnvConfig, rows: int
+        self,
+        model: LanguageModel,
+        prompts: PromptSource,
+        reward: Reward,
+        config: EnvConfig,
+        rows: int,
+        partner: Partner | None = None,
     ) -> None:
         self.model, self.prompts, self.reward, self.config, self.rows = model, prompts, reward, config, rows
+        self.partner = partner
         running = reward.running()
         self._check_settings(scores_prefixes=running is not None)
-        self.keys = config.keys(running is not None)
+        self.keys = config.keys(running is not None, partner is not None)
         sees_scores = config.reward_at == "step" or not {"score", "candidate_scores"}.isdisjoint(self.keys)
         self._running = running if sees_scores else None
         self._keeps_text = self._running is not None or bool(config.stop)
@@ -68,7 +76,12 @@ class Episodes:
         self._is_end = np.zeros(model.vocab_size, np.bool_)
         self._is_end[list(model.end_ids)] = True
         self.slots = model.slots(rows, config.max_length, config.top_k)
-        self._state = RowStates(rows, config.max_new_tokens, self.k, model.hidden_size)
+        self._talk: Talk | None = None
+        if partner is None:
+            self._state = RowStates(rows, config.max_new_tokens, self.k, model.hidden_size)
+        else:
+            self._state = state = TurnStates(rows, config, self.k, model.hidden_size)
+            self._talk = Talk(partner, config, model, self.slots, state)
         self.phases = read_only(self._state.phase)
         self._encode: Callable[[str], tuple[int, ...]] = lru_cache(maxsize=4096)(self._encode_prompt)
 
@@ -76,9 +89,13 @@ class Episodes:
         config, model = self.config, self.model
         if config.max_length > model.max_context:
             raise ConfigError(
-                f"max_prompt_tokens={config.max_prompt_tokens} plus max_new_tokens={config.max_new_tokens} "
+                f"max_prompt_tokens={config.max_prompt_tokens} plus max_new_tokens={config.max_new_tokens}"
+                f"{f' and {config.max_turns} replies of {config.max_reply_tokens}' if self.partner else ''} "
                 f"exceed the {model.max_context} tokens of context that model {model.name!r} has"
             )
+        turns = (config.max_turns, config.max_turn_tokens, config.max_reply_tokens)
+        if self.partner is None and turns != (1, None, 0):
+            raise ConfigError("max_turns, max_turn_tokens and max_reply_tokens need a partner: give partner=")
         if config.reward_at == "step" and not scores_prefixes:
             raise ConfigError(
                 f"reward_at='step' needs a reward that can score a prefix, and {self.reward.name!r} cannot: "
@@ -87,7 +104,7 @@ class Episodes:
 
     def copied(self) -> Episodes:
         """Return a copy in the same state, on the same model, prompts and reward. O(rows)."""
-        new = Episodes(self.model, self.prompts, self.reward, self.config, self.rows)
+        new = Episodes(self.model, self.prompts, self.reward, self.config, self.rows, self.partner)
         for row in np.flatnonzero(self.slots.lengths).tolist():
             new.slots.load(row, self.slots.save(row))
         for name, array in vars(new._state).items():
@@ -114,6 +131,8 @@ class Episodes:
             state.score[row] = 0.0 if score is None else score.value
         state.token_logprobs[rows] = 0.0
         state.paid[rows], state.illegal[rows] = 0.0, 0
+        if self._talk is not None:
+            self._talk.begin(rows)
         state.phase[rows] = Phase.STALE
 
     def observe(self, rows: Rows) -> Observation:
@@ -140,26 +159,42 @@ class Episodes:
             "hidden": lambda: state.hidden[rows],
             "source": lambda: self.slots.prompts_of(rows, self.config.max_prompt_tokens),
         }
+        if self._talk is not None:
+            talk = self._talk
+            makers |= {
+                "turn": lambda: talk.state.turn[rows],
+                "turn_budget": lambda: talk.budget_left(rows),
+                "speaker": lambda: talk.state.speaker[rows],
+            }
         return as_observation({key: makers[key]() for key in self.keys})
 
     def act(self, rows: Rows, actions: npt.ArrayLike) -> Outcome:
-        """Append ``candidates[row, action]`` to each row and pay its reward. No forward.
+        """Append ``candidates[row, action]`` to each row, and the reply to a turn that it ends; pay. No forward.
 
         Raises:
             ResetNeeded: a row is not READY.
             IllegalAction: an action that is no integer, out of range, or masked. No row has changed.
             RewardError: see ``Reward.scored``. The rows need a reset.
+            PartnerError: see ``Talk.go_on``. The rows need a reset.
         """
         self._check_ready(rows)
         state, chosen = self._state, self._playable(rows, actions)
         state.phase[rows] = Phase.EMPTY  # if anything raises from here on, no row goes on with half a step
         tokens = state.candidates[rows, chosen]
-        state.token_logprobs[rows, self.steps(rows)] = state.logprobs[rows, chosen]
+        places = self.slots.lengths[rows] - self.slots.prompt_lengths[rows]
+        state.token_logprobs[rows, places] = state.logprobs[rows, chosen]
         self.slots.advance(rows, tokens.astype(np.int64))
         if self._keeps_text:
             self._extend_texts(rows, chosen, tokens)
         reasons = self._finish_reasons(rows, tokens)
+        if self._talk is not None:
+            answered, (reasons, replied) = rows[reasons > 0], self._talk.go_on(rows, reasons, self.prompts_at(rows))
+            if self._keeps_text:
+                for row in answered.tolist():
+                    self._tell(row, self.text_of(row))
         rewards, infos = self._pay(rows, reasons)
+        if self._talk is not None:
+            rewards += replied
         ended = reasons > 0
         state.phase[rows] = Phase.STALE
         if ended.any():
@@ -223,7 +258,8 @@ class Episodes:
             None if p is None else {"text": p.text, "reference": p.reference, "metadata": dict(p.metadata)}
             for p in self._state.prompt
         ]
-        texts = {name: getattr(self._state, name).tolist() for name in ("completion", "continuations")}
+        kept = ("completion", "continuations") if self._talk is None else ("completion", "continuations", "turns")
+        texts = {name: getattr(self._state, name).tolist() for name in kept}
         return {name: array.copy() for name, array in self._numbers().items()}, {"prompt": prompts, **texts}
 
     def load_state_dict(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
@@ -244,6 +280,8 @@ class Episodes:
             self._state.prompt[row] = None if prompt is None else Prompt(**prompt)
             self._state.completion[row] = plain["completion"][row]
             self._state.continuations[row] = plain["continuations"][row]
+            if self._talk is not None and plain["turns"][row] is not None:
+                self._talk.state.turns[row] = tuple(Turn(*turn) for turn in plain["turns"][row])
             if prompt is not None:
                 self.slots.set_prompts(np.array([row]), [self._encode(prompt["text"])])
         self.rebuild()
@@ -251,8 +289,9 @@ class Episodes:
     # --- reading rows
 
     def steps(self, rows: Rows) -> npt.NDArray[np.int64]:
-        """Return how many tokens each row has generated."""
-        return self.slots.lengths[rows] - self.slots.prompt_lengths[rows]
+        """Return how many tokens each row has generated; replies do not count."""
+        behind = self.slots.lengths[rows] - self.slots.prompt_lengths[rows]
+        return behind if self._talk is None else behind - self._talk.state.replied[rows]
 
     def legal(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """Return the legal actions of each row, (B, k), all of them where there is no proposal."""
@@ -296,7 +335,8 @@ class Episodes:
             RewardError: see ``Reward.scored``.
         """
         self._check_begun(rows)
-        return self.reward.scored([self._generation(row, "length") for row in rows.tolist()]).total
+        paid = 0.0 if self._talk is None else self._talk.paid(rows)
+        return self.reward.scored([self._generation(row, "length") for row in rows.tolist()]).total + paid
 
     # --- phases
 
@@ -330,7 +370,8 @@ class Episodes:
             return
         state = self._state
         state.phase[rows] = Phase.EMPTY  # a model that fails leaves no row with the candidates of another prefix
-        found = self.slots.propose(rows, self.steps(rows) < self.config.min_new_tokens)
+        steps = self.steps(rows) if self._talk is None else self._talk.turn_steps(rows)
+        found = self.slots.propose(rows, steps < self.config.min_new_tokens)
         legal, logprobs = legal_candidates(found.logprobs, self.config.top_k, self.config.top_p)
         state.candidates[rows], state.hidden[rows] = found.candidates, found.hidden
         state.legal[rows], state.logprobs[rows] = legal, logprobs
@@ -370,12 +411,15 @@ class Episodes:
         for row, action, token in zip(rows.tolist(), chosen.tolist(), tokens.tolist(), strict=True):
             known = state.continuations[row]
             completion = self.model.extended(state.completion[row], token) if known is None else known[action]
-            if completion is None:
-                completion = self.text_of(row)
-            state.completion[row] = completion
-            if self._running is not None:
-                state.score_state[row] = self._running.extend(state.score_state[row], completion)
-                state.score[row] = state.score_state[row].value
+            self._tell(row, self.text_of(row) if completion is None else completion)
+
+    def _tell(self, row: int, completion: str) -> None:
+        """Keep the completion of a row as it is now, and its running score."""
+        state = self._state
+        state.completion[row] = completion
+        if self._running is not None:
+            state.score_state[row] = self._running.extend(state.score_state[row], completion)
+            state.score[row] = state.score_state[row].value
 
     def _look_ahead(self, rows: Rows) -> None:
         if self._running is None:
@@ -412,10 +456,15 @@ class Episodes:
         return np.where(masked, last_legal(legal), chosen)
 
     def _finish_reasons(self, rows: Rows, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-        """Return the number in ``FINISH_REASONS`` of each row, (B,): 0 where the text goes on."""
-        reasons = np.where(self.steps(rows) >= self.config.max_new_tokens, 3, 0)
+        """Return the number in ``FINISH_REASONS`` of each row, (B,): 0 where the text, or the turn, goes on."""
+        full = self.steps(rows) >= self.config.max_new_tokens
+        if self._talk is not None:
+            full |= self._talk.is_full(rows)
+        reasons = np.where(full, 3, 0)
         if self.config.stop:
             texts = self._state.completion[rows].tolist()
+            if self._talk is not None:
+                texts = [self._talk.text_of_turn(row) for row in rows.tolist()]
             reasons[[any(stop in text for stop in self.config.stop) for text in texts]] = 2
         reasons[self._is_end[tokens]] = 1
         return reasons
@@ -438,6 +487,9 @@ class Episodes:
                 infos[i] |= generation.as_info() | {
                     "reward_parts": {name: float(values[j]) for name, values in scored.parts.items()}
                 }
+                if self._talk is not None:
+                    infos[i]["turns"] = generation.turns
+                    infos[i]["reward_parts"]["partner"] = sum(turn.reward for turn in generation.turns)
         state.paid[rows] += rewards
         return rewards, infos
 
@@ -453,6 +505,7 @@ class Episodes:
             finish_reason=finish_reason,
             reference=prompt.reference,
             metadata=prompt.metadata,
+            turns=() if self._talk is None else self._talk.state.turns[row],
         )
 
     def _numbers(self) -> dict[str, npt.NDArray[Any]]:

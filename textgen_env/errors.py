@@ -38,6 +38,10 @@ class RewardError(TextGenError, ValueError):
     """A reward raised, or answered something other than one finite number a text."""
 
 
+class PartnerError(TextGenError, ValueError):
+    """The partner of a conversation raised, took too long, or answered something that cannot be used."""
+
+
 class DivergenceError(TextGenError, ArithmeticError):
     """A loss, a gradient, a weight or a policy that is no finite number any more."""
 

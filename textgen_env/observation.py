@@ -26,8 +26,8 @@ LARGE = 1e6
 """Bound of scores and hidden units: far outside their usual range, and finite."""
 
 _DTYPES: Mapping[str, Any] = {
-    **dict.fromkeys(("tokens", "length", "candidates", "source"), np.int32),
-    "action_mask": np.int8,
+    **dict.fromkeys(("tokens", "length", "candidates", "source", "turn"), np.int32),
+    **dict.fromkeys(("action_mask", "speaker"), np.int8),
 }
 """Dtypes of the keys; the others are float32."""
 
@@ -50,6 +50,9 @@ def observation_space(config: EnvConfig, keys: Sequence[str], model: LanguageMod
         "candidate_scores": (-LARGE, LARGE, k),
         "action_mask": (0, 1, k),
         "hidden": (-LARGE, LARGE, model.hidden_size),
+        "turn": (0, config.max_turns, 1),
+        "turn_budget": (0.0, 1.0, 1),
+        "speaker": (0, 2, length),
         "source": (-1, last_id, config.max_prompt_tokens),
     }
     boxes: dict[str, spaces.Space[Any]] = {

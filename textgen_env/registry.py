@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from textgen_env.errors import ConfigError, UnknownName
 
@@ -55,3 +56,22 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def build(registry: Registry[Callable[..., T]], name: Any, **settings: Any) -> T:
+    """Return what the factory ``name`` makes of ``settings``.
+
+    Raises:
+        UnknownName: no entry of that name (suggests one).
+        ConfigError: a name that is no string, or settings that the factory does not take.
+    """
+    if not isinstance(name, str):
+        raise ConfigError(f"a {registry.kind}'s name must be a string, got {name!r}")
+    factory = registry[name]
+    signature = inspect.signature(factory)
+    try:
+        signature.bind(**settings)
+        return factory(**settings)
+    except TypeError as error:  # an unknown or missing setting, or one of the wrong type
+        takes = ", ".join(map(str, signature.parameters.values())) or "no settings"
+        raise ConfigError(f"{registry.kind} {name!r}: {error}; it takes {takes}") from error

@@ -31,7 +31,9 @@ def describe(episodes: Episodes, row: int) -> str:
     prompt_ids, ids = episodes.ids_of(row)
     completion = episodes.text_of(row)
     lines = [printable(f"{prompt.text}│{completion}{'   [end]' if phase == Phase.ENDED else ''}")]
-    lines.append(f"{len(ids)} of {episodes.config.max_new_tokens} tokens, score {episodes.score_of(row):.3f}")
+    lines.append(
+        f"{episodes.steps(rows)[0]} of {episodes.config.max_new_tokens} tokens, score {episodes.score_of(row):.3f}"
+    )
     if phase == Phase.ENDED:
         return "\n".join(lines)
     proposals, legal = episodes.proposals(rows), episodes.legal(rows)[0]

@@ -13,8 +13,9 @@ import numpy as np
 
 from textgen_env.models.base import Rows
 
-FINISH_REASONS = ("", "eos", "stop", "length")
-"""Why a text ended; the first stands for one that goes on."""
+FINISH_REASONS = ("", "eos", "stop", "length", "turns", "partner")
+"""Why a text ended; the first stands for one that goes on. The last two: a conversation's turns are used up, or its
+partner has ended it."""
 
 
 class Phase:

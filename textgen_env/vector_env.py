@@ -44,6 +44,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         model: Any = "tiny",
         prompts: Any = None,
         reward: Any = "sentiment",
+        partner: Any = None,
         *,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         **settings: Any,
@@ -52,7 +53,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         check_one_of("autoreset_mode", autoreset_mode, [*AutoresetMode, *(mode.value for mode in AutoresetMode)])
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = TextGenEnv.metadata | {"autoreset_mode": self.autoreset_mode}
-        self.episodes = open_episodes(model, prompts, reward, settings, rows=num_envs)
+        self.episodes = open_episodes(model, prompts, reward, settings, rows=num_envs, partner=partner)
         self.num_envs = num_envs
         self.render_mode = self.episodes.config.render_mode
         self.single_observation_space = observation_space(self.episodes.config, self.episodes.keys, self.language_model)

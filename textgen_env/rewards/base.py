@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +27,22 @@ LARGEST = 1e30
 """Rewards beyond it, in size, are refused: sums of them leave float32, in which agents learn."""
 
 
+class Turn(NamedTuple):
+    """What one speaker of a conversation has said at a time."""
+
+    speaker: str  # "agent" or "partner"
+    text: str
+    reward: float = 0.0  # of a partner's reply
+
+
 @dataclass(frozen=True)
 class Generation:
     """One finished text, everything a reward may want to know about it.
 
     ``text`` is prompt plus completion; ``ids`` and ``logprobs`` (nats, full vocabulary) are those
-    of the completion; ``reference`` and ``metadata`` come with the prompt.
+    of the completion; ``reference`` and ``metadata`` come with the prompt. In a conversation the
+    completion is everything behind the prompt, replies included (their tokens have log-probability 0),
+    and ``turns`` tells who said what.
     """
 
     prompt: str
@@ -40,9 +50,10 @@ class Generation:
     prompt_ids: tuple[int, ...] = ()
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
-    finish_reason: str = "length"  # "eos", "stop" or "length"
+    finish_reason: str = "length"  # "eos", "stop", "length"; with a partner "length", "turns" or "partner"
     reference: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    turns: tuple[Turn, ...] = ()
 
     @property
     def text(self) -> str:

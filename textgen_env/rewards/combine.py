@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from textgen_env.config import check_unicode
 from textgen_env.errors import ConfigError
+from textgen_env.registry import build
 from textgen_env.rewards.adapters import EvaluateReward, PipelineReward, comes_from
 from textgen_env.rewards.base import REWARDS, Generation, Reward, RunningScore, Scored, ScoreState
 from textgen_env.rewards.functions import FunctionReward
@@ -49,7 +49,7 @@ def make_reward(spec: Any) -> Reward:
     if isinstance(spec, str):
         return REWARDS[spec]()
     if isinstance(spec, Mapping):
-        return _named(**spec) if "name" in spec else Mix.of(list(spec.items()))
+        return build(REWARDS, **spec) if "name" in spec else Mix.of(list(spec.items()))
     if isinstance(spec, list):
         return Mix.of(spec)
     if comes_from(spec, "evaluate"):
@@ -85,19 +85,6 @@ def reward_spec(reward: Reward) -> Any:
                 return None
         settings[field.name] = list(value) if isinstance(value, tuple) else value
     return {"name": reward.name, **settings} if settings else reward.name
-
-
-def _named(name: Any, **settings: Any) -> Reward:
-    if not isinstance(name, str):
-        raise ConfigError(f"a reward's name must be a string, got {name!r}")
-    factory = REWARDS[name]
-    signature = inspect.signature(factory)
-    try:
-        signature.bind(**settings)
-        return factory(**settings)
-    except TypeError as error:  # an unknown or missing setting, or one of the wrong type
-        takes = ", ".join(map(str, signature.parameters.values())) or "no settings"
-        raise ConfigError(f"reward {name!r}: {error}; it takes {takes}") from error
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from textgen_env.conversation import PARTNER
 from textgen_env.errors import ContractError, IllegalAction, ResetNeeded
 from textgen_env.models.base import MASKED_LOGPROB
 from textgen_env.testing.promise import promise
@@ -84,7 +85,9 @@ def _check_step(before: Mapping[str, Any], action: int, after: Mapping[str, Any]
         promise(after["budget"][0] < before["budget"][0], "every step must use up some of the budget")
     if {"tokens", "length"} <= set(before):
         length = int(before["length"][0])
-        promise(int(after["length"][0]) == length + 1, "a step must make the text one token longer")
+        replied = int((after["speaker"][length:] == PARTNER).sum()) if "speaker" in after else 0
+        longer = int(after["length"][0]) - replied == length + 1
+        promise(longer, "a step must make the text one token longer, and by the partner's reply where it ends a turn")
         promise(
             np.array_equal(after["tokens"][:length], before["tokens"][:length]),
             "a step must leave the tokens before it as they are",
