@@ -28,6 +28,7 @@ from agents.baselines.planning import PLANNING_AGENTS, BestOfNAgent
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
 from agents.user_code import is_reference, load_code
+from textgen_env.config import OF_CONVERSATIONS
 from textgen_env.errors import ConfigError
 from textgen_env.extras import require
 from textgen_env.models.table import TableModel
@@ -222,14 +223,16 @@ def find_agent(name: str) -> Any:
     return found
 
 
-def env_settings(name: str, whole_vocabulary: bool = False) -> dict[str, Any]:
+def env_settings(name: str, whole_vocabulary: bool = False, has_partner: bool = False) -> dict[str, Any]:
     """Return the settings of ``EnvConfig`` that an agent needs. A user's own may say so in ``env_settings``.
 
     Args:
         whole_vocabulary: The environment has ``top_k=None``, and so no ``candidates``.
+        has_partner: A partner answers in it.
     """
     found = find_agent(name)
     keys = tuple(key for key in OBSERVATION if not (whole_vocabulary and key == "candidates"))
+    keys += OF_CONVERSATIONS if has_partner else ()
     if name in SEARCH_AGENTS:
         return {"observation": found.needs}
     if name in PLANNING_AGENTS:

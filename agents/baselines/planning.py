@@ -74,11 +74,16 @@ class PlanningAgent(ABC):
         seed: Of the random numbers.
 
     Raises:
-        ConfigError: an observation without ``tokens``, ``length`` or ``budget``, or a prompt that is
-            not one of the environment's and does not re-encode to the same tokens.
+        ConfigError: an observation without ``tokens``, ``length`` or ``budget``, a prompt that is
+            not one of the environment's and does not re-encode to the same tokens, or a partner.
     """
 
     def __init__(self, env: TextGenVectorEnv, seed: int | None = None) -> None:
+        if env.episodes.partner is not None:
+            raise ConfigError(
+                f"{type(self).__name__} writes texts to their end before it acts, and would ask the partner for its "
+                "answers in advance: use an agent that learns, or one that reads the observation alone"
+            )
         self.tokens_used = 0
         self._env = env
         self._rng = np.random.default_rng(seed)

@@ -427,6 +427,12 @@ class TextDQN(DQN):
         kwargs = {"embedding_size": language_model.embedding_size, **self.policy_kwargs.get("q_net_kwargs", {})}
         if self.env is not None:
             kwargs["max_new_tokens"] = self.env.get_attr("max_new_tokens")[0]
+            talks = self.env.has_attr("episodes") and self.env.get_attr("episodes")[0].partner is not None
+            if talks and "speaker" not in check_observation_space(self.observation_space).spaces:
+                raise ConfigError(
+                    "in a conversation TextDQN must know which tokens are its own: make the environment with "
+                    "observation='full', or with 'speaker' among the keys"
+                )
         if self._learns_scores():
             kwargs["vocab_size"] = language_model.vocab_size
         if self.settings["target"] == "q_sharp":

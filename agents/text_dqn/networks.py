@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn import functional
 
 from agents.text_dqn.scorer import JudgedTexts, TextScorer, Visited, directions
+from textgen_env.conversation import AGENT
 from textgen_env.errors import ConfigError, ModelError
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
@@ -35,6 +36,9 @@ from textgen_env.policies import Floats
 NEEDED_KEYS = ("tokens", "length", "budget", "candidates", "logprobs", "action_mask", "hidden")
 LAST_TOKENS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Tokens left for which the network has weights of their own, linear in between; from the last one on it has none."""
+
+TURN_KEYS = ("turn", "turn_budget")
+"""What a state of a conversation has beside its budget; read where the observation has it."""
 
 MASKED_LOGIT = -1e9  # added to what must not be chosen: finite, since 0 * inf is not a number
 
@@ -69,6 +73,16 @@ def known_advantage(observations: Tensors) -> torch.Tensor | None:
     if "candidate_scores" not in observations or "score" not in observations:
         return None
     return (observations["candidate_scores"] - observations["score"]).float()
+
+
+def own_text(observations: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids (B, T) and lengths (B, 1) whose last ones are the agent's own: replies are left out."""
+    tokens, length = observations["tokens"].long(), observations["length"].long()
+    if "speaker" not in observations:
+        return tokens, length
+    own = observations["speaker"] == AGENT
+    places = torch.argsort((~own).byte(), dim=1, stable=True)
+    return tokens.gather(1, places), own.sum(1, keepdim=True)
 
 
 def near_the_end(left: torch.Tensor) -> torch.Tensor:
@@ -111,6 +125,7 @@ class CandidateHead(nn.Module):
         width: h, of the state and of the two layers above it.
         memory: m, of the running memory.
         uses_score: The state reads the running score.
+        turn_scalars: Numbers of the running turn that it reads.
         uses_candidate_scores: Each candidate is also judged by what it adds to the score.
         dropout: Share of units dropped while learning.
         outputs: n, numbers a candidate.
@@ -124,6 +139,7 @@ class CandidateHead(nn.Module):
         width: int = 128,
         memory: int = 32,
         uses_score: bool = False,
+        turn_scalars: int = 0,
         uses_candidate_scores: bool = False,
         dropout: float = 0.1,
         outputs: int = 1,
@@ -136,7 +152,7 @@ class CandidateHead(nn.Module):
         self.from_previous = nn.Linear(token, token, bias=False)
         self.contribution = nn.Linear(token, memory)
         self.from_hidden = nn.Linear(hidden_size, width)
-        self.from_scalars = nn.Linear(2 if uses_score else 1, width, bias=False)
+        self.from_scalars = nn.Linear((2 if uses_score else 1) + turn_scalars, width, bias=False)
         self.from_left = nn.Linear(len(LAST_TOKENS) - 1, width, bias=False)
         self.from_candidate = nn.Linear(token, width, bias=False)
         self.from_candidate_scalars = nn.Linear(2 if uses_candidate_scores else 1, width, bias=False)
@@ -221,12 +237,14 @@ class CandidateQNetwork(nn.Module):
         keys = set(observation_space.spaces) | ({"score", "candidate_scores"} if self.scorer else set())
         self.uses_score = "score" in keys
         self.uses_candidate_scores = {"score", "candidate_scores"} <= keys
+        self.turn_scales = {key: _one_over(observation_space[key]) for key in TURN_KEYS if key in keys}
         hidden_size = int(np.prod(observation_space["hidden"].shape or ()))
         self._heads = nn.ModuleList(
             CandidateHead(
                 hidden_size,
                 embedding_size,
                 uses_score=self.uses_score,
+                turn_scalars=len(self.turn_scales),
                 uses_candidate_scores=self.uses_candidate_scores,
                 outputs=max(1, atoms),
                 **head_kwargs,
@@ -278,7 +296,7 @@ class CandidateQNetwork(nn.Module):
         """Return observations of single states (B, ...) with the learned scores, where there is a scorer."""
         if self.scorer is None or "candidate_scores" in observations:
             return observations
-        tokens, length = observations["tokens"].long(), observations["length"].long()
+        tokens, length = own_text(observations)
         generated = self._generated(observations)
         places = length - generated + torch.arange(self.max_new_tokens, device=tokens.device)
         own = tokens.gather(1, places.clamp(max=tokens.shape[1] - 1))
@@ -328,7 +346,7 @@ class CandidateQNetwork(nn.Module):
     def head_values(self, observations: Tensors) -> torch.Tensor:
         """Return Q of single states by each head, (heads, B, k)."""
         observations = self.scored(observations)
-        tokens, length = observations["tokens"].long(), observations["length"].long()  # (B, T), (B, 1)
+        tokens, length = own_text(observations)  # (B, T), (B, 1)
         generated = self._generated(observations)
         offset = torch.arange(-max(1, int(generated.max())), 0, device=tokens.device)  # (t,), right-aligned
         inside = (offset >= -generated).unsqueeze(-1)  # (B, t, 1)
@@ -398,6 +416,7 @@ class CandidateQNetwork(nn.Module):
         scalars = [observations["budget"].float()]
         if self.uses_score:
             scalars.append(observations["score"].float())
+        scalars += [observations[key].float() * scale for key, scale in self.turn_scales.items()]
         candidate_scalars = [observations["logprobs"].float().clamp(min=-20.0) / 10.0]
         if self.uses_candidate_scores:
             candidate_scalars.append(self.known(observations))
@@ -411,3 +430,7 @@ class CandidateQNetwork(nn.Module):
             last,
         )
         return outputs
+
+
+def _one_over(space: spaces.Space[Any]) -> float:
+    return 1.0 / float(space.high[0])  # type: ignore[attr-defined]

@@ -272,6 +272,7 @@ def task_of(env: VecEnv) -> dict[str, Any]:
         "min_new_tokens": config.min_new_tokens,
         "max_new_tokens": config.max_new_tokens,
         "stop": list(config.stop),
+        **({} if episodes.partner is None else {"partner": episodes.partner.name}),
     }
 
 
@@ -296,8 +297,10 @@ def env_to_write_in(
     if env is not None and env.has_attr("episodes"):
         episodes = env.get_attr("episodes")[0]
         settings = vars(episodes.config) | {"observation": "default", "render_mode": None}
+        settings["partner"] = episodes.partner
         reward = episodes.reward if reward is None else reward
     elif task is not None and "top_k" in task:
+        refuse_conversations(task)
         names = ("top_k", "top_p", "min_new_tokens", "max_new_tokens", "stop")
         settings = {name: task[name] for name in names if name in task}
         settings["max_prompt_tokens"] = max(1, min(512, model.max_context - task["max_new_tokens"]))
@@ -311,6 +314,15 @@ def env_to_write_in(
         raise ConfigError("the agent does not know its task: it was trained in an environment of another make")
     judge = (lambda text: 0.0) if reward is None else reward
     return TextGenVectorEnv(rows, model, None, judge, **settings | changed), reward is not None
+
+
+def refuse_conversations(task: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` if an agent of this task has learned conversations, where no partner is at hand."""
+    if task.get("partner") is not None:
+        raise ConfigError(
+            f"the agent has learned conversations with partner {task['partner']!r}, which is not stored: let it act in "
+            "an environment with that partner"
+        )
 
 
 def fingerprint(model: LanguageModel) -> dict[str, Any]:

@@ -35,6 +35,8 @@ STORED = {
     "action_mask": np.bool_,
     "budget": np.float32,
     "score": np.float32,
+    "turn": np.int32,
+    "turn_budget": np.float32,
     "candidate_scores": np.float32,
 }
 """Observation keys that learning needs, and how they are kept. ``tokens`` are kept as actions."""
@@ -57,7 +59,8 @@ class EpisodeBatch:
     """B whole episodes of up to T steps, padded at the end.
 
     ``acted`` is False for padding, and for the state after an outside time limit, which has a
-    value but no action; ``ended`` is True at the last step of a text.
+    value but no action; ``ended`` is True at the last step of a text. In a conversation the steps are the
+    agent's tokens: a reply lies between two of them, as part of what the first has led to.
     """
 
     observations: dict[str, torch.Tensor]  # each (B, T, ...)

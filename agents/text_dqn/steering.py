@@ -23,6 +23,7 @@ from transformers import LogitsProcessor
 
 from agents.text_dqn.learner import Learner
 from agents.text_dqn.networks import prior
+from agents.text_dqn.portable import refuse_conversations
 from agents.text_dqn.targets import log_policy
 from textgen_env.config import check_at_least
 from textgen_env.errors import ConfigError, ModelError
@@ -77,6 +78,7 @@ class Steering(LogitsProcessor):
     ) -> None:
         if task is None or "top_k" not in task:
             raise ConfigError("the agent does not know its task: it was trained in an environment of another make")
+        refuse_conversations(task)
         self._learner = learner
         self.max_new_tokens = task["max_new_tokens"] if max_new_tokens is None else max_new_tokens
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
