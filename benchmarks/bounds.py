@@ -120,18 +120,19 @@ def bounds_of(task: Task, search_texts: int, texts: int, rows: int, seed: int) -
 
 
 def tables() -> str:
-    """Return the bounds of all tasks at their default sizes, as two Markdown tables."""
-    rows: dict[str, list[str]] = {"diagnostic": [], "language": []}
+    """Return the bounds of all tasks at their default sizes, as three Markdown tables."""
+    rows: dict[str, list[str]] = {"diagnostic": [], "language": [], "conversation": []}
     for id in TASKS:
         task = make_task(id)
         kind = "language" if isinstance(task.model, str) else "diagnostic"
+        kind = "conversation" if task.partner is not None else kind
         sizes = ", ".join(f"`{name}={value}`" for name, value in task.sizes.items())
         bounds = task.bounds()
         figures = [f"{bounds.language_model:.4f}", f"{bounds.best:.4f}"]
         if kind == "language":
             figures.append(f"{bounds.ceiling:g}")
         rows[kind].append(f"| `{id}` | {task.summary} | {sizes} | {' | '.join(figures)} |")
-    return "\n".join(rows["diagnostic"]) + "\n\n" + "\n".join(rows["language"]) + "\n"
+    return "\n\n".join("\n".join(lines) for lines in rows.values()) + "\n"
 
 
 def main() -> None:

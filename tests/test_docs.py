@@ -125,7 +125,9 @@ TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(ROOT / "README.md", marks=pytest.mark.slow), *TUTORIALS], ids=lambda path: path.name
+    "page",
+    [pytest.param(ROOT / "README.md", marks=pytest.mark.slow), *TUTORIALS, ROOT / "docs" / "conversations.md"],
+    ids=lambda path: path.name,
 )
 def test_the_python_blocks_of_a_page_run_and_print_what_it_shows(page, tmp_path, monkeypatch, capsys):
     """Blocks that are run for a moment only may print something else."""

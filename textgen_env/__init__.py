@@ -47,7 +47,9 @@ gym.register(
 DIAGNOSTIC_TASKS = ("Needle", "DelayedKey", "NoisyBandit", "Dyck", "StarGraph", "RandomWalks")
 LANGUAGE_TASKS = ("Sentiment", "Keywords", "Readability", "Json", "Couplet", "LeadRouge")
 
-for _name in (*DIAGNOSTIC_TASKS, *LANGUAGE_TASKS):
+CONVERSATION_TASKS = ("GuessNumber", "Wordle", "TwentyQuestions")
+
+for _name in (*DIAGNOSTIC_TASKS, *LANGUAGE_TASKS, *CONVERSATION_TASKS):
     gym.register(
         f"TextGen/{_name}-v0",
         entry_point="textgen_env.tasks:make_env",

@@ -93,15 +93,12 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
     | `candidate_scores` | (k,) float32 | the running reward that each candidate would lead to |
     | `action_mask` | (k,) int8 | 1 where the action is allowed, never all 0 |
     | `hidden` | (d,) float32 | the model's last hidden state for the prefix |
-    | `turn` | (1,) int32 | turns that the agent has finished; this and the next two with a partner only |
-    | `turn_budget` | (1,) float32 | share of the running turn's tokens still left, 1 to 0 |
-    | `speaker` | (T,) int8 | who each token is by: 0 the prompt (and padding), 1 the agent, 2 the partner |
     | `source` | (max_prompt_tokens,) int32 | the prompt's ids, padded with -1; only where it is named |
 
     An encoder-decoder reads the prompt once; its `tokens` are the decoder's, and `source` shows the prompt.
 
-    ``observation="default"`` leaves out `hidden`, `candidate_scores` and the three of conversations,
-    ``"full"`` keeps all that reward and partner allow, a tuple names keys, ``"hidden"`` is one flat Box
+    ``observation="default"`` leaves out `hidden` and `candidate_scores`, ``"full"`` keeps all that
+    the reward allows, a tuple names keys, ``"hidden"`` is one flat Box
     of hidden, logprobs, budget and score, ``"tokens"`` one of length, budget and the ids padded with -1.
 
     ## Rewards
@@ -117,7 +114,11 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
     With ``partner=`` an end token, a stop string or ``max_turn_tokens`` end a turn, and the partner's
     reply is appended in the same step. The episode ends when the partner says so, or after
     ``max_turns`` or ``max_new_tokens``. A reply may pay a reward, in its step; the environment's own is
-    of everything behind the prompt. ``info`` then also holds `turns`. See ``textgen_env.conversation``.
+    of everything behind the prompt. ``info`` then also holds `turns`. Three more keys can be named, and are
+    part of ``"full"``: `turn`, (1,) int32, the turns that the agent has finished; `turn_budget`, (1,)
+    float32, the share of the running turn's tokens still left, 1 to 0; `speaker`, (T,) int8, who each token
+    is by: 0 the prompt (and padding), 1 the agent, 2 the partner. T also counts `max_turns` times
+    `max_reply_tokens`. See ``textgen_env.conversation``.
 
     ## Reset
     ``reset(options={"prompt": text})`` chooses the prompt, a string, a ``Prompt`` or a dict with

@@ -114,7 +114,8 @@ def _check_agent(name: str, agent: Any, env: TextGenVectorEnv) -> None:
 def _open(config: BenchmarkConfig, cell: Cell) -> tuple[Any, TextGenVectorEnv, Task]:
     """Return a new agent in an environment of its own, the environment to measure it in, and the task."""
     task = open_task(cell.task)
-    settings = env_settings(cell.agent, whole_vocabulary=task.settings.get("top_k", 16) is None)
+    whole, has_partner = task.settings.get("top_k", 16) is None, task.partner is not None
+    settings = env_settings(cell.agent, whole_vocabulary=whole, has_partner=has_partner)
     env = task.make_vec(config.envs, **settings)
     budget = Budget(config.steps, config.envs, env.max_new_tokens)
     agent = make_agent(cell.agent, env, cell.seed, budget, tuned_settings(cell.agent, env))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from agents.user_code import identify, is_reference
 from agents.zoo import find_agent
-from textgen_env import DIAGNOSTIC_TASKS
+from textgen_env import CONVERSATION_TASKS, DIAGNOSTIC_TASKS
 from textgen_env.config import check_at_least, check_seed
 from textgen_env.errors import ConfigError
 from textgen_env.registry import unknown_name
@@ -93,14 +93,17 @@ class BenchmarkConfig:
 
 
 def task_ids(names: str) -> tuple[str, ...]:
-    """Return the tasks of a comma-separated list, or of the group ``diagnostic``, ``language`` or ``all``.
+    """Return the tasks of a comma-separated list, or of the group ``diagnostic``, ``language``,
+    ``conversation`` or ``all``.
 
     Raises:
         UnknownName: no such task or group.
     """
     diagnostic = tuple(map(task_id, DIAGNOSTIC_TASKS))
-    language = tuple(id for id in TASKS if id not in diagnostic)
-    groups = {"diagnostic": diagnostic, "language": language, "all": (*diagnostic, *language)}
+    conversation = tuple(map(task_id, CONVERSATION_TASKS))
+    language = tuple(id for id in TASKS if id not in (*diagnostic, *conversation))
+    groups = {"diagnostic": diagnostic, "language": language, "conversation": conversation}
+    groups["all"] = (*diagnostic, *language, *conversation)
     return groups[names] if names in groups else tuple(map(task_id, names.split(",")))
 
 

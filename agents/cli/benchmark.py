@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Tasks = Annotated[
     str,
     typer.Option(
-        help="diagnostic, language, all, or names, with sizes: Needle:depth=6,Dyck. See 'textgen list tasks'."
+        help="diagnostic, language, conversation, all, or names with sizes, Needle:depth=6. See 'textgen list tasks'."
     ),
 ]
 AgentNames = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 
@@ -89,8 +90,9 @@ def test_a_transformer_reads_replies_as_its_uncached_forward_does(tiny_lm):
         dtype="float32",
     )  # fmt: skip
     seen, _ = env.reset(seed=0, options={"prompt": ["the film", "good", "and"]})
-    rng = np.random.default_rng(0)
+    actions, shown = np.random.default_rng(0).integers(5, size=(7, 3)), []
     for step in range(7):
+        shown.append(seen)
         for row in range(3):
             ids = torch.tensor(seen["tokens"][row, : int(seen["length"][row, 0])].astype(int))[None]
             with torch.no_grad():
@@ -99,9 +101,22 @@ def test_a_transformer_reads_replies_as_its_uncached_forward_does(tiny_lm):
             expected = torch.log_softmax(logits, -1)[torch.from_numpy(seen["candidates"][row].astype(int))]
             assert_allclose(seen["logprobs"][row], expected.numpy(), atol=1e-4)
         said = seen["length"][:, 0] + 1
-        seen, *_ = env.step(rng.integers(5, size=3))
+        seen, *_ = env.step(actions[step])
         replied = {1: 3, 3: 2}.get(step, 0)  # a turn has two tokens, and the third line is empty
         assert_array_equal(seen["length"][:, 0] - said, [replied] * 3)
+
+    # Once more, out of the memo; and with a row that branches in the middle of a turn, out of the cache.
+    again, _ = env.reset(options={"prompt": ["the film", "good", "and"]})
+    for step, before in enumerate(shown):
+        assert_allclose(again["logprobs"], before["logprobs"], atol=1e-4)
+        if step == 3:
+            again = env.fork([0], [2])
+            actions[3:, 2] = actions[3:, 0]
+            break
+        again, *_ = env.step(actions[step])
+    for step in range(3, 7):
+        assert_allclose(again["logprobs"][[0, 2]], shown[step]["logprobs"][[0, 0]], atol=1e-4)
+        again, *_ = env.step(actions[step])
 
 
 # --- turns
@@ -305,6 +320,25 @@ def test_stored_rows_go_on_in_the_middle_of_a_turn():
     finals = [answer[4]["final_info"]["turns"][0] for answer in answers]
     assert finals[0] == finals[1]
     assert isinstance(finals[1][1], Turn)
+
+
+def test_a_copy_of_an_environment_goes_on_in_the_middle_of_a_turn():
+    env = single_of(stop=())
+    env.reset(seed=0)
+    for _ in range(3):
+        env.step(1)
+    other = copy.deepcopy(env)
+    for action in (0, 2, 1):
+        one, two = env.step(action), other.step(action)
+        assert_equal(one[0], two[0])
+        assert one[1:] == two[1:]
+
+
+def test_judging_counts_what_the_partner_has_paid():
+    env = talk(echo, reward=Worth())
+    env.reset()
+    say(env, "aba")
+    assert env.judge() == worth("ab" + "ab" + "a") + 2.0
 
 
 def test_the_partner_of_a_row_is_asked_once_a_turn():

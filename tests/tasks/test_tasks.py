@@ -22,6 +22,7 @@ from textgen_env.tasks import TASKS, Bounds, OptimalAgent
 from textgen_env.tasks.language import FIRST_LINES
 
 DIAGNOSTIC = [f"TextGen/{name}-v0" for name in textgen_env.DIAGNOSTIC_TASKS]
+CONVERSATION = [f"TextGen/{name}-v0" for name in textgen_env.CONVERSATION_TASKS]
 
 SMALL = [
     ("Needle", {"depth": 4}),
@@ -219,7 +220,7 @@ def test_normalising_takes_arrays():
 # --- language tasks
 
 
-@pytest.fixture(params=sorted(set(TASKS) - set(DIAGNOSTIC)))
+@pytest.fixture(params=sorted(set(TASKS) - set(DIAGNOSTIC) - set(CONVERSATION)))
 def language(request):
     return make_task(request.param)
 

@@ -1,8 +1,9 @@
-"""The suite: twelve tasks under registered ids, with known bounds."""
+"""The suite: fifteen tasks under registered ids, with known bounds."""
 
 from __future__ import annotations
 
 from textgen_env.tasks.base import TASKS, Bounds, Task, make_env, make_task, make_vec
+from textgen_env.tasks.conversation import GuessNumber, TwentyQuestions, Wordle
 from textgen_env.tasks.diagnostic import DelayedKey, Dyck, Needle, NoisyBandit, RandomWalks, StarGraph
 from textgen_env.tasks.exact import ExactValues, OptimalAgent, Process, expected_reward, process_of
 from textgen_env.tasks.language import TaskRecipe, language_task
@@ -13,6 +14,7 @@ __all__ = [
     "DelayedKey",
     "Dyck",
     "ExactValues",
+    "GuessNumber",
     "Needle",
     "NoisyBandit",
     "OptimalAgent",
@@ -21,6 +23,8 @@ __all__ = [
     "StarGraph",
     "Task",
     "TaskRecipe",
+    "TwentyQuestions",
+    "Wordle",
     "expected_reward",
     "language_task",
     "make_env",

@@ -69,14 +69,16 @@ class Task:
     reward: Reward
     settings: Mapping[str, Any]  # fields of EnvConfig
     known_bounds: Callable[[], Bounds] = field(repr=False)
+    partner: Any = None  # see textgen_env.conversation.make_partner
 
     def make_env(self, **settings: Any) -> TextGenEnv:
         """Return the environment on the training prompts; ``settings`` go over the task's own."""
-        return TextGenEnv(self.model, self.train_prompts, self.reward, **{**self.settings, **settings})
+        return TextGenEnv(self.model, self.train_prompts, self.reward, self.partner, **{**self.settings, **settings})
 
     def make_vec(self, num_envs: int, **settings: Any) -> TextGenVectorEnv:
         """Return ``num_envs`` texts at a time on the training prompts; ``settings`` go over the task's own."""
-        return TextGenVectorEnv(num_envs, self.model, self.train_prompts, self.reward, **{**self.settings, **settings})
+        parts = (self.model, self.train_prompts, self.reward, self.partner)
+        return TextGenVectorEnv(num_envs, *parts, **{**self.settings, **settings})
 
     def bounds(self) -> Bounds:
         """Return the mean rewards of the language model and of the best texts found, and the ceiling.

@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache, lru_cache
+from functools import cache, lru_cache, reduce
 from inspect import cleandoc, signature
 from string import ascii_lowercase
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from textgen_env.config import check_at_least
+from textgen_env.conversation import Partner
 from textgen_env.errors import ConfigError, PromptError
 from textgen_env.models.table import TableModel
 from textgen_env.prompts import ListPrompts, Prompt
@@ -103,6 +104,26 @@ class Process(ABC):
         """The reward that no text can exceed."""
         return 1.0
 
+    # --- a partner that answers; see ``textgen_env.tasks.conversation.game``
+
+    @property
+    def partner(self) -> Partner | None:
+        """Who answers the agent's turns; None: a text is one turn."""
+        return None
+
+    @property
+    def turn_settings(self) -> Mapping[str, Any]:
+        """The settings of ``EnvConfig`` that a partner needs."""
+        return {}
+
+    def replies(self, state: State) -> Mapping[tuple[int, ...], float]:
+        """Return the answers that a turn which ends in ``state`` may get, as ids, each with its probability."""
+        return {}
+
+    def left(self, state: State, ids: tuple[int, ...]) -> int:
+        """Return how many tokens the agent has left after ``ids``, prompt included, which lead to ``state``."""
+        return self.steps + len(self.prompts[0]) - len(ids)
+
     def summary(self, state: State) -> Hashable:
         """Return the part of ``state`` that determines its values; all of it by default."""
         summary: Hashable = state
@@ -131,9 +152,13 @@ class ExactValues:
     def of_state(self, state: State, left: int) -> float:
         """Return the expected reward of a text in ``state``, ``left`` steps before the end."""
         process = self._process
-        if left == 0 or process.ended(state):
+        replies = process.replies(state)
+        if not replies and (left == 0 or process.ended(state)):
             return process.worth(state)
         key = (left, process.summary(state))
+        if replies and key not in self._known:
+            after = ((reduce(process.follow, ids, state), p) for ids, p in replies.items())
+            self._known[key] = sum(p * self.of_state(answered, left) for answered, p in after)
         if key not in self._known:
             tokens, values = self.of_tokens(state, left)
             mu = np.asarray(process.probabilities(state), np.float64)[tokens]
@@ -182,8 +207,8 @@ class OptimalAgent:
 
     def _best(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
         prefix = tuple(ids.tolist())
-        left = self._process.steps + len(self._process.prompts[0]) - len(prefix)
-        tokens, values = self._values.of_tokens(self._state(prefix), left)
+        state = self._state(prefix)
+        tokens, values = self._values.of_tokens(state, self._process.left(state, prefix))
         return tokens[values >= values.max() - 1e-12]
 
 
@@ -240,7 +265,9 @@ def _task(id: str, process: Process) -> Task:
             "max_new_tokens": process.steps,
             "max_prompt_tokens": len(process.prompts[0]),
             "stop": process.stop,
+            **process.turn_settings,
         },
+        partner=process.partner,
         known_bounds=cache(
             lambda: Bounds(expected_reward(process, False), expected_reward(process, True), process.ceiling)
         ),

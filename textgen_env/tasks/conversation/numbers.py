@@ -1,0 +1,103 @@
+"""Higher or lower: GuessNumber."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from textgen_env.config import check_at_least
+from textgen_env.tasks.conversation.game import Game, Played
+from textgen_env.tasks.exact import Floats, check_between, diagnostic_task, ranked
+
+DIGITS = "0123456789"
+HIGHER, LOWER, RIGHT = " higher. ", " lower. ", " right."
+
+
+@diagnostic_task("TextGen/GuessNumber-v0")
+@dataclass(frozen=True)
+class GuessNumber(Game):
+    """Search: guess a number, told after each guess if it is higher or lower.
+
+    ## Description
+    The partner has a number below `numbers`. A guess is its digits, with leading zeros, one a token; the
+    partner answers " higher. ", " lower. " or " right.", and with the last ends the game. The language model
+    guesses without regard to what it was told.
+
+    ## Action space
+    `Discrete(k)`: the digits that begin or end a number below `numbers`, in the language model's order.
+
+    ## Observation
+    `hidden` is the numbers that fit all answers, and the digits of the running guess but its last, each
+    one-hot by place: (numbers + 10 (digits - 1),).
+
+    ## Rewards
+    1 for the number within `turns` guesses, else 0.
+
+    ## Starting state
+    The prompt is always "Guess: "; all numbers are equally likely.
+
+    ## Episode end
+    After the right guess, or `turns` guesses.
+
+    ## Arguments
+    `numbers`, 2 to 1000; `turns`, 2 to 16; `seed` of the model's preferences.
+
+    ## Bounds
+    Best: halving what is left finds 2 ** turns - 1 numbers, so 1 or (2 ** turns - 1) / numbers. Language model:
+    by dynamic programming.
+
+    ## Reference
+    Guess my city in Abdulhai et al. 2023, "LMRL Gym", arXiv:2311.18232, for games of asking; binary search.
+    """
+
+    numbers: int = 7
+    turns: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_between("numbers", self.numbers, 2, 1000)
+        check_between("turns", self.turns, 2, 16)
+        check_at_least("seed", self.seed, 0)
+
+    @property
+    def tokens(self) -> Sequence[str]:
+        return (*DIGITS, HIGHER, LOWER, RIGHT, "Guess: ")
+
+    @property
+    def prompts(self) -> Sequence[tuple[int, ...]]:
+        return ((len(DIGITS) + 3,),)
+
+    @property
+    def candidates(self) -> int:
+        return min(len(DIGITS), self.numbers)
+
+    @property
+    def secrets(self) -> int:
+        return self.numbers
+
+    @property
+    def spoken(self) -> int:
+        return len(DIGITS)
+
+    @property
+    def turn_tokens(self) -> int:
+        return len(str(self.numbers - 1))
+
+    @property
+    def right(self) -> tuple[int, ...]:
+        return (self.tokens.index(RIGHT),)
+
+    def hear(self, said: tuple[int, ...], secret: int) -> tuple[int, ...]:
+        guess = int("".join(map(str, said)))
+        word = RIGHT if guess == secret else HIGHER if guess < secret else LOWER
+        return (self.tokens.index(word),)
+
+    def probabilities(self, state: Played) -> Floats:
+        values = np.zeros(len(self.tokens))
+        later = 10 ** max(0, self.turn_tokens - len(state.said) - 1)
+        begun = int("".join(map(str, (0, *state.said)))) * 10
+        digits = [digit for digit in range(10) if (begun + digit) * later < self.numbers]
+        values[digits] = ranked(0.8, len(digits), self.seed, state.asked, len(state.said))
+        return values
