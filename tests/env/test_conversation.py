@@ -173,6 +173,17 @@ def test_speaker_says_who_each_token_is_by():
     assert [TOKENS[i] for i in seen["tokens"][:8]] == ["a", " ", "b", "a", "b", "b", ".", "a"]
 
 
+def test_what_a_tokenizer_puts_before_a_text_is_not_put_before_a_reply():
+    class Begun(TableModel):
+        def encode(self, text):
+            return [TOKENS.index("."), *super().encode(text)]
+
+    env = talk(Script(["b"]), model=Begun(TOKENS, 0.9 * TABLE + 0.1 / 6))
+    env.reset()
+    seen, *_ = say(env, "a|")
+    assert [TOKENS[i] for i in seen["tokens"][: int(seen["length"][0])]] == [".", "a", "a", "<end>", "b"]
+
+
 def test_a_partner_is_told_the_whole_conversation():
     told = []
 
