@@ -98,8 +98,8 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
     An encoder-decoder reads the prompt once; its `tokens` are the decoder's, and `source` shows the prompt.
 
     ``observation="default"`` leaves out `hidden` and `candidate_scores`, ``"full"`` keeps all that
-    the reward allows, a tuple names keys, ``"hidden"`` is one flat Box
-    of hidden, logprobs, budget and score, ``"tokens"`` one of length, budget and the ids padded with -1.
+    the reward allows, a tuple names keys, ``"hidden"`` is one flat Box of hidden, logprobs, budget
+    and score, ``"tokens"`` one of length, budget and the ids padded with -1.
 
     ## Rewards
     ``reward_at="end"``: the reward of the finished completion, once. ``"step"``: the increments of
@@ -129,7 +129,8 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
             ``textgen_env.models.load_language_model``.
         prompts: See ``textgen_env.prompts.make_prompts``. None: the built-in ones.
         reward: See ``textgen_env.rewards.make_reward``. None, with a partner: its rewards alone.
-        partner: See ``textgen_env.conversation.make_partner``. None: an episode is one text.
+        partner: See ``textgen_env.conversation.make_partner``. None: an episode is one text. With
+            one, ``textgen_env.conversation.UNLESS_SAID`` goes over the defaults of the settings.
         settings: The fields of ``textgen_env.config.EnvConfig``, by name.
 
     Raises:
