@@ -68,6 +68,8 @@ def _text_dqn(budget: Budget) -> tuple[type[BaseAlgorithm], dict[str, Any]]:
     settings: dict[str, Any] = {"policy": "CandidatePolicy", "beta": budget.beta}
     if budget.steps < 20_000:  # its own settings would hardly learn in so few
         settings |= {"learning_starts": budget.steps // 5, "steps_per_update": 20}
+    elif budget.steps < 40_000:
+        settings["steps_per_update"] = budget.steps // 500
     return TextDQN, settings
 
 

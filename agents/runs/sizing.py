@@ -30,6 +30,9 @@ MEASURING = 0.4
 LEAST_SHARE = 1 / 8
 """Of a run's usual texts and samples: fewer say little."""
 
+AGAIN = 2
+"""Further timings, at most: settings follow the steps, and with them the cost of a step."""
+
 LEAST_STEPS = 4_000
 """Fewer teach an agent nothing."""
 
@@ -141,13 +144,19 @@ def measured_sizes(
         speed = measured_speed(replace(config, steps=steps), own, scoring)
         return fit(given, time.perf_counter() - started, speed, work)
 
-    sizes = timed(config.steps)
-    before, after = (AGENTS[config.agent](budget_of(each))[1] for each in (config, sizes.of(config)))
-    if before == after:
-        return sizes
-    # An agent's settings follow its steps, and with them the cost of a step.
-    again = timed(sizes.steps)
-    return replace(again, steps=min(again.steps, sizes.steps))
+    def settings(steps: int) -> dict[str, Any]:
+        """Return what the cost of a step depends on."""
+        chosen = AGENTS[config.agent](budget_of(replace(config, steps=steps)))[1]
+        return {name: value for name, value in chosen.items() if name != "learning_starts"}
+
+    tried, sizes = config.steps, timed(config.steps)
+    for _ in range(AGAIN):
+        if settings(sizes.steps) == settings(tried):
+            break
+        tried = sizes.steps
+        again = timed(tried)
+        sizes = replace(again, steps=min(again.steps, tried))
+    return sizes
 
 
 def budget_of(config: RunConfig) -> Budget:
