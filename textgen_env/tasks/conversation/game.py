@@ -59,6 +59,11 @@ class Game(Process):
         """Return the ids of the reply to a turn, as many as ``right`` has."""
 
     @property
+    def prompts(self) -> Sequence[tuple[int, ...]]:
+        """The last token alone."""
+        return ((len(self.tokens) - 1,),)
+
+    @property
     def draws(self) -> Sequence[Mapping[str, Any]]:  # type: ignore[override]
         return [{"secret": secret} for secret in range(self.secrets)]
 

@@ -66,10 +66,6 @@ class GuessNumber(Game):
         return (*DIGITS, HIGHER, LOWER, RIGHT, "Guess: ")
 
     @property
-    def prompts(self) -> Sequence[tuple[int, ...]]:
-        return ((len(DIGITS) + 3,),)
-
-    @property
     def candidates(self) -> int:
         return min(len(DIGITS), self.numbers)
 

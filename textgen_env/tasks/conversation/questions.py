@@ -87,10 +87,6 @@ class TwentyQuestions(Game):
         return (*QUESTIONS, *(f"the {name}! " for name in self._names), YES, NO, RIGHT, "Ask: ")
 
     @property
-    def prompts(self) -> Sequence[tuple[int, ...]]:
-        return ((len(self.tokens) - 1,),)
-
-    @property
     def candidates(self) -> int:
         return self.spoken
 

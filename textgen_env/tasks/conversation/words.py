@@ -71,10 +71,6 @@ class Wordle(Game):
         return (*ascii_lowercase, PLACED, ELSEWHERE, ABSENT, ":", " ", "> ")
 
     @property
-    def prompts(self) -> Sequence[tuple[int, ...]]:
-        return ((len(self.tokens) - 1,),)
-
-    @property
     def candidates(self) -> int:
         starts = {word[:place] for word in self._list for place in range(4)}
         return max(len(self._following(start)) for start in starts)
