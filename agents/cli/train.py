@@ -88,7 +88,7 @@ PartnerSpec = Annotated[
     typer.Option(
         help="Who answers the agent's turns: a function of yours, FILE.py:NAME or module:NAME; a name; or JSON: "
         '\'{"name": "script", "lines": ["Why?", "I see."]}\'. See docs/conversations.md.',
-        show_default="nobody",
+        show_default="none",
         rich_help_panel=WRITING,
     ),
 ]
