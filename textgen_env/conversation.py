@@ -167,7 +167,7 @@ class Talk:
     ) -> None:
         self.partner, self.config, self.model, self.slots, self.state = partner, config, model, slots, state
         self._turn_budget = config.max_turn_tokens or config.max_new_tokens
-        self._begins = tuple(model.encode(""))  # what the tokenizer puts before every text
+        self._around = list(model.encode(""))  # what the tokenizer puts before and behind every text
 
     def begin(self, rows: Rows) -> None:
         """Start a new conversation in each row."""
@@ -265,7 +265,11 @@ class Talk:
             ids = self.model.encode(reply.text)
         except TextGenError as error:
             raise PartnerError(f"{self._of(heard)} with {shorten(reply.text)}, which has no tokens: {error}") from error
-        ids = ids[len(self._begins) :] if tuple(ids[: len(self._begins)]) == self._begins else ids
+        for before in range(len(self._around), -1, -1):
+            behind = len(ids) - (len(self._around) - before)
+            if before <= behind and [*ids[:before], *ids[behind:]] == self._around:
+                ids = ids[before:behind]
+                break
         if len(ids) > self.config.max_reply_tokens:
             raise PartnerError(
                 f"{self._of(heard)} with {shorten(reply.text)} of {len(ids)} tokens, more than max_reply_tokens="
