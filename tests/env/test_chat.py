@@ -166,9 +166,9 @@ def test_what_is_wrong_with_a_chat_is_said(lm):
     env.reset()
     with pytest.raises(PartnerError, match="more than max_reply_tokens=4"):
         env.step(0)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["f"])
     with pytest.raises(ConfigError, match="has another tokenizer"):
-        other = copy.deepcopy(tokenizer)
-        other.add_tokens(["f"])
         env_in((model, tokenizer), ChatPartner(replies, other))
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "</turn>")
     with pytest.raises(ConfigError, match=r"ends a turn with '</turn>.*, and model .* with '<\|im_end\|>': add the"):
