@@ -72,7 +72,7 @@ class Run:
         keys = ["logprobs", "action_mask"]
         if reward.running() is not None and config.top_k is not None:
             keys += ["score", "candidate_scores"]
-        return open_env(self.config, self.env.language_model, self.test_prompts, reward, partner, tuple(keys))
+        return open_env(self.config, self.env.language_model, self.test_prompts, reward, tuple(keys), partner)
 
     def yardstick(self, watch: Watch = unwatched) -> Yardstick:
         """Return the measures of the policies without learning on the test prompts, from the cache where they are."""
@@ -157,7 +157,8 @@ def open_run(
     model, prompts, reward, partner = given.values()
     language_model, note = open_language_model(config) if model is None else (load_language_model(model), None)
     train_prompts, test_prompts, split = prompts_of(config, prompts)
-    env = open_env(config, language_model, train_prompts, *reward_and_partner(config, reward, partner))
+    reward, partner = reward_and_partner(config, reward, partner)
+    env = open_env(config, language_model, train_prompts, reward, partner=partner)
     if load is None:
         agent = new_agent(config, env)
     else:

@@ -90,8 +90,8 @@ def open_env(
     model: LanguageModel,
     prompts: PromptSource,
     reward: Any,
-    partner: Any = None,
     observation: Any = None,
+    partner: Any = None,
 ) -> TextGenVectorEnv:
     """Return a vector environment of the run, on a language model that is loaded already."""
     settings = {f.name: getattr(config.env_config(), f.name) for f in fields(EnvConfig)}

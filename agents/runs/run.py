@@ -239,7 +239,7 @@ def sized(run: Run, minutes: float, started: float) -> tuple[Run, str]:
         ConfigError: too few minutes for the smallest run.
     """
     config, episodes = run.config, run.env.episodes
-    trial = open_env(config, run.env.language_model, episodes.prompts, episodes.reward, episodes.partner)
+    trial = open_env(config, run.env.language_model, episodes.prompts, episodes.reward, partner=episodes.partner)
     sizes = measured_sizes(
         config, trial, run.scoring_env(), work_of(config, run.env, run.test_prompts), minutes, started
     )
