@@ -34,6 +34,9 @@ ENV_SETTINGS: Mapping[str, Any] = {
 CONVERSATION_SETTINGS: Mapping[str, Any] = {**ENV_SETTINGS, **UNLESS_SAID, "min_new_tokens": 0}
 """The same with a partner; the observation then has ``OF_CONVERSATIONS``, too."""
 
+FREE_IN_TASKS = ("observation", "reward_at", "on_illegal", "render_mode", "dtype", "reply_seconds")
+"""Settings that leave a task the same problem."""
+
 NO_REWARD = "none"
 """The reward of a run with a partner whose rewards are all there are."""
 
@@ -90,8 +93,6 @@ class RunConfig:
                 f"partner must be a name, FILE.py:NAME, module:NAME, or a dict with a name, got {self.partner!r}; a "
                 "Python object is given to train(..., partner=...), with RunConfig(objects=('partner',))"
             )
-        if self.reward == NO_REWARD and not self.has_partner:
-            raise ConfigError("reward 'none' leaves a partner's rewards alone, and there is no partner: give one")
         for name in ("agent_settings", "env", "code"):
             check_type(name, getattr(self, name), Mapping)
         for checksum in self.code.values():
@@ -106,6 +107,8 @@ class RunConfig:
             parse_pruning(self.prune)
         object.__setattr__(self, "objects", tuple(self.objects))
         self._check_task()
+        if self.reward == NO_REWARD and not self.has_partner:
+            raise ConfigError("reward 'none' leaves a partner's rewards alone, and there is no partner: give one")
         env = {**self._env_unless_said(), **self.env}  # kept whole: a stored run outlives these defaults
         object.__setattr__(self, "env", {k: list(v) if isinstance(v, tuple) else v for k, v in env.items()})
         self.env_config()
@@ -136,8 +139,8 @@ class RunConfig:
                 raise ConfigError(f"{name} is that of the task {self.task!r}: leave out one or the other")
             object.__setattr__(self, name, None)
         for name, value in self.env.items():
-            own = task.settings.get(name, value)
-            if value != own and not (isinstance(own, tuple) and value == list(own)):
+            own = task.settings.get(name, getattr(EnvConfig(), name, value))
+            if name not in FREE_IN_TASKS and value != own and not (isinstance(own, tuple) and value == list(own)):
                 raise ConfigError(
                     f"{name} is {own!r} in the task {self.task!r}, got {value!r}: leave it out, or give the task a "
                     f"size, such as Needle:depth=6 ({', '.join(task.sizes)})"

@@ -116,6 +116,8 @@ def test_evaluate_repeats_the_table_of_a_conversation(guessing):
         (("train", "--task", "GuessNumber", "--model", "smollm2", "--out", "OUT"), "model is that of the task"),
         (("train", "--task", "GuessNumber", "--partner", "script", "--out", "OUT"), "partner is that of the task"),
         (("train", "--task", "GuessNumber", "--top-k", 3, "--out", "OUT"), "top_k is 7 in the task"),
+        (("train", "--task", "GuessNumber", "--min-new-tokens", 1, "--out", "OUT"), "min_new_tokens is 0 in the task"),
+        (("train", "--task", "GuessNumber", "--reward", "none", "--out", "OUT"), "reward is that of the task"),
         (("train", "--reward", "none", "--out", "OUT"), "there is no partner"),
         (("train", "--partner", "scrip", "--out", "OUT"), "Did you mean 'script'"),
         (("train", "--partner", "{", "--out", "OUT"), "--partner looks like JSON but is none"),
