@@ -242,8 +242,8 @@ class Yardstick:
         share = f"Its share of the optimal gain ({gain}) is 0% for the language model and 100% for the best policy."
         if self.are_conversations:
             share = (
-                f"Its share is of a bound of the optimal gain ({gain}), so it is at least so much: the last line knows "
-                "the reply to a turn before it is said, secrets included."
+                f"Its share is of a bound of the optimal gain ({gain}), so above 0 it is at least so much: the "
+                "last line knows the reply to a turn before it is said, secrets included."
             )
         if self.is_saturated:
             share = (
