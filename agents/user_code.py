@@ -1,4 +1,4 @@
-"""Rewards, prompts, models, agents and tasks of a user's own, named ``my_reward.py:score`` or ``package.module:score``.
+"""Rewards, partners, prompts, models and agents of a user's own: ``my_reward.py:score`` or ``package.module:score``.
 
 Naming one on the command line, or in a Python program, is leave to run it. A run that was stored names its code
 too, and may come from a stranger: there the file must be unchanged (SHA-256), and must be code that this user has
@@ -132,7 +132,8 @@ def check_code(code: Mapping[str, str], trust: bool) -> None:
         if checksum and found.sha256 != checksum:
             raise ConfigError(
                 f"{found.file} was changed since the run ({reference}: SHA-256 {found.sha256[:12]}..., was "
-                f"{checksum[:12]}...). Put it back, or name it again: --reward FILE.py:NAME, or an object in Python"
+                f"{checksum[:12]}...). Put it back, or name it again: --reward or --partner FILE.py:NAME, or "
+                "an object in Python"
             )
         if not trust and (entry is None or found.sha256 not in entry["sha256"]):
             raise ConfigError(

@@ -9,7 +9,6 @@ import datasets
 import pytest
 from typer.testing import CliRunner
 
-from agents.benchmark.config import open_task
 from agents.cli.app import app
 from agents.distributed.connection import probe
 from agents.runs.config import RunConfig
@@ -18,6 +17,7 @@ from textgen_env.errors import ConfigError, PromptError, TextGenError
 from textgen_env.files import MOST_BYTES
 from textgen_env.prompts import Prompt, make_prompts
 from textgen_env.rewards import make_reward
+from textgen_env.tasks import open_task
 
 HALF = "a\ud800b"
 

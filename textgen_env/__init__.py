@@ -47,7 +47,7 @@ gym.register(
 DIAGNOSTIC_TASKS = ("Needle", "DelayedKey", "NoisyBandit", "Dyck", "StarGraph", "RandomWalks")
 LANGUAGE_TASKS = ("Sentiment", "Keywords", "Readability", "Json", "Couplet", "LeadRouge")
 
-CONVERSATION_TASKS = ("GuessNumber", "Wordle", "TwentyQuestions")
+CONVERSATION_TASKS = ("GuessNumber", "Wordle", "TwentyQuestions", "AskAhead")
 
 for _name in (*DIAGNOSTIC_TASKS, *LANGUAGE_TASKS, *CONVERSATION_TASKS):
     gym.register(

@@ -77,6 +77,17 @@ class Partner(ABC):
     def reply(self, conversation: Conversation) -> Reply:
         """Return the answer to the agent's last turn."""
 
+    def written(self, conversation: Conversation, reply: Reply, end: int | None) -> str:
+        """Return what is appended to the text for a reply; ``end`` is the end token of the agent's turn, if it has one.
+
+        See ``textgen_env.chat``.
+        """
+        return reply.text
+
+    def never_said(self, model: LanguageModel) -> tuple[int, ...]:
+        """Return the tokens that the agent must not write: in a chat template, the special ones."""
+        return ()
+
 
 class FunctionPartner(Partner):
     """A Python function from a ``Conversation`` to a ``Reply``, or to its text, under the function's name."""
@@ -166,8 +177,10 @@ class Talk:
         self, partner: Partner, config: EnvConfig, model: LanguageModel, slots: Slots, state: TurnStates
     ) -> None:
         self.partner, self.config, self.model, self.slots, self.state = partner, config, model, slots, state
+        if never := partner.never_said(model):
+            slots.suppressed = (*slots.suppressed, *never)  # type: ignore[attr-defined]  # of a model with a tokenizer
         self._turn_budget = config.max_turn_tokens or config.max_new_tokens
-        self._begins = tuple(model.encode(""))  # what the tokenizer puts before every text
+        self._around = list(model.encode(""))  # what the tokenizer puts before and behind every text
 
     def begin(self, rows: Rows) -> None:
         """Start a new conversation in each row."""
@@ -232,7 +245,9 @@ class Talk:
             for i, row in zip(which.tolist(), asking.tolist(), strict=True)
         ]
         replies = list(self._replies(heard))
-        self._append(asking, [self._encoded(reply, to) for reply, to in zip(replies, heard, strict=True)])
+        last = slots.tokens[asking, slots.lengths[asking] - 1].tolist()
+        ends = [token if reason == 1 else None for token, reason in zip(last, reasons[which], strict=True)]
+        self._append(asking, [self._encoded(*told) for told in zip(replies, heard, ends, strict=True)])
         state.turn[asking] += 1
         for row, to, reply in zip(asking.tolist(), heard, replies, strict=True):
             state.turns[row] = (*to.turns, Turn("partner", reply.text, float(reply.reward)))
@@ -257,15 +272,20 @@ class Talk:
         self.state.replied[rows] += counts
         self.state.turn_began[rows] = self.slots.lengths[rows]
 
-    def _encoded(self, reply: Reply, heard: Conversation) -> list[int]:
-        if not reply.text:
+    def _encoded(self, reply: Reply, heard: Conversation, end: int | None) -> list[int]:
+        text = self.partner.written(heard, reply, end)
+        if not text:
             return []
         try:
-            check_unicode("a reply", reply.text, PartnerError)
-            ids = self.model.encode(reply.text)
+            check_unicode("a reply", text, PartnerError)
+            ids = self.model.encode(text)
         except TextGenError as error:
             raise PartnerError(f"{self._of(heard)} with {shorten(reply.text)}, which has no tokens: {error}") from error
-        ids = ids[len(self._begins) :] if tuple(ids[: len(self._begins)]) == self._begins else ids
+        for before in range(len(self._around), -1, -1):
+            behind = len(ids) - (len(self._around) - before)
+            if before <= behind and [*ids[:before], *ids[behind:]] == self._around:
+                ids = ids[before:behind]
+                break
         if len(ids) > self.config.max_reply_tokens:
             raise PartnerError(
                 f"{self._of(heard)} with {shorten(reply.text)} of {len(ids)} tokens, more than max_reply_tokens="

@@ -22,6 +22,10 @@ class UnknownName(ConfigError, LookupError):
     """A name that no registry entry has."""
 
 
+class SpecError(ConfigError, TypeError):
+    """An environment's spec holds an object that JSON cannot; ``json`` itself raises ``TypeError``."""
+
+
 class UnknownArgument(UnknownName, TypeError):
     """A keyword argument that does not exist; in Python's own words too, which other software looks for."""
 

@@ -29,7 +29,7 @@ from textgen_env.models.base import Rows
 from textgen_env.observation import flatten
 from textgen_env.policies import Agent, Floats, kl_to, sample
 from textgen_env.prompts import ListPrompts, Prompt, PromptSource
-from textgen_env.rewards.base import Generation
+from textgen_env.rewards.base import Generation, Turn
 from textgen_env.rewards.lexical import RepetitionReward, split_words
 from textgen_env.vector_env import TextGenVectorEnv
 
@@ -50,6 +50,7 @@ class Evaluation:
     logprobs: Floats  # nats, of the text under the language model (whole vocabulary)
     kl: Floats | None  # nats a text, to mu_k; None where the agent has no probabilities
     outside: Floats  # nats a text, minus log of the candidates' mass: full-vocabulary KL is kl + outside
+    turns: tuple[tuple[Turn, ...], ...] = ()  # of each text, where a partner answered
 
     @property
     def reward(self) -> float:
@@ -183,6 +184,7 @@ def roll_out(
         logprobs=np.array([info["logprob"] for info in infos], np.float64),
         kl=None if np.isnan(kl).any() else kl,
         outside=outside,
+        turns=tuple(info["turns"] for info in infos if "turns" in info),
     )
 
 

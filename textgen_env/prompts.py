@@ -343,27 +343,35 @@ def chat(source: Any, tokenizer: PreTrainedTokenizerBase, system: str | None = N
     Raises:
         PromptError: the tokenizer has no chat template, or one that fails.
     """
-    if not tokenizer.chat_template:
-        raise PromptError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template")
     opening = [] if system is None else [{"role": "system", "content": system}]
     # A template that writes the begin token would have it twice once the tokenizer adds its own.
     begin = tokenizer.bos_token or ""
     adds_begin = bool(begin) and tokenizer.bos_token_id in tokenizer("")["input_ids"]
 
     def in_template(prompt: Prompt) -> Prompt:
-        turns = [*opening, {"role": "user", "content": prompt.text}]
-        try:
-            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # whatever the template does: it is a program of its author, in a sandbox
-            raise PromptError(
-                f"the chat template of tokenizer {tokenizer.name_or_path!r} fails: {type(error).__name__}: {error}"
-            ) from error
+        text = apply_template(tokenizer, [*opening, {"role": "user", "content": prompt.text}])
         if adds_begin:
             text = text.removeprefix(begin)
         return replace(prompt, text=text, metadata={**prompt.metadata, "prompt": prompt.text})
 
     in_template(Prompt("Hello"))  # a template that fails is found now, and not in the middle of a run
     return _Mapped(make_prompts(source), in_template)
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """Return messages in the tokenizer's chat template, with the assistant's turn opened behind them.
+
+    Raises:
+        PromptError: the tokenizer has no chat template, or one that fails.
+    """
+    if not tokenizer.chat_template:
+        raise PromptError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # whatever the template does: it is a program of its author, in a sandbox
+        raise PromptError(
+            f"the chat template of tokenizer {tokenizer.name_or_path!r} fails: {type(error).__name__}: {error}"
+        ) from error
 
 
 class _Selection(PromptSource):

@@ -15,12 +15,12 @@ import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.benchmark.config import BenchmarkConfig, Cell, known_bounds, open_task
+from agents.benchmark.config import BenchmarkConfig, Cell, known_bounds
 from agents.user_code import is_reference
 from agents.zoo import Budget, acts_greedily, draws_anew, env_settings, make_agent, tuned_settings
 from textgen_env.errors import ConfigError, ContractError
 from textgen_env.evaluation import Evaluation, evaluate
-from textgen_env.tasks import Bounds, Task
+from textgen_env.tasks import Bounds, Task, open_task
 from textgen_env.vector_env import TextGenVectorEnv
 
 TRANSCRIPTS = 4

@@ -1,7 +1,6 @@
-"""The settings of a benchmark, its cells (task, agent, seed), and tasks by name.
+"""The settings of a benchmark, and its cells (task, agent, seed).
 
 BenchmarkConfig  ->  cells, each of which is one run
-"Needle:depth=6"  ->  task_id  ->  "TextGen/Needle-v0:depth=6"  ->  open_task  ->  Task
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from agents.zoo import find_agent
 from textgen_env import CONVERSATION_TASKS, DIAGNOSTIC_TASKS
 from textgen_env.config import check_at_least, check_seed
 from textgen_env.errors import ConfigError
-from textgen_env.registry import unknown_name
-from textgen_env.tasks import TASKS, Bounds, Task, make_task
+from textgen_env.tasks import TASKS, Bounds, open_task, task_id
 
 QUICK: Mapping[str, Any] = {
     "agents": ("random", "sample", "best_of_n", "dqn", "ppo", "text_dqn"),
@@ -105,40 +103,6 @@ def task_ids(names: str) -> tuple[str, ...]:
     groups = {"diagnostic": diagnostic, "language": language, "conversation": conversation}
     groups["all"] = (*diagnostic, *language, *conversation)
     return groups[names] if names in groups else tuple(map(task_id, names.split(",")))
-
-
-def task_id(spec: str) -> str:
-    """Return a task's id with its sizes, given that or its short name: ``Needle:depth=6``.
-
-    Raises:
-        UnknownName: no such task.
-    """
-    name, *sizes = spec.split(":")
-    known = {id.removeprefix("TextGen/").removesuffix("-v0"): id for id in TASKS}
-    if name not in TASKS and name not in known:
-        raise unknown_name("task", name, known)
-    return ":".join([known.get(name, name), *sizes])
-
-
-@lru_cache(maxsize=64)
-def open_task(spec: str) -> Task:
-    """Return the task that ``task_id`` names.
-
-    Raises:
-        UnknownName: no such task or size.
-        ConfigError: a size that is no ``name=value``, or out of its range.
-    """
-    id, *sizes = spec.split(":")
-    given: dict[str, Any] = {}
-    for size in sizes:
-        name, equals, value = size.partition("=")
-        if not equals:
-            raise ConfigError(f"the size of a task is written name=value, got {size!r} in {spec!r}")
-        try:
-            given[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            given[name] = value
-    return make_task(id, **given)
 
 
 @lru_cache(maxsize=64)

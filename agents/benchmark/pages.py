@@ -22,7 +22,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 
 from agents.benchmark.cells import CellResult
-from agents.benchmark.config import BenchmarkConfig, known_bounds, open_task, short_name
+from agents.benchmark.config import BenchmarkConfig, known_bounds, short_name
 from agents.benchmark.plots import Picture, draw_curves, draw_means, draw_profiles, draw_task_curves
 from agents.benchmark.results import ResultRow, by_score, final_rows, read_results, scores_by_agent
 from agents.benchmark.statistics import (
@@ -39,6 +39,7 @@ from agents.runs.report import markdown_cell
 from textgen_env.errors import TextGenError
 from textgen_env.files import write_file
 from textgen_env.models.device import own_cores
+from textgen_env.tasks import open_task
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from rich.console import Console
 from agents.cli.options import (
     LARGEST_SEED,
     AsJson,
+    PartnerAgain,
     Prompts,
     RewardAgain,
     Samples,
@@ -21,6 +22,7 @@ from agents.cli.options import (
     Trust,
     change,
     own_object,
+    partner_again,
     reward_again,
 )
 from agents.tables import show_table
@@ -38,6 +40,7 @@ def evaluate_command(
     run: Annotated[Path, typer.Argument(help="A folder that 'textgen train' made.", metavar="RUN")],
     prompts: Prompts = None,
     reward: RewardAgain = None,
+    partner: PartnerAgain = None,
     texts: Texts = None,
     samples: Samples = None,
     seed: Annotated[
@@ -65,7 +68,10 @@ def evaluate_command(
     counts = _counts(particles)
     console = open_console(stderr=as_json)
     with console.status("loading"):
-        opened = load_run(run, reward=reward_again(run, reward), trust=trust)
+        again = {"reward": reward_again(run, reward), "partner": partner_again(run, partner)}
+        opened = load_run(run, **again, trust=trust)
+    if counts and opened.env.episodes.partner is not None:
+        raise ConfigError("--particles would ask the partner for its answers in advance: leave it out for this run")
     opened = replace(opened, config=change(opened.config, eval_texts=texts, eval_samples=samples, seed=seed))
     if prompts is not None:
         opened = _on_prompts(opened, prompts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +13,14 @@ import typer
 from agents.cli.options import (
     AsJson,
     Greedy,
+    PartnerAgain,
     RewardWithoutRun,
     Seed,
     Trust,
     check_one_writer,
     own_object,
     own_reward,
+    partner_again,
     reward_again,
 )
 from agents.terminal import json_text
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from textgen_env.policies import Agent
     from textgen_env.prompts import Prompt
     from textgen_env.vector_env import TextGenVectorEnv
+
+DEFAULT_PROMPT = "The movie was"
 
 Writer = Annotated[
     Path | None,
@@ -49,14 +54,33 @@ ActingBeta = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """An agent, or a language model, ready to write."""
+
+    agent: Agent
+    env: TextGenVectorEnv
+    starts: Sequence[Prompt]  # one after the other
+    greedy: bool = False  # it acts so
+    unscored: str = ""  # the reason why texts have no reward
+
+
 def generate_command(
     run: Writer = None,
-    prompt: Annotated[str, typer.Option(help="How the texts begin.", metavar="TEXT")] = "The movie was",
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="How the texts begin.",
+            metavar="TEXT",
+            show_default="The movie was; with a run in a task or with a partner its test prompts, one after the other",
+        ),
+    ] = None,
     num: Annotated[int, typer.Option(help="Texts.", min=1)] = 4,
     model: Annotated[
         str | None, typer.Option(help="Without RUN: sample this language model itself, from its 16 likeliest tokens.")
     ] = None,
     reward: RewardWithoutRun = None,
+    partner: PartnerAgain = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Without RUN: length limit of a text, in tokens.", min=1, show_default="32")
     ] = None,
@@ -81,77 +105,84 @@ def generate_command(
     """Write texts with a trained agent, or with a language model itself.
 
     With --json: a list of objects with prompt, completion, reward (null if the run's own function is not at hand), and
-    logprob (nats, of the completion under the language model). With --particles also tokens, value_at_least (beta log
-    Z), and particles: all texts with their weights.
+    logprob (nats, of the completion under the language model). In a conversation also turns: who said what. With
+    --particles also tokens, value_at_least (beta log Z), and particles: all texts with their weights.
     """
-    from textgen_env.prompts import Prompt
-
     check_one_writer(run, model)
-    start = Prompt(prompt)
-    unscored = ""
     if particles is not None and greedy:
         raise ConfigError("--particles draws texts by weight, --greedy takes the likeliest tokens: leave one out")
     if particles is None and not judge:
         raise ConfigError("--no-judge is a setting of --particles; without them texts are always scored")
     if run is None:
         tilts = None if particles is not None else beta
-        agent, env = _language_model(model, reward, max_new_tokens or 32, tilts, rows=min(num, 64))
+        opened = _language_model(model, prompt, reward, partner, max_new_tokens or 32, tilts, rows=min(num, 64))
     else:
         if max_new_tokens is not None:
             raise ConfigError("--max-new-tokens is that which the run was trained with; leave it out")
         acting = None if particles is not None else beta
-        agent, env, run_is_greedy, unscored = _opened(run, start, reward, acting, trust)
-        greedy = greedy or run_is_greedy
-        if unscored:
-            typer.echo(printable(f"warning: the texts are not scored: {unscored}", one_line=True), err=True)
+        opened = _opened(run, prompt, reward, partner, acting, trust)
+        if opened.unscored:
+            typer.echo(printable(f"warning: the texts are not scored: {opened.unscored}", one_line=True), err=True)
             judge = False
+    prompts = [opened.starts[i % len(opened.starts)] for i in range(num)]
     if particles is None:
-        written = _plain(agent, env, prompt, num, seed, greedy, scored=not unscored)
+        written = _plain(opened, prompts, seed, greedy)
     else:
-        source = {} if run is None else _of_run(run, agent, particles)
-        written = _weighted(env, prompt, num, seed, n=particles, beta=beta, judge=judge, **source)
+        source = {} if run is None else _of_run(run, opened.agent, particles)
+        written = _weighted(opened.env, prompts, seed, n=particles, beta=beta, judge=judge, **source)
+    _show(written, as_json)
+    if particles is not None and not as_json:
+        typer.echo(_cost(written, particles), err=True)
+
+
+def _show(written: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """Print a line a text, in a conversation also one a turn below it; or JSON."""
     if as_json:
         typer.echo(json_text(written))
         return
     for text in written:
         reward_shown = "unjudged" if text["reward"] is None else f"{text['reward']:+.3f}"
-        typer.echo(printable(f"{reward_shown}  {text['prompt']}|{text['completion']}"))
-    if particles is not None:
-        typer.echo(_cost(written, particles), err=True)
+        said = "" if "turns" in text else text["completion"]
+        typer.echo(printable(f"{reward_shown}  {text['prompt']}|{said}"))
+        for turn in text.get("turns", ()):
+            paid = f"  ({turn['reward']:+.3f})" if turn["reward"] else ""
+            typer.echo(printable(f"  {turn['speaker'] + ':':9}{turn['text'].strip()}{paid}"))
 
 
-def _plain(
-    agent: Agent, env: TextGenVectorEnv, prompt: str, num: int, seed: int, greedy: bool, scored: bool
-) -> list[dict[str, Any]]:
-    """Return ``num`` texts of an agent as plain data; their rewards are None where they are not known."""
+def _plain(opened: _Opened, prompts: Sequence[Prompt], seed: int, greedy: bool) -> list[dict[str, Any]]:
+    """Return a text for each prompt as plain data; their rewards are None where they are not known."""
     from textgen_env.evaluation import roll_out
-    from textgen_env.prompts import Prompt
 
-    texts = roll_out(agent, env, [Prompt(prompt)] * num, seed, deterministic=greedy)
-    rewards = [float(value) if scored else None for value in texts.rewards]
-    return [
+    texts = roll_out(opened.agent, opened.env, prompts, seed, deterministic=greedy or opened.greedy)
+    rewards = [None if opened.unscored else float(value) for value in texts.rewards]
+    written: list[dict[str, Any]] = [
         {"prompt": prompt, "completion": completion, "reward": reward, "logprob": float(logprob)}
-        for completion, reward, logprob in zip(texts.completions, rewards, texts.logprobs, strict=True)
+        for prompt, completion, reward, logprob in zip(
+            texts.prompts, texts.completions, rewards, texts.logprobs, strict=True
+        )
     ]
+    for text, turns in zip(written, texts.turns, strict=False):
+        text["turns"] = [turn._asdict() for turn in turns]
+    return written
 
 
-def _weighted(env: TextGenVectorEnv, prompt: str, num: int, seed: int, **settings: Any) -> list[dict[str, Any]]:
-    """Return ``num`` texts, each drawn from weighted ones, as plain data."""
+def _weighted(env: TextGenVectorEnv, prompts: Sequence[Prompt], seed: int, **settings: Any) -> list[dict[str, Any]]:
+    """Return a text for each prompt, drawn from weighted ones, as plain data."""
     from agents.baselines.particles import ParticlesAgent
     from agents.baselines.planning import ROWS
 
-    settings["rows"] = min(ROWS, num * settings["n"])
+    settings["rows"] = min(ROWS, len(prompts) * settings["n"])
 
     def plain(numbers: npt.NDArray[np.float64]) -> list[float | None]:
         return [None if math.isnan(number) else number for number in numbers.tolist()]  # JSON knows no NaN
 
     written = []
-    for text in ParticlesAgent(env, seed, **settings).write([prompt] * num):
+    for prompt, text in zip(prompts, ParticlesAgent(env, seed, **settings).write(prompts), strict=True):
         rewards = plain(text.rewards)
         columns = zip(text.completions, rewards, text.weights.tolist(), strict=True)
         written.append(
             {
-                "prompt": prompt,
+                "prompt": prompt.text,
                 "completion": text.completion,
                 "reward": rewards[text.chosen],
                 "logprob": float(text.logprobs[text.chosen]),
@@ -182,25 +213,38 @@ def _cost(written: Sequence[Mapping[str, Any]], particles: int) -> str:
 
 
 def _opened(
-    run: Path, prompt: Prompt, reward: str | None, beta: float | None, trust: bool
-) -> tuple[Agent, TextGenVectorEnv, bool, str]:
-    """Return the agent of a run at the temperature ``beta``, its environment, True if it acts greedily, and the reason
-    why texts have no reward, or ""."""
+    run: Path, prompt: str | None, reward: str | None, partner: str | None, beta: float | None, trust: bool
+) -> _Opened:
+    """Return the agent of a run at the temperature ``beta``."""
     from agents.hub import is_repository
     from agents.runs.run import CONFIG_FILE, load_writer
+    from agents.runs.stored import stored_config
     from agents.text_dqn.portable import SETTINGS_FILE
+    from textgen_env.prompts import Prompt
 
+    starts: Sequence[Prompt] = [Prompt(DEFAULT_PROMPT if prompt is None else prompt)]
     if is_repository(run) or ((run / SETTINGS_FILE).is_file() and not (run / CONFIG_FILE).exists()):
-        return _shared(run, reward, beta)
-    opened, unscored = load_writer(run, prompts=[prompt], reward=reward_again(run, reward), trust=trust)
+        return _shared(run, starts, reward, beta)
+    config = stored_config(run, trust, check=False)
+    has_own = config.has_partner or config.task is not None  # prompts that come with what the agent is not told
+    opened, unscored = load_writer(
+        run,
+        prompts=None if has_own else starts,
+        reward=reward_again(run, reward),
+        partner=partner_again(run, partner),
+        trust=trust,
+    )
+    if has_own:
+        own = list(opened.test_prompts)
+        starts = own if prompt is None else [other for other in own if other.text == prompt] or starts
     if beta is not None:
         if not hasattr(opened.agent, "beta"):
             raise ConfigError(f"agent {opened.config.agent!r} has no acting temperature; leave --beta out")
         opened.agent.beta = beta
-    return opened.agent, opened.env, opened.greedy, unscored
+    return _Opened(opened.agent, opened.env, starts, opened.greedy, unscored)
 
 
-def _shared(source: Path, reward: str | None, beta: float | None) -> tuple[Agent, TextGenVectorEnv, bool, str]:
+def _shared(source: Path, starts: Sequence[Prompt], reward: str | None, beta: float | None) -> _Opened:
     """Return the same as ``_opened``, of an agent on the hub or in a folder that ``save_pretrained`` wrote."""
     from agents.baselines.planning import ROWS
     from agents.text_dqn.agent import TextDQN
@@ -216,17 +260,27 @@ def _shared(source: Path, reward: str | None, beta: float | None) -> tuple[Agent
     )  # fmt: skip
     if beta is not None:
         agent.beta = beta
-    return agent, env, False, "" if is_scored else "the agent's reward was not stored; give it as --reward FILE.py:NAME"
+    unscored = "" if is_scored else "the agent's reward was not stored; give it as --reward FILE.py:NAME"
+    return _Opened(agent, env, starts, unscored=unscored)
 
 
 def _language_model(
-    model: str | None, reward: str | None, new_tokens: int, beta: float | None, rows: int
-) -> tuple[Agent, TextGenVectorEnv]:
+    model: str | None,
+    prompt: str | None,
+    reward: str | None,
+    partner: str | None,
+    new_tokens: int,
+    beta: float | None,
+    rows: int,
+) -> _Opened:
     """Return the agent that samples a language model, and an environment for it."""
     from agents.baselines.one_step import SampleAgent
     from textgen_env.models import load_language_model
+    from textgen_env.prompts import Prompt
     from textgen_env.vector_env import TextGenVectorEnv
 
+    if partner is not None:
+        raise ConfigError("--partner is that of a run: leave it out with --model")
     if beta is not None:
         raise ConfigError(
             "--beta is the temperature of a trained agent, or of --particles; the language model itself has none"
@@ -237,4 +291,5 @@ def _language_model(
         "max_new_tokens": new_tokens,
         "max_prompt_tokens": max(1, min(512, loaded.max_context - new_tokens)),
     }
-    return SampleAgent(), TextGenVectorEnv(rows, loaded, None, own_reward(reward) or "sentiment", **settings)
+    env = TextGenVectorEnv(rows, loaded, None, own_reward(reward) or "sentiment", **settings)
+    return _Opened(SampleAgent(), env, [Prompt(DEFAULT_PROMPT if prompt is None else prompt)])

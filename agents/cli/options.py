@@ -35,6 +35,10 @@ RewardAgain = Annotated[
     str | None,
     typer.Option(help="The run's reward once more, if that is a function of yours: FILE.py:NAME."),
 ]
+PartnerAgain = Annotated[
+    str | None,
+    typer.Option(help="The run's partner once more, if that is a function of yours: FILE.py:NAME."),
+]
 Texts = Annotated[int | None, typer.Option(help="Texts to measure each agent on.", min=1, show_default="512")]
 Samples = Annotated[
     int | None,
@@ -76,14 +80,19 @@ def change(config: RunConfig, **options: Any) -> RunConfig:
 
 
 def parse_reward(text: str | None) -> Any:
-    """Return a reward's name, or its description given as JSON.
+    """Return a reward's name, or its description given as JSON; see ``parse_spec``."""
+    return parse_spec("reward", text)
+
+
+def parse_spec(option: str, text: str | None) -> Any:
+    """Return a name, or a description given as JSON.
 
     Raises:
         ConfigError: it begins like JSON, and is none.
     """
     if text is None or not text.lstrip().startswith(("{", "[")):
         return text
-    return parse_json(text, "--reward looks like JSON but is none: it", allow_nan=True)
+    return parse_json(text, f"--{option} looks like JSON but is none: it", allow_nan=True)
 
 
 def own_reward(text: str | None) -> Any:
@@ -113,15 +122,38 @@ def reward_again(run: Path, text: str | None) -> Any:
     if text is None:
         return None
     from agents.runs.stored import stored_config
+    from agents.user_code import replace_references
     from textgen_env.rewards import make_reward
 
-    config = stored_config(run, check=False)
-    if "reward" not in config.objects and not config.code:
+    config, own = stored_config(run, check=False), list[Any]()
+    replace_references(config.reward, own.append)
+    if "reward" not in config.objects and not own:
         raise ConfigError(f"--reward is that of the run ({config.reward!r}); leave it out")
     reward = own_reward(text)
     if not config.agent_sees_reward and make_reward(reward).running() is not None:
         raise ConfigError("the run's reward scored no prefix, and this one does: its agent does not know such scores")
     return reward
+
+
+def partner_again(run: Path, text: str | None) -> Any:
+    """Return the partner of a run that is a function, named once more; None where it was not.
+
+    Raises:
+        ConfigError: the run's partner is no function, or it has none.
+    """
+    if text is None:
+        return None
+    from agents.runs.parts import load_partner
+    from agents.runs.stored import stored_config
+    from agents.user_code import is_reference
+
+    config = stored_config(run, check=False)
+    if "partner" not in config.objects and not is_reference(config.partner):
+        whose = config.partner or config.task or "nobody"
+        raise ConfigError(f"--partner is that of the run ({whose!r}); leave it out")
+    if not is_reference(text):
+        raise ConfigError(f"--partner must be FILE.py:NAME or module:NAME, got {text!r}")
+    return load_partner(text)
 
 
 def check_one_writer(run: Path | None, model: str | None) -> None:

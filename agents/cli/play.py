@@ -16,6 +16,7 @@ from agents.cli.options import (
     own_reward,
     reward_again,
 )
+from textgen_env.errors import ConfigError
 from textgen_env.terminal import printable
 
 if TYPE_CHECKING:
@@ -49,7 +50,12 @@ def _of_run(run: Path, reward: str | None, trust: bool) -> Desk:
     from agents.playground.desk import Desk
     from agents.runs.parts import open_env
     from agents.runs.run import load_writer
+    from agents.runs.stored import stored_config
 
+    if stored_config(run, trust, check=False).has_partner:
+        raise ConfigError(
+            f"{str(run)!r} holds a run with a partner, and the page knows no replies: use textgen generate {run}"
+        )
     opened, unscored = load_writer(run, reward=reward_again(run, reward), trust=trust)
     if unscored:
         typer.echo(printable(f"warning: the texts are not scored: {unscored}", one_line=True), err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from agents.cli.options import (
     Greedy,
     OptionalRun,
+    PartnerAgain,
     Prompts,
     RewardWithoutRun,
     Seed,
@@ -18,6 +20,7 @@ from agents.cli.options import (
     given,
     own_object,
     own_reward,
+    partner_again,
     reward_again,
 )
 from agents.terminal import open_console, say
@@ -36,6 +39,7 @@ def record_command(
     model: Annotated[str | None, typer.Option(help="Without RUN: sample this language model itself.")] = None,
     prompts: Prompts = None,
     reward: RewardWithoutRun = None,
+    partner: PartnerAgain = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Without RUN: length limit of a text, in tokens.", min=1, show_default="20")
     ] = None,
@@ -65,17 +69,18 @@ def record_command(
     elif settings or candidate_scores:
         raise ConfigError("--max-new-tokens, --top-k and --candidate-scores are those of the run; leave them out")
     else:
-        agent, env, name = _trained(run, reward_again(run, reward), trust)
+        again = {"reward": reward_again(run, reward), "partner": partner_again(run, partner)}
+        agent, env, name = _trained(run, again, trust)
     source = choose_prompts(env.episodes.prompts if start is None else make_prompts(start), episodes, seed)
     texts = [source[i % len(source)] for i in range(episodes)]
     dataset = record(agent, env, texts, out, seed=seed, deterministic=greedy, metadata={"algorithm_name": name})
     say(open_console(), f"{dataset.total_episodes:,} texts of {dataset.total_steps:,} tokens are in {out}/")
 
 
-def _trained(run: Path, reward: Any, trust: bool) -> tuple[Agent, Any, str]:
+def _trained(run: Path, again: Mapping[str, Any], trust: bool) -> tuple[Agent, Any, str]:
     from agents.runs.run import load_run
 
-    opened = load_run(run, reward=reward, trust=trust)
+    opened = load_run(run, **again, trust=trust)
     return opened.agent, opened.env, opened.config.agent
 
 

@@ -22,6 +22,7 @@ from agents.cli.options import (
     change,
     given,
     parse_reward,
+    parse_spec,
     uses_ray,
 )
 from agents.tables import show_table
@@ -66,8 +67,28 @@ RewardSpec = Annotated[
     str | None,
     typer.Option(
         help="A name; a function of yours, FILE.py:NAME or module:NAME; or JSON: "
-        "'{\"sentiment\": 1, \"my_reward.py:score\": 0.5}'. See 'textgen list rewards'.",
+        "'{\"sentiment\": 1, \"my_reward.py:score\": 0.5}'. See 'textgen list rewards'. With --partner also none: the "
+        "partner's rewards alone.",
         show_default="sentiment",
+        rich_help_panel=WRITING,
+    ),
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        help="A task of the suite, which has its own model, prompts, reward and partner: Needle, or "
+        "GuessNumber:numbers=15. See 'textgen list tasks'.",
+        show_default="none",
+        metavar="NAME",
+        rich_help_panel=WRITING,
+    ),
+]
+PartnerSpec = Annotated[
+    str | None,
+    typer.Option(
+        help="Who answers the agent's turns: a function of yours, FILE.py:NAME or module:NAME; a name; or JSON: "
+        '\'{"name": "script", "lines": ["Why?", "I see."]}\'. See docs/conversations.md.',
+        show_default="none",
         rich_help_panel=WRITING,
     ),
 ]
@@ -95,12 +116,33 @@ TopK = Annotated[
 ]
 MaxNewTokens = Annotated[
     int | None,
-    typer.Option(help="Length limit of a text, in tokens.", min=1, show_default="20", rich_help_panel=WRITING),
+    typer.Option(
+        help="Length limit of a text, in tokens.", min=1, show_default="20; 64 with --partner", rich_help_panel=WRITING
+    ),
 ]
 MinNewTokens = Annotated[
     int | None,
     typer.Option(
-        help="No end of text before so many tokens.", min=0, show_default="as --max-new-tokens", rich_help_panel=WRITING
+        help="No end of text (with --partner: of a turn) before so many tokens.",
+        min=0,
+        show_default="as --max-new-tokens; 0 with --partner",
+        rich_help_panel=WRITING,
+    ),
+]
+MaxTurns = Annotated[
+    int | None,
+    typer.Option(help="With --partner: turns of the agent.", min=1, show_default="4", rich_help_panel=WRITING),
+]
+MaxTurnTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="With --partner: length limit of a turn, in tokens.", min=1, show_default="16", rich_help_panel=WRITING
+    ),
+]
+MaxReplyTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="With --partner: length limit of a reply, in tokens.", min=1, show_default="32", rich_help_panel=WRITING
     ),
 ]
 MaxPromptTokens = Annotated[
@@ -149,10 +191,12 @@ def train_command(
     ctx: typer.Context,
     out: Out = None,
     agent: AgentName = None,
+    task: TaskName = None,
     model: Model = None,
     prune: Prune = None,
     prompts: Prompts = None,
     reward: RewardSpec = None,
+    partner: PartnerSpec = None,
     steps: Steps = None,
     envs: Envs = None,
     seed: RunSeed = None,
@@ -161,6 +205,9 @@ def train_command(
     max_new_tokens: MaxNewTokens = None,
     min_new_tokens: MinNewTokens = None,
     max_prompt_tokens: MaxPromptTokens = None,
+    max_turns: MaxTurns = None,
+    max_turn_tokens: MaxTurnTokens = None,
+    max_reply_tokens: MaxReplyTokens = None,
     candidate_scores: CandidateScores = False,
     texts: Texts = None,
     samples: Samples = None,
@@ -193,9 +240,10 @@ def train_command(
         return
     changes = {"agent": agent, "model": model, "prune": prune, "prompts": prompts, "reward": parse_reward(reward)}
     changes |= {"steps": steps, "envs": envs, "seed": seed, "beta": beta, "checkpoint_every": checkpoint_every}
-    changes |= {"eval_texts": texts, "eval_samples": samples}
+    changes |= {"eval_texts": texts, "eval_samples": samples, "task": task, "partner": parse_spec("partner", partner)}
     env = {"top_k": top_k, "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
-    env["min_new_tokens"] = max_new_tokens if min_new_tokens is None else min_new_tokens
+    env |= {"max_turns": max_turns, "max_turn_tokens": max_turn_tokens, "max_reply_tokens": max_reply_tokens}
+    env["min_new_tokens"] = min_new_tokens
     settings = _settings(config, changes, env, candidate_scores, trust)
     folder = out or _free_folder(Path("runs"), settings.agent)
     where: dict[str, Any] = {"text_source": text_source, "console": console, "track": track}
@@ -241,12 +289,24 @@ def _settings(
     from agents.runs.config import RunConfig
     from agents.runs.stored import read_config
     from agents.zoo import OBSERVATION
+    from textgen_env.config import OF_CONVERSATIONS
 
-    config = change(read_config(start, trust) if start else RunConfig(), **changes)
-    env = {**config.env, **given(env_changes)}
+    if start is None:
+        config = RunConfig(**given(changes | {"prune": None if changes["prune"] == "none" else changes["prune"]}))
+    else:
+        read = read_config(start, trust)
+        config = change(read, **changes)
+        if (config.task, config.has_partner) != (read.task, read.has_partner):
+            raise ConfigError(
+                f"--task and --partner change what the settings in {str(start)!r} mean: put them into the file, with "
+                "the env settings that should not be the usual ones"
+            )
+    new = given(env_changes)
+    if "max_new_tokens" in new and config.task is None and not config.has_partner:
+        new = {"min_new_tokens": new["max_new_tokens"], **new}
     if candidate_scores:
-        env["observation"] = (*OBSERVATION, "candidate_scores")
-    return replace(config, env=env)
+        new["observation"] = (*OBSERVATION, *(OF_CONVERSATIONS if config.has_partner else ()), "candidate_scores")
+    return replace(config, env={**config.env, **new})
 
 
 def _free_folder(parent: Path, name: str) -> Path:
@@ -273,4 +333,8 @@ def _show(result: RunResult, console: Console, as_json: bool) -> None:
     )
     if not result.finished:
         raise typer.Exit(INTERRUPTED if result.signum is None else 128 + result.signum)
-    say(console, f'try: textgen generate {result.folder} --prompt "The movie was"')
+    from agents.runs.stored import stored_config
+
+    config = stored_config(result.folder, check=False)
+    own = "" if config.task or config.has_partner else ' --prompt "The movie was"'
+    say(console, f"try: textgen generate {result.folder}{own}")

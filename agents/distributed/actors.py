@@ -221,7 +221,9 @@ class ActorPool:
         try:
             self._task = ray.put((run.config, dict(run.given)))
         except TypeError as error:
-            raise ConfigError(f"model, prompts and reward must be such that pickle can send them: {error}") from error
+            raise ConfigError(
+                f"model, prompts, reward and partner must be such that pickle can send them: {error}"
+            ) from error
         self._class = ray.remote(num_cpus=1, max_restarts=0)(_RayCollector)
         self.pending: dict[Any, Actor] = {}  # request to the actor that was asked
         self.actors = [self._start(number) for number in range(engine.actors)]

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from agents.text_dqn.settings import MANY
 from agents.user_code import is_reference, replace_references
-from agents.zoo import AGENTS, MASK_AWARE, OBSERVATION
+from agents.zoo import AGENTS, MASK_AWARE, OBSERVATION, env_settings
 from textgen_env.config import MOST_ROWS, EnvConfig, check_in_range, check_seed, check_type, check_unicode
+from textgen_env.conversation import UNLESS_SAID
 from textgen_env.errors import ConfigError
 from textgen_env.files import check_keys, parse_json
 from textgen_env.prompts import SPLITS
 from textgen_env.registry import unknown_name
+from textgen_env.tasks import Task, open_task, task_id
 
 MOST_TEXTS = 2**24
 """Of an evaluation."""
@@ -28,6 +30,15 @@ ENV_SETTINGS: Mapping[str, Any] = {
     "observation": OBSERVATION,
 }
 """Settings of a run's environment unless said: texts of 20 tokens."""
+
+CONVERSATION_SETTINGS: Mapping[str, Any] = {**ENV_SETTINGS, **UNLESS_SAID, "min_new_tokens": 0}
+"""The same with a partner; the observation then has ``OF_CONVERSATIONS``, too."""
+
+FREE_IN_TASKS = ("observation", "reward_at", "on_illegal", "render_mode", "dtype", "reply_seconds")
+"""Settings that leave a task the same problem."""
+
+NO_REWARD = "none"
+"""The reward of a run with a partner whose rewards are all there are."""
 
 CONFIG_SOURCE = "a run's configuration"
 
@@ -47,11 +58,14 @@ class RunConfig:
 
     agent: str = "text_dqn"  # a name in AGENTS
     agent_settings: Mapping[str, Any] = field(default_factory=dict)  # keywords of the agent's class
-    model: str | None = "tiny"  # see textgen_env.models.load_language_model; None: an object
+    task: str | None = None  # TextGen/GuessNumber-v0 or GuessNumber:numbers=15; model, prompts, reward, partner are its
+    model: str | None = "tiny"  # see textgen_env.models.load_language_model; None: an object, or the task's
     prune: str | None = None  # METHOD:AMOUNT, applied to the language model once
     prompts: Any = None  # see textgen_env.prompts.make_prompts; None: the openings in the box, or an object
-    reward: Any = "sentiment"  # see textgen_env.rewards.make_reward; None: an object
-    env: Mapping[str, Any] = field(default_factory=dict)  # fields of EnvConfig; those of ENV_SETTINGS are added
+    reward: Any = "sentiment"  # see textgen_env.rewards.make_reward; "none": the partner's; None: an object, the task's
+    partner: Any = None  # see textgen_env.conversation.make_partner; None: nobody, an object, or the task's
+    env: Mapping[str, Any] = field(default_factory=dict)  # fields of EnvConfig; those of ENV_SETTINGS (with a
+    # partner CONVERSATION_SETTINGS, with a task its own) are added
     steps: int = 70_000  # environment steps to learn from: one token each
     checkpoint_every: int = 20_000  # steps from one checkpoint to the next, and one at the end; 0: none
     envs: int = 64  # texts written at a time
@@ -60,7 +74,7 @@ class RunConfig:
     eval_prompts: int = 32  # at most; held out where there are enough
     eval_texts: int = 512  # for each agent measured
     eval_samples: int = 64  # of the language model, for each prompt, to estimate the best possible policy
-    objects: tuple[str, ...] = ()  # of model, prompts and reward: those that were given as Python objects
+    objects: tuple[str, ...] = ()  # of model, prompts, reward, partner: those that were given as Python objects
     code: Mapping[str, str] = field(
         default_factory=dict
     )  # SHA-256 of the user's own code, by reference, in a stored run
@@ -72,8 +86,13 @@ class RunConfig:
         self._check_numbers()
         for item in fields(self):
             check_unicode(item.name, getattr(self, item.name))
-        for name in ("model", "prune"):
+        for name in ("task", "model", "prune"):
             check_type(name, getattr(self, name), str, type(None))
+        if not isinstance(self.partner, str | Mapping | None):
+            raise ConfigError(
+                f"partner must be a name, FILE.py:NAME, module:NAME, or a dict with a name, got {self.partner!r}; a "
+                "Python object is given to train(..., partner=...), with RunConfig(objects=('partner',))"
+            )
         for name in ("agent_settings", "env", "code"):
             check_type(name, getattr(self, name), Mapping)
         for checksum in self.code.values():
@@ -87,7 +106,10 @@ class RunConfig:
 
             parse_pruning(self.prune)
         object.__setattr__(self, "objects", tuple(self.objects))
-        env = {**ENV_SETTINGS, **self.env}  # kept whole: a stored run outlives these defaults
+        self._check_task()
+        if self.reward == NO_REWARD and not self.has_partner:
+            raise ConfigError("reward 'none' leaves a partner's rewards alone, and there is no partner: give one")
+        env = {**self._env_unless_said(), **self.env}  # kept whole: a stored run outlives these defaults
         object.__setattr__(self, "env", {k: list(v) if isinstance(v, tuple) else v for k, v in env.items()})
         self.env_config()
 
@@ -102,6 +124,47 @@ class RunConfig:
         if not 0 < self.beta < math.inf:
             raise ConfigError(f"beta must be above 0 (reward units a nat) and finite, got {self.beta!r}")
 
+    def _check_task(self) -> None:
+        """Let the task have its own model, prompts, reward, partner and settings.
+
+        Raises:
+            ConfigError: one of them was given beside it.
+        """
+        if self.task is None:
+            return
+        object.__setattr__(self, "task", task_id(self.task))
+        task = open_task(self.task)
+        for name in ("model", "prune", "prompts", "reward", "partner"):
+            if getattr(self, name) not in (None, RunConfig.__dataclass_fields__[name].default):
+                raise ConfigError(f"{name} is that of the task {self.task!r}: leave out one or the other")
+            object.__setattr__(self, name, None)
+        for name, value in self.env.items():
+            own = task.settings.get(name, getattr(EnvConfig(), name, value))
+            if name not in FREE_IN_TASKS and value != own and not (isinstance(own, tuple) and value == list(own)):
+                raise ConfigError(
+                    f"{name} is {own!r} in the task {self.task!r}, got {value!r}: leave it out, or give the task a "
+                    f"size, such as Needle:depth=6 ({', '.join(task.sizes)})"
+                )
+
+    def _env_unless_said(self) -> dict[str, Any]:
+        task = self.opened_task
+        settings = CONVERSATION_SETTINGS if self.has_partner else ENV_SETTINGS
+        settings = settings if task is None else task.settings
+        whole = task is not None and task.settings.get("top_k", 16) is None
+        keys = env_settings(self.agent, whole_vocabulary=whole, has_partner=self.has_partner)["observation"]
+        return {**settings, "observation": keys}
+
+    @property
+    def opened_task(self) -> Task | None:
+        """The task, None without one."""
+        return None if self.task is None else open_task(self.task)
+
+    @property
+    def has_partner(self) -> bool:
+        """True if the run's episodes are conversations."""
+        task = self.opened_task
+        return self.partner is not None or "partner" in self.objects or bool(task and task.partner)
+
     def env_config(self) -> EnvConfig:
         """Return the environment's settings, checked."""
         maps_illegal = {} if self.agent in MASK_AWARE else {"on_illegal": "last_legal"}  # the others know no mask
@@ -109,9 +172,20 @@ class RunConfig:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """The user's own code in model, prompts and reward; see ``agents.user_code``."""
-        found: list[str] = [str(value) for value in (self.model, self.prompts) if is_own_code(value)]
-        replace_references(self.reward, found.append)
+        """The user's own code in model, prompts, reward and partner; see ``agents.user_code``."""
+        return self.references_without(())
+
+    def references_without(self, parts: Collection[str]) -> tuple[str, ...]:
+        """Return the user's own code, but for that in ``parts``, of which others are at hand."""
+        found: list[str] = []
+        for name in ("model", "prompts", "reward", "partner"):
+            value = getattr(self, name)
+            if name in parts:
+                continue
+            if name == "reward":
+                replace_references(value, found.append)
+            elif is_reference(value) if name == "partner" else is_own_code(value):
+                found.append(str(value))
         return tuple(dict.fromkeys(found))
 
     def to_json(self) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from agents.runs.config import RunConfig, is_own_code
-from agents.user_code import load_code, replace_references
+from agents.runs.config import NO_REWARD, RunConfig, is_own_code
+from agents.user_code import is_reference, load_code, replace_references
 from textgen_env.config import EnvConfig
 from textgen_env.errors import ConfigError, PromptError
 from textgen_env.evaluation import choose_prompts
@@ -22,7 +22,7 @@ FEWEST_TO_SPLIT = 20
 """Prompts; of fewer, the test prompts would be too few to say anything about."""
 
 
-OBJECTS = ("model", "prompts", "reward")
+OBJECTS = ("model", "prompts", "reward", "partner")
 """Parts of a run that may be Python objects, or the user's own code."""
 
 
@@ -43,6 +43,8 @@ def load_objects(config: RunConfig, names: Sequence[str] = OBJECTS) -> dict[str,
         reward = replace_references(config.reward, load_reward)
         if reward is not config.reward and reward != config.reward:
             found["reward"] = reward
+    if "partner" in names and is_reference(config.partner):
+        found["partner"] = load_partner(config.partner)
     return found
 
 
@@ -52,15 +54,22 @@ def load_reward(reference: str) -> Any:
     return found() if inspect.isclass(found) and issubclass(found, Reward) else found
 
 
+def load_partner(reference: str) -> Any:
+    """Return the user's own partner; of a class, an instance."""
+    found = load_code(reference)
+    return found() if inspect.isclass(found) else found
+
+
 def _called(found: Any) -> Any:
     return found() if inspect.isroutine(found) else found
 
 
 def open_language_model(config: RunConfig) -> tuple[LanguageModel, str | None]:
     """Return the configuration's language model, pruned once if it says so, and a line about that."""
-    env = config.env_config()
+    env, task = config.env_config(), config.opened_task
     if config.prune is None:
-        return load_language_model(config.model, env.dtype, trust_remote_code=env.trust_remote_code), None
+        named = config.model if task is None else task.model
+        return load_language_model(named, env.dtype, trust_remote_code=env.trust_remote_code), None
     from agents.pruning.methods import parse_pruning
     from agents.pruning.model import prune_
     from textgen_env.models.device import pick_device
@@ -77,13 +86,46 @@ def open_language_model(config: RunConfig) -> tuple[LanguageModel, str | None]:
 
 
 def open_env(
-    config: RunConfig, model: LanguageModel, prompts: PromptSource, reward: Any, observation: Any = None
+    config: RunConfig,
+    model: LanguageModel,
+    prompts: PromptSource,
+    reward: Any,
+    observation: Any = None,
+    partner: Any = None,
 ) -> TextGenVectorEnv:
     """Return a vector environment of the run, on a language model that is loaded already."""
     settings = {f.name: getattr(config.env_config(), f.name) for f in fields(EnvConfig)}
     if observation is not None:
         settings["observation"] = observation
-    return TextGenVectorEnv(config.envs, model, prompts, reward, **settings)
+    return TextGenVectorEnv(config.envs, model, prompts, reward, partner, **settings)
+
+
+def reward_and_partner(config: RunConfig, reward: Any, partner: Any) -> tuple[Any, Any]:
+    """Return the reward and the partner of a run, given the objects in their place, or None; a reward of None means
+    the partner's alone."""
+    task = config.opened_task
+    if task is not None:
+        return task.reward, task.partner
+    if reward is None:
+        reward = None if config.reward == NO_REWARD and config.has_partner else config.reward
+    return reward, config.partner if partner is None else partner
+
+
+def prompts_of(config: RunConfig, given: Any) -> tuple[PromptSource, PromptSource, str]:
+    """Return the prompts to learn from, those to measure on, and a line about them.
+
+    Args:
+        given: In place of those that the configuration names, or None.
+    """
+    task = config.opened_task
+    if task is None or given is not None:
+        return split_prompts(config.prompts if given is None else given, config.eval_prompts, config.seed)
+    chosen = choose_prompts(task.test_prompts, config.eval_prompts, config.seed)
+    return (
+        task.train_prompts,
+        chosen,
+        f"Prompts: measured on {len(chosen)} of the {len(task.test_prompts)} of {task.id}.",
+    )
 
 
 def split_prompts(spec: Any, most: int, seed: int) -> tuple[PromptSource, PromptSource, str]:

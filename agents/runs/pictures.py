@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agents.runs.report import BEST, BEST_OF_N, LOOKAHEAD, Report
+from agents.runs.report import BEST, BEST_OF_N, BOUND, LOOKAHEAD, Report
 from textgen_env.files import whole_file
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ def draw_plane(report: Report, path: Path) -> None:
     axes = figure.add_subplot()
     looks = {
         BEST: {"color": "black", "linewidth": 1.5},
+        BOUND: {"color": "black", "linewidth": 1.5, "linestyle": ":"},
         BEST_OF_N: {"color": "tab:gray", "linestyle": "--", "marker": ".", "linewidth": 1},
         LOOKAHEAD: {"color": "tab:orange", "marker": "s", "markersize": 5},
     }

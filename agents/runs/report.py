@@ -42,6 +42,10 @@ FEWEST_SAMPLES = 8
 """Lines of the page of samples, at least: several texts a prompt where there are few prompts."""
 
 BEST = "best possible policy"
+BOUND = "at most, if all replies were known"
+"""In place of ``BEST`` in conversations: the policy of the same formula may choose its words by what they will be
+answered, which no player can."""
+
 BEST_OF_N = "best of n samples, KL at most"
 LOOKAHEAD = "score lookahead, no learning"
 
@@ -160,6 +164,11 @@ class Yardstick:
         """True if that gain is within its own error, so that no share of it means anything."""
         return not self.gain > max(SURE * self.best.gain_error, 1e-12)
 
+    @property
+    def are_conversations(self) -> bool:
+        """True if a partner answered."""
+        return bool(self.samples.turns)
+
     def row(self, name: str, evaluation: Evaluation, distinct: bool = True) -> ReportLine:
         """Return the line of an evaluated agent."""
         figures = evaluation.figures()
@@ -196,20 +205,22 @@ class Yardstick:
             sees: What it sees of the reward.
         """
         rewards = self.samples.by_prompt(self.samples.rewards)
-        bests = {n: best_of_n(rewards, n) for n in BEST_OF if n <= rewards.shape[1]}
-        shown = min(16, max(bests))
+        # A choice among conversations that have ended would know the partner's answers.
+        most = 0 if self.are_conversations else rewards.shape[1]
+        bests = {n: best_of_n(rewards, n) for n in BEST_OF if n <= most}
+        best = BOUND if self.are_conversations else BEST
         rows = [
             self.row("language model, sampled", self.samples),
             self.row("language model, greedy", self.greedy, distinct=False),
-            self._plain_row(f"best of {shown} samples", bests[shown], kl_at_most=True),
+            *(self._plain_row(f"best of {n} samples", bests[n], True) for n in [*bests][:5][-1:]),
             *(self.row(LOOKAHEAD, evaluation) for evaluation in self.lookahead[:1]),
             *(self.row(agent, evaluation) for evaluation in evaluations[:1]),
-            self._plain_row(BEST, self.best.point),
+            self._plain_row(best, self.best.point),
         ]
         frontier = [self.optimum(beta).point for beta in sorted({*FRONTIER_BETAS, self.beta}, reverse=True)]
         lookahead_betas = acting_betas(LookaheadAgent()) if self.lookahead else []
         curves = {
-            BEST: [(0.0, self.samples.reward), *((point.kl, point.reward) for point in frontier)],
+            best: [(0.0, self.samples.reward), *((point.kl, point.reward) for point in frontier)],
             BEST_OF_N: [(point.kl, point.reward) for point in bests.values()],
             LOOKAHEAD: _curve(self.lookahead),
             agent: _curve(evaluations),
@@ -229,6 +240,11 @@ class Yardstick:
     def _notes(self, prompts: int, samples: int, agent: str, sees: str) -> list[str]:
         gain = f"{self.gain:.3f} ± {2 * self.best.gain_error:.3f}"
         share = f"Its share of the optimal gain ({gain}) is 0% for the language model and 100% for the best policy."
+        if self.are_conversations:
+            share = (
+                f"Its share is of a bound of the optimal gain ({gain}), so above 0 it is at least so much: the "
+                "last line knows the reply to a turn before it is said, secrets included."
+            )
         if self.is_saturated:
             share = (
                 f"Already saturated: the optimal gain, {gain}, is within its own error, so no shares of it are shown. "
@@ -240,9 +256,10 @@ class Yardstick:
                 f"{LOOKAHEAD.capitalize()}, {SEEN[LOOKAHEAD]}; {agent}, {sees}. With the same information as the "
                 "agent there are the language model, sampled and greedy; --candidate-scores shows the agent as much."
             )
+        estimated = "That bound" if self.are_conversations else "The best possible policy"
         return [
             *notes,
-            f"The best possible policy is estimated from {samples} samples for each of {prompts} prompts, worth "
+            f"{estimated} is estimated from {samples} samples for each of {prompts} prompts, worth "
             f"{np.median(self.best.effective_samples):.0f} of its own (median): more samples, a surer estimate.",
         ]
 
@@ -359,13 +376,20 @@ def samples_page(before: Evaluation, after: Evaluation, notes: Sequence[str] = (
     for i in sorted(range(count), key=lambda text: text % before.num_prompts):
         cells = [
             markdown_cell(before.prompts[i]),
-            markdown_cell(before.completions[i]),
+            markdown_cell(_said(before, i)),
             f"{before.rewards[i]:.2f}",
-            markdown_cell(after.completions[i]),
+            markdown_cell(_said(after, i)),
             f"{after.rewards[i]:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _said(evaluation: Evaluation, text: int) -> str:
+    """Return a completion, in a conversation with who said what."""
+    if not evaluation.turns:
+        return evaluation.completions[text]
+    return " / ".join(f"{turn.speaker}: {turn.text.strip()}" for turn in evaluation.turns[text])
 
 
 def _curve(evaluations: Sequence[Evaluation]) -> Curve:

@@ -42,7 +42,7 @@ from agents.runs.report import (
     samples_page,
 )
 from agents.runs.signals import Stopped, stop_signals
-from agents.runs.sizing import budget_of, measured_sizes, work_of
+from agents.runs.sizing import measured_sizes, new_agent, work_of
 from agents.runs.stored import (
     CONFIG_FILE,
     check_unchanged,
@@ -57,7 +57,6 @@ from agents.runs.tracking import check_tracker
 from agents.terminal import say
 from agents.text_dqn.agent import TextDQN
 from agents.user_code import remember
-from agents.zoo import make_agent
 from textgen_env.errors import ConfigError, RunFolderError, TextGenError
 from textgen_env.files import (
     check_keys,
@@ -130,6 +129,7 @@ def train(
     model: Any = None,
     prompts: Any = None,
     reward: Any = None,
+    partner: Any = None,
     text_source: TextSource = local,
     console: Console | None = None,
     minutes: float | None = None,
@@ -143,7 +143,7 @@ def train(
     Args:
         config: The settings.
         out: A folder that does not exist yet, or is empty.
-        model, prompts, reward: Python objects in place of those that the configuration names.
+        model, prompts, reward, partner: Python objects in place of those that the configuration names.
         text_source: This process, or ``agents.distributed.actors.RayTextSource``.
         console: Shows progress. None: silence.
         minutes: How long the whole should take: steps, texts and samples are chosen by the speed of this machine.
@@ -159,7 +159,7 @@ def train(
     check_free(folder)
     started = time.perf_counter()
     with console.status("loading the language model"):
-        run = open_run(config, model=model, prompts=prompts, reward=reward)
+        run = open_run(config, model=model, prompts=prompts, reward=reward, partner=partner)
     if minutes is not None:
         with console.status("timing a few steps"):
             run, estimate = sized(run, minutes, started)
@@ -168,7 +168,7 @@ def train(
     with text_source(run, partial(say, console)), no_new_folders_of_a_failed_start(folder), locked(folder):
         check_free(folder)  # loading took a while
         with no_folder_of_a_failed_start(folder):
-            stored = store(config, folder, model=model, prompts=prompts, reward=reward)
+            stored = store(config, folder, model=model, prompts=prompts, reward=reward, partner=partner)
             remember(config.references)
             return _carry_out(run, stored, folder, console, track=track)
 
@@ -179,6 +179,7 @@ def resume(
     model: Any = None,
     prompts: Any = None,
     reward: Any = None,
+    partner: Any = None,
     trust: bool = False,
     text_source: TextSource = local,
     console: Console | None = None,
@@ -191,7 +192,7 @@ def resume(
 
     Args:
         folder: Of the run.
-        model, prompts, reward: The Python objects that the run was made with, if it was.
+        model, prompts, reward, partner: The Python objects that the run was made with, if it was.
         trust: Also go on with a run whose configuration lets a hub repository's code run.
         text_source: As of ``train``; may differ from that of the first start.
         console: Shows progress. None: silence.
@@ -209,7 +210,7 @@ def resume(
     with locked(path):
         refuse_links(path)
         with console.status("loading the language model"):
-            run = open_run(located(config, path), model=model, prompts=prompts, reward=reward)
+            run = open_run(located(config, path), model=model, prompts=prompts, reward=reward, partner=partner)
         log = _return_to_checkpoint(run, config, path)
         if log is None:
             say(console, "stopped before the first checkpoint: the run begins again")
@@ -238,13 +239,14 @@ def sized(run: Run, minutes: float, started: float) -> tuple[Run, str]:
         ConfigError: too few minutes for the smallest run.
     """
     config, episodes = run.config, run.env.episodes
-    trial = open_env(config, run.env.language_model, episodes.prompts, episodes.reward)
+    trial = open_env(config, run.env.language_model, episodes.prompts, episodes.reward, partner=episodes.partner)
     sizes = measured_sizes(
         config, trial, run.scoring_env(), work_of(config, run.env, run.test_prompts), minutes, started
     )
     chosen = sizes.of(config)
-    agent = make_agent(chosen.agent, run.env, chosen.seed, budget_of(chosen), chosen.agent_settings)
-    return replace(run, config=chosen, agent=agent, notes=(*run.notes, sizes.note(minutes))), sizes.estimate()
+    return replace(
+        run, config=chosen, agent=new_agent(chosen, run.env), notes=(*run.notes, sizes.note(minutes))
+    ), sizes.estimate()
 
 
 def _check_resumable(path: Path, config: RunConfig) -> None:

@@ -19,7 +19,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from agents.baselines.one_step import SampleAgent
 from agents.runs.config import RunConfig
 from agents.runs.progress import minutes
-from agents.zoo import AGENTS, Budget, make_agent
+from agents.zoo import AGENTS, Budget, make_agent, tuned_settings
 from textgen_env.errors import ConfigError
 from textgen_env.evaluation import play
 from textgen_env.vector_env import TextGenVectorEnv
@@ -164,6 +164,15 @@ def budget_of(config: RunConfig) -> Budget:
     return Budget(config.steps, config.envs, config.env_config().max_new_tokens, config.beta)
 
 
+def new_agent(config: RunConfig, env: TextGenVectorEnv) -> Any:
+    """Return the agent of a run before it has learned; in a task on a table, with the settings that suit tables."""
+    tuned = {} if config.task is None else {**tuned_settings(config.agent, env)}
+    tuned.pop("beta", None)  # the price of KL is the run's own
+    if "learning_starts" in tuned:
+        tuned["learning_starts"] = min(tuned["learning_starts"], config.steps // 5)
+    return make_agent(config.agent, env, config.seed, budget_of(config), {**tuned, **config.agent_settings})
+
+
 def measured_speed(config: RunConfig, own: TextGenVectorEnv, scoring: TextGenVectorEnv) -> Speed:
     """Time a few steps of a run, in environments that it does not go on with.
 
@@ -176,10 +185,10 @@ def measured_speed(config: RunConfig, own: TextGenVectorEnv, scoring: TextGenVec
         env.episodes.rebuild()  # an earlier trial wrote the same texts, and memos would answer for the model
     tokens = own.episodes.config.max_new_tokens
     trial = config.envs * (tokens + 2)
-    budget, settings = budget_of(config), dict(config.agent_settings)
-    if issubclass(AGENTS[config.agent](budget)[0], OffPolicyAlgorithm):
+    settings = dict(config.agent_settings)
+    if issubclass(AGENTS[config.agent](budget_of(config))[0], OffPolicyAlgorithm):
         settings["learning_starts"] = trial // 2  # updates are owed for the steps before it, too
-    agent = make_agent(config.agent, own, config.seed, budget, settings)
+    agent = new_agent(replace(config, agent_settings=settings), own)
     clock = _StepTimes()
     started = time.perf_counter()
     agent.learn(trial, callback=clock)

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import metadata
@@ -74,9 +74,13 @@ def read_config(path: Path, trust: bool = False) -> RunConfig:
     return replace(config, code={}, agent_sees_reward=True)
 
 
-def check_stored_code(config: RunConfig, trust: bool) -> None:
-    """Raise ``ConfigError`` if the code that a stored configuration names must not run here."""
-    check_code({reference: config.code.get(reference, "") for reference in config.references}, trust)
+def check_stored_code(config: RunConfig, trust: bool, without: Collection[str] = ()) -> None:
+    """Raise ``ConfigError`` if the code that a stored configuration names must not run here.
+
+    Args:
+        without: Parts of the configuration whose code is not to run: others are at hand.
+    """
+    check_code({reference: config.code.get(reference, "") for reference in config.references_without(without)}, trust)
 
 
 def check_unchanged(then: Mapping[str, Any], config: RunConfig) -> None:
@@ -164,7 +168,10 @@ def _moved(config: RunConfig, move: Callable[[str], str], exists: Callable[[str]
         model = code(model) if is_own_code(model) else path(model)
     reward = _with_paths(replace_references(config.reward, code), path)
     checksums = {code(reference) if is_reference(reference) else reference: c for reference, c in config.code.items()}
-    return replace(config, model=model, prompts=prompts(config.prompts), reward=reward, code=checksums)
+    parts = {"model": model, "prompts": prompts(config.prompts), "reward": reward}
+    if is_reference(config.partner):
+        parts["partner"] = code(config.partner)
+    return replace(config, **parts, code=checksums)
 
 
 def _with_paths(reward: Any, path: Callable[[str], str]) -> Any:
@@ -203,8 +210,8 @@ def store(config: RunConfig, folder: Path, **given: Any) -> RunConfig:
     """Write ``config.json``, and prompts that are not in the box, into the folder of a new run.
 
     Args:
-        given: Objects in place of model, prompts and reward, or None: stored as plain data where possible, else named
-            as objects that are missing.
+        given: Objects in place of model, prompts, reward and partner, or None: stored as plain data where possible,
+            else named as objects that are missing.
 
     Returns:
         The configuration as it is in the file.

@@ -2,7 +2,8 @@
 
     what it depends on  ->  SHA-256  ->  cache_folder()/yardsticks/DIGEST.json  ->  Yardstick
 
-A reward or a prompt that plain data cannot hold is measured anew each time, and so is one that names a file.
+A reward or a prompt that plain data cannot hold is measured anew each time, and so are one that names a file, and a
+conversation.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def known_or_measured(env: TextGenVectorEnv, prompts: PromptSource, watch: Watch
 def yardstick_file(env: TextGenVectorEnv, prompts: PromptSource, **settings: Any) -> Path | None:
     """Return where the yardstick of these is kept, None if plain data cannot say what it depends on."""
     model, reward = env.language_model, reward_spec(env.episodes.reward)
-    if reward is None or any(_is_path(text) for text in _strings(reward)):
+    if env.episodes.partner is not None or reward is None or any(_is_path(text) for text in _strings(reward)):
         return None
     weights = getattr(model, "model", None)
     if not isinstance(weights, nn.Module):
@@ -117,7 +118,7 @@ def _evaluation(plain: Mapping[str, Any]) -> Evaluation:
             if given[name].shape != (count,):
                 raise ValueError(f"{name} has shape {given[name].shape}, not ({count},)")
     parts = {name: np.asarray(values, np.float64) for name, values in given["parts"].items()}
-    texts = {name: tuple(given[name]) for name in ("prompts", "completions")}
+    texts = {name: tuple(given[name]) for name in ("prompts", "completions")} | {"turns": ()}
     return Evaluation(**{**given, "parts": parts, **texts})
 
 

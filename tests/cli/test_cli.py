@@ -307,7 +307,7 @@ def test_list_names_everything_there_is():
 
 
 def test_the_help_shows_the_defaults_of_a_run():
-    from agents.runs.config import ENV_SETTINGS, RunConfig
+    from agents.runs.config import CONVERSATION_SETTINGS, ENV_SETTINGS, RunConfig
     from textgen_env.config import EnvConfig
 
     config = RunConfig()
@@ -318,6 +318,11 @@ def test_the_help_shows_the_defaults_of_a_run():
         env = ENV_SETTINGS.get(field, getattr(EnvConfig(), field, None))
         if isinstance(option.show_default, str) and field not in ("out", "min_new_tokens", *WHERE):
             default = getattr(config, field, env)
+            in_turns = CONVERSATION_SETTINGS.get(field, default)
+            if "--partner" in (option.help or "") and field.startswith("max_"):
+                default = in_turns
+            elif in_turns != default:
+                default = f"{default}; {in_turns} with --partner"
             assert option.show_default == ("none" if default is None else str(default)), field
             shown += 1
     assert shown >= 10

@@ -483,3 +483,73 @@ def test_turns_need_a_partner(setting):
 def test_a_conversation_must_fit_the_context(tiny_lm):
     with pytest.raises(ConfigError, match="max_new_tokens=6 and 3 replies of 99 exceed the 128 tokens of context"):
         talk(model=tiny_lm, max_reply_tokens=99, top_k=4)
+
+
+# --- encoder-decoders: the encoder reads the prompt, the decoder both speakers
+
+
+@pytest.fixture(scope="module", params=["t5", "bart"])
+def encoder_decoder(request):
+    """An encoder-decoder with random weights, and a tokenizer that puts its end token (Bart: both) around a text."""
+    from tokenizers.processors import TemplateProcessing
+
+    from benchmarks.models import build, words
+
+    module, tokenizer = build(request.param, seq2seq=True), words()
+    module.generation_config.decoder_start_token_id = 0
+    start, end = tokenizer.convert_ids_to_tokens([2, 1])
+    around = f"{start} $A {end}" if request.param == "bart" else f"$A {end}"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=around, special_tokens=[(start, 2), (end, 1)]
+    )
+    assert tokenizer("w5")["input_ids"] in ([2, 5, 1], [5, 1])
+    return module, tokenizer
+
+
+def test_an_encoder_decoder_reads_replies_as_its_uncached_forward_does(encoder_decoder):
+    import torch
+
+    module, tokenizer = encoder_decoder
+    prompts = ["w5 w6 w7", "w8", "w9 w9"]
+    env = TextGenVectorEnv(
+        3, encoder_decoder, prompts, None, Script(["w10 w11 w12", "w13", "", "w14"]), top_k=5, max_turns=4,
+        max_turn_tokens=2, max_new_tokens=8, max_reply_tokens=3, min_new_tokens=2, max_prompt_tokens=6,
+        observation="full", dtype="float32",
+    )  # fmt: skip
+    sources = tokenizer(prompts)["input_ids"]
+    blocked = list(env.language_model.end_ids)
+    seen, _ = env.reset(seed=0, options={"prompt": prompts})
+    actions = np.random.default_rng(0).integers(5, size=(7, 3))
+    for step in range(7):
+        for row, source in enumerate(sources):
+            ids = torch.tensor(seen["tokens"][row, : int(seen["length"][row, 0])].astype(int))[None]
+            with torch.no_grad():
+                logits = module(input_ids=torch.tensor([source]), decoder_input_ids=ids, use_cache=False).logits[0, -1]
+            logits = logits.double()
+            logits[blocked] = -torch.inf  # min_new_tokens is a whole turn
+            expected = torch.log_softmax(logits, -1)[torch.from_numpy(seen["candidates"][row].astype(int))]
+            assert_allclose(seen["logprobs"][row], expected.numpy(), atol=1e-4)
+        if step == 4:  # a branch in the middle of a turn has another's source, too
+            seen = env.fork([0], [2])
+            sources[2], actions[4:, 2] = sources[0], actions[4:, 1]
+        began = seen["length"][:, 0]
+        seen, *_ = env.step(actions[step])
+        reply = {1: [10, 11, 12], 3: [13]}.get(step, [])  # a turn has two tokens, and the third line is empty
+        for row in range(3):
+            after = seen["tokens"][row, began[row] + 1 : seen["length"][row, 0]]
+            assert after.tolist() == reply  # nothing of what the tokenizer puts around a text
+            assert (seen["speaker"][row, began[row] + 1 :][: len(reply)] == 2).all()
+
+
+def test_text_dqn_learns_conversations_on_an_encoder_decoder(encoder_decoder):
+    from agents.text_dqn.agent import TextDQN
+
+    env = TextGenVectorEnv(
+        2, encoder_decoder, ["w5 w6", "w8"], None, lambda heard: Reply("w10 w11", reward=float("w1" in heard.last)),
+        top_k=5, max_turns=2, max_turn_tokens=2, max_new_tokens=4, max_reply_tokens=2, max_prompt_tokens=4,
+        observation="full",
+    )  # fmt: skip
+    agent = TextDQN("CandidatePolicy", env, learning_starts=8, steps_per_update=8, buffer_size=400, seed=0)
+    agent.learn(48)
+    observation, _ = env.reset(seed=1)
+    assert_allclose(agent.probabilities(observation).sum(-1), 1, atol=1e-6)

@@ -22,6 +22,7 @@ from toys import PROMPTS, CountingModel, PlainEpisode, Worth, assert_same, by_su
 
 from textgen_env import Prompt, TableModel
 from textgen_env.config import EnvConfig
+from textgen_env.conversation import PARTNERS, FunctionPartner
 from textgen_env.env import FIRST_ROW, TextGenEnv
 from textgen_env.errors import (
     ConfigError,
@@ -30,9 +31,11 @@ from textgen_env.errors import (
     PromptError,
     ResetNeeded,
     RewardError,
+    SpecError,
     UnknownName,
 )
 from textgen_env.rewards import batch_reward
+from textgen_env.spec import wrap_objects
 
 SMALL = {"top_k": 4, "max_new_tokens": 5, "max_prompt_tokens": 4}
 OBSERVATIONS = ["default", "full", "hidden", "tokens", ("tokens", "length"), ("candidates", "logprobs", "action_mask")]
@@ -127,13 +130,49 @@ def test_a_spec_makes_an_equal_environment_and_holds_objects_by_reference():
 
 
 def test_a_spec_with_objects_is_no_json_and_a_plain_one_round_trips(tmp_path, monkeypatch):
-    with pytest.raises(TypeError, match="Uncopied"):
+    with pytest.raises(SpecError, match=r"model= was given as an object of type TableModel, .* a folder or a hub id"):
         make().spec.to_json()
 
     monkeypatch.setattr("textgen_env.env.load_language_model", lambda *args, **kwargs: letters())
     plain = make(model="letters", reward={"length": 2.0}, stop=("ab",), observation=("tokens", "score"))
     again = gym.make(gym.envs.registration.EnvSpec.from_json(plain.spec.to_json()))
     assert data_equivalence(play(plain, 1), play(again, 1))
+
+
+def clap(text):
+    return float("a" in text)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"reward": clap}, "reward= was given as the object clap, .*REWARDS.register"),
+        ({"reward": {"length": 1.0, "name": clap}}, "reward= was given as an object of type dict"),
+        ({"partner": clap}, "partner= was given as the object clap, .*'script', .*PARTNERS.register"),
+        ({"top_k": np.int64(3)}, "top_k= was given as an object of type int64, .*plain data"),
+    ],
+)
+def test_a_spec_names_the_object_that_is_no_json_and_what_is_allowed(given, message, monkeypatch):
+    monkeypatch.setattr("textgen_env.env.load_language_model", lambda *args, **kwargs: letters())
+    plain = {"model": "letters", "prompts": PROMPTS, "reward": "length", "top_k": 3}
+    turned = {"max_turn_tokens": 2} if "partner" in given else {}
+    spec = copy.deepcopy(gym.spec("TextGen-v0"))
+    spec.kwargs.update(plain | turned | given)
+    for copied in (wrap_objects(spec), copy.deepcopy(wrap_objects(spec))):
+        with pytest.raises(SpecError, match=message) as raised:
+            copied.to_json()
+        assert isinstance(raised.value, TypeError)  # as json itself says it
+
+
+def test_a_registered_partner_goes_through_json(monkeypatch):
+    """What the error tells to do: a name in ``PARTNERS``, and in a new process the module that registers it."""
+    monkeypatch.setattr("textgen_env.env.load_language_model", lambda *args, **kwargs: letters())
+    monkeypatch.setattr(PARTNERS, "_entries", {**PARTNERS._entries})
+    PARTNERS.register("clapping")(lambda times=1: FunctionPartner(lambda conversation: "a" * times))
+    partner = {"name": "clapping", "times": 2}
+    env = gym.make("TextGen-v0", model="letters", prompts=PROMPTS, reward="length", partner=partner, top_k=3)
+    again = gym.make(gym.envs.registration.EnvSpec.from_json(env.spec.to_json()))
+    assert data_equivalence(play(env, 1), play(again, 1))
 
 
 @pytest.mark.parametrize("settings", [{"top_k": np.int64(3)}, {"top_p": np.float32(0.5)}, {"stop": {"ab"}}])

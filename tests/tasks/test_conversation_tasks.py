@@ -31,6 +31,8 @@ SMALL = [
     ("Wordle", {"words": 4, "turns": 2}),
     ("TwentyQuestions", {"animals": 3, "turns": 2}),
     ("TwentyQuestions", {"animals": 2, "turns": 3, "naming": 0.3, "seed": 2}),
+    ("AskAhead", {"doors": 3, "delay": 2}),
+    ("AskAhead", {"doors": 2, "delay": 0, "asking": 0.5, "seed": 1}),
 ]
 
 
@@ -163,6 +165,24 @@ def test_a_worked_game_of_questions():
     assert (reward, reason) == (1.0, "partner")
 
 
+def test_a_worked_game_of_doors():
+    asked = ("Which one? ", "Well. ", "So. ")
+    text, reward, reason = played("AskAhead", 1, *asked, "Door B! ", doors=2, delay=2)
+    assert text == "Ask: Which one? It is B. Well. Hm. So. Hm. Door B! Right."
+    assert (reward, reason) == (1.0, "partner")
+    greeted = ("Nice day. ", "Oh. ", "Oh. ")
+    text, reward, reason = played("AskAhead", 1, *greeted, "Door A! ", doors=2, delay=2)
+    assert text == "Ask: Nice day. Hm. Oh. Hm. Oh. Hm. Door A! Hm. "
+    assert (reward, reason) == (0.0, "length")
+
+
+@pytest.mark.parametrize("asking", [0.1, 0.7])
+def test_who_does_not_remember_names_one_door_of_all(asking):
+    """By hand: each door is as likely, so a name that has nothing to do with it is right once in so many."""
+    bounds = make_task("TextGen/AskAhead-v0", doors=5, delay=7, asking=asking).bounds()
+    assert (bounds.language_model, bounds.best) == (pytest.approx(1 / 5), 1.0)
+
+
 @pytest.mark.parametrize(
     ("guess", "secret", "expected"),
     [
@@ -195,6 +215,9 @@ def test_secrets_can_be_told_apart():
         ("TwentyQuestions", {"turns": 1}, "turns must be a whole number of at least 2, got 1"),
         ("TwentyQuestions", {"animals": 17}, "animals must be a whole number in 2..16"),
         ("TwentyQuestions", {"naming": 0.0}, "naming must be a number in"),
+        ("AskAhead", {"doors": 17}, "doors must be a whole number in 2..16, got 17"),
+        ("AskAhead", {"delay": 65}, "delay must be a whole number in 0..64, got 65"),
+        ("AskAhead", {"asking": 0}, "asking must be a number in"),
     ],
 )
 def test_a_size_out_of_range_says_what_is_allowed(name, sizes, says):

@@ -2,6 +2,7 @@
 
     make_task("TextGen/Needle-v0", depth=6)  ->  Task  ->  make_vec(64), test_prompts, bounds()
     gym.make("TextGen/Needle-v0", depth=6, observation="full")  ->  its environment
+    "Needle:depth=6"  ->  task_id  ->  "TextGen/Needle-v0:depth=6"  ->  open_task  ->  Task
 
 Tasks are registered in ``TASKS`` and, under the same ids, with Gymnasium. Every keyword of a task
 (length, depth, noise ...) is a size, so a sweep of difficulty is one line.
@@ -10,8 +11,10 @@ Tasks are registered in ``TASKS`` and, under the same ids, with Gymnasium. Every
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -109,6 +112,40 @@ def make_task(id: str, **sizes: Any) -> Task:
         if name not in known:
             raise unknown_name(f"size of {id}", name, known)
     return factory(**sizes)
+
+
+def task_id(spec: str) -> str:
+    """Return a task's id with its sizes, given that or its short name: ``Needle:depth=6``.
+
+    Raises:
+        UnknownName: no such task.
+    """
+    name, *sizes = spec.split(":")
+    known = {id.removeprefix("TextGen/").removesuffix("-v0"): id for id in TASKS}
+    if name not in TASKS and name not in known:
+        raise unknown_name("task", name, known)
+    return ":".join([known.get(name, name), *sizes])
+
+
+@lru_cache(maxsize=64)
+def open_task(spec: str) -> Task:
+    """Return the task that ``task_id`` names.
+
+    Raises:
+        UnknownName: no such task or size.
+        ConfigError: a size that is no ``name=value``, or out of its range.
+    """
+    id, *sizes = spec.split(":")
+    given: dict[str, Any] = {}
+    for size in sizes:
+        name, equals, value = size.partition("=")
+        if not equals:
+            raise ConfigError(f"the size of a task is written name=value, got {size!r} in {spec!r}")
+        try:
+            given[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            given[name] = value
+    return make_task(id, **given)
 
 
 def _task_and_settings(id: str, given: Mapping[str, Any], also: tuple[str, ...] = ()) -> tuple[Task, dict[str, Any]]:
