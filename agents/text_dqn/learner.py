@@ -38,6 +38,9 @@ REFIT = 1.3
 ASKED = 4
 """Prefixes of a text about which the judge is asked, on average, with ``score="judge"``."""
 
+LEAST_CARRIED = 0.4
+"""Share of a return that is carried back a token however good the learned scores are: values spread faster."""
+
 VISITED = 256
 """Texts from which the scorer takes what the language model adds on average."""
 
@@ -236,6 +239,16 @@ class Learner:
         owed = self.steps // self.steps_per_update - (self.updates - self.offline_updates)
         return max(0, owed) if self.replay.episodes_seen else 0
 
+    @property
+    def objective_now(self) -> ObjectiveSettings:
+        """The objective, with returns trusted as far as the learned scores leave something to say.
+
+        A score of the next candidates is a target without noise; a return has the noise of all that followed.
+        """
+        unexplained = 1.0 - max(0.0, self.held_out)
+        carried = self.objective.trace_lambda * max(LEAST_CARRIED, unexplained)
+        return replace(self.objective, trace_lambda=carried, end_weight=unexplained)
+
     def update(self, count: int = 1, offline: bool = False) -> Floats:
         """Do ``count`` gradient steps and return their losses.
 
@@ -261,7 +274,7 @@ class Learner:
 
     def _update(self) -> float:
         batch = self._scored(self.replay.sample(self.batch_size))
-        loss = OBJECTIVES[self.target](self.network, self.slow_network, batch, self.objective)
+        loss = OBJECTIVES[self.target](self.network, self.slow_network, batch, self.objective_now)
         self.optimizer.zero_grad()
         loss.backward()
         weights = list(self.network.parameters())

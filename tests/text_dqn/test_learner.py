@@ -43,6 +43,15 @@ def test_the_learner_learns_in_a_loop_of_one_s_own_without_stable_baselines3():
     assert run.stdout.splitlines()[-1:] == ["10"], run.stderr
 
 
+def test_returns_are_trusted_as_far_as_learned_scores_leave_something_to_say():
+    learner = agent_in(make(), trace_lambda=0.9).learner
+    for held_out, carried, end_weight in ((0.0, 0.9, 1.0), (-0.2, 0.9, 1.0), (0.25, 0.675, 0.75), (0.9, 0.36, 0.1)):
+        learner.held_out = held_out
+        now = learner.objective_now
+        assert (now.trace_lambda, now.end_weight) == pytest.approx((carried, end_weight))
+        assert (now.beta, now.gamma) == (learner.objective.beta, learner.objective.gamma)
+
+
 @pytest.mark.parametrize("reset", [True, False])
 def test_updates_are_owed_for_every_step_of_every_learn(reset):
     agent = agent_in(make())
