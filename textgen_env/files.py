@@ -112,8 +112,13 @@ def locked(folder: str | os.PathLike[str], name: str = LOCK_FILE) -> Iterator[No
 
 def _lock(path: Path) -> int:
     """Return the descriptor of the lock file, locked."""
-    import fcntl
-
+    try:
+        import fcntl
+    except ImportError as error:
+        raise RunFolderError(
+            f"cannot work in {str(path.parent)!r}: a folder is locked while one process writes to it, and Python has no "
+            "fcntl on this system; use Linux, macOS, or Windows' WSL"
+        ) from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:

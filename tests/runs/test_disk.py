@@ -152,3 +152,13 @@ def test_security_a_file_replaces_a_link_and_is_not_written_through_it(tmp_path)
     write_file(tmp_path / "link", "new")
     assert (tmp_path / "target").read_text() == "old"
     assert (tmp_path / "link").read_text() == "new"
+
+
+def test_a_system_whose_python_cannot_lock_files_is_told_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with (
+        pytest.raises(RunFolderError, match="no fcntl on this system; use Linux, macOS, or Windows' WSL"),
+        locked(tmp_path),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
