@@ -116,8 +116,8 @@ def _lock(path: Path) -> int:
         import fcntl
     except ImportError as error:
         raise RunFolderError(
-            f"cannot work in {str(path.parent)!r}: a folder is locked while one process writes to it, and Python has no "
-            "fcntl on this system; use Linux, macOS, or Windows' WSL"
+            f"cannot work in {str(path.parent)!r}: a folder is locked while one process writes to it, and Python has "
+            "no fcntl on this system; use Linux, macOS, or Windows' WSL"
         ) from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
