@@ -208,11 +208,12 @@ class Yardstick:
         # A choice among conversations that have ended would know the partner's answers.
         most = 0 if self.are_conversations else rewards.shape[1]
         bests = {n: best_of_n(rewards, n) for n in BEST_OF if n <= most}
+        shown = [n for n in bests if n <= 16][-1:]
         best = BOUND if self.are_conversations else BEST
         rows = [
             self.row("language model, sampled", self.samples),
             self.row("language model, greedy", self.greedy, distinct=False),
-            *(self._plain_row(f"best of {n} samples", bests[n], True) for n in [*bests][:5][-1:]),
+            *(self._plain_row(f"best of {n} samples", bests[n], kl_at_most=True) for n in shown),
             *(self.row(LOOKAHEAD, evaluation) for evaluation in self.lookahead[:1]),
             *(self.row(agent, evaluation) for evaluation in evaluations[:1]),
             self._plain_row(best, self.best.point),
