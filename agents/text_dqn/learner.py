@@ -38,8 +38,8 @@ REFIT = 1.3
 ASKED = 4
 """Prefixes of a text about which the judge is asked, on average, with ``score="judge"``."""
 
-LEAST_CARRIED = 0.4
-"""Share of a return that is carried back a token however good the learned scores are: values spread faster."""
+LEAST_CARRIED = 0.7
+"""Share of a return that is carried back a token however good the learned scores are: what they miss may matter."""
 
 VISITED = 256
 """Texts from which the scorer takes what the language model adds on average."""
@@ -241,13 +241,12 @@ class Learner:
 
     @property
     def objective_now(self) -> ObjectiveSettings:
-        """The objective, with returns trusted as far as the learned scores leave something to say.
+        """The objective, with returns carried back less far where learned scores explain the reward.
 
         A score of the next candidates is a target without noise; a return has the noise of all that followed.
         """
-        unexplained = 1.0 - max(0.0, self.held_out)
-        carried = self.objective.trace_lambda * max(LEAST_CARRIED, unexplained)
-        return replace(self.objective, trace_lambda=carried, end_weight=unexplained)
+        carried = max(LEAST_CARRIED, 1.0 - max(0.0, self.held_out))
+        return replace(self.objective, trace_lambda=self.objective.trace_lambda * carried)
 
     def update(self, count: int = 1, offline: bool = False) -> Floats:
         """Do ``count`` gradient steps and return their losses.

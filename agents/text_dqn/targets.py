@@ -80,13 +80,11 @@ class ObjectiveSettings:
         beta: The trade between reward and KL, reward units a nat; positive.
         trace_lambda: In 0..1; how much of the correction is carried back.
         gamma: Discount; the task itself has none.
-        end_weight: Of the error at the last step of a text, where the reward itself is paid.
     """
 
     beta: float
     trace_lambda: float = 1.0
     gamma: float = 1.0
-    end_weight: float = 1.0
 
 
 def lambda_targets(
@@ -134,8 +132,7 @@ def regression(
     # The loss reads Q of the taken candidates at_actions, so at_actions that is computed: a k-th of the work.
     observations, taken = at_actions(batch.observations, looked_up, batch.actions)
     values = online.episode_values(observations, taken).squeeze(-1)  # (heads, B, T)
-    weights = torch.where(batch.ended, settings.end_weight, 1.0)
-    return (weights * (values - target) ** 2)[:, batch.acted].mean()
+    return ((values - target) ** 2)[:, batch.acted].mean()
 
 
 for _name in TRACES:

@@ -10,9 +10,8 @@ from toys import Worth, letters
 
 import textgen_env  # noqa: F401  (registers the environment)
 from agents.runs.optimum import TextTree
-from agents.text_dqn.networks import LookedUp
 from agents.text_dqn.replay import EpisodeBatch
-from agents.text_dqn.targets import OBJECTIVES, TRACES, ObjectiveSettings, lambda_targets, log_policy, soft_value
+from agents.text_dqn.targets import TRACES, ObjectiveSettings, lambda_targets, log_policy, soft_value
 
 BETA = 0.3
 
@@ -116,31 +115,6 @@ def test_targets_of_a_text_of_two_tokens_worked_by_hand():
     np.testing.assert_allclose(often.numpy(), [[0.5 + value + pi * (2.0 - 3.0), 2.0]], rtol=1e-6)
     half = lambda_targets(two_steps(), q, ObjectiveSettings(1.0, gamma=0.5), "peng")
     np.testing.assert_allclose(half.numpy(), [[0.5 + 0.5 * 2.0, 2.0]], rtol=1e-6)
-
-
-class Valued:
-    """A network whose Q is a number for each token."""
-
-    def __init__(self, *values):
-        self.values = torch.tensor(values)
-
-    def look_up(self, candidates, tokens):
-        return LookedUp(torch.empty(0), candidates, tokens)
-
-    def episode_values(self, observations, looked_up):
-        return self.values[looked_up.candidates].unsqueeze(0)
-
-
-@pytest.mark.parametrize("end_weight", [1.0, 0.25, 0.0])
-def test_the_last_step_weighs_as_much_as_said(end_weight):
-    batch = two_steps()
-    batch.observations["candidates"] = torch.tensor([[[0, 1], [2, 3]]])
-    online, slow = Valued(0.0, 0.0, 0.0, 0.0), Valued(0.0, 0.0, 1.0, 3.0)
-
-    loss = OBJECTIVES["retrace"](online, slow, batch, ObjectiveSettings(1.0, end_weight=end_weight))
-
-    first = 0.5 + np.log((np.e + np.e**3) / 2) + (2.0 - 3.0)  # the targets worked by hand above
-    assert loss.item() == pytest.approx((first**2 + end_weight * 2.0**2) / 2)
 
 
 def test_a_text_cut_off_from_outside_bootstraps_from_its_last_state():
