@@ -1,4 +1,4 @@
-"""Conversations in a chat template: a reply is a user's turn, and the assistant's next one is opened behind it.
+"""Conversations in a chat template: a reply is a user's turn, and the assistant's next one is opened behind it::
 
     prompt of ``chat`` | answer <|im_end|> | <|im_start|>user reply <|im_end|> <|im_start|>assistant | answer <|im_end|>
 
