@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
+from textgen_env.models.device import own_cores
+
 ROOT = Path(__file__).resolve().parents[1]
 WAITING: Mapping[str, Mapping[str, str]] = {"as OpenMP comes": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
 """Ways of waiting: what each adds to an environment without settings of OpenMP."""
@@ -92,11 +94,6 @@ def steps_a_second(model: str, rows: int, seconds: float) -> float:
         env.step(rng.integers(16, size=rows))
         times.append(time.perf_counter() - started)
     return rows * (len(times) - 1) / sum(times[1:])  # the first one warms up
-
-
-def own_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import time
@@ -38,6 +37,7 @@ import textgen_env  # noqa: F401  registers TextGen-v0
 from agents.sb3_vec import SB3VecEnv
 from textgen_env.files import write_file
 from textgen_env.models import load_pretrained
+from textgen_env.models.device import own_cores
 from textgen_env.models.hf import HFModel
 
 CANDIDATES = 16
@@ -224,7 +224,7 @@ def machine() -> dict[str, Any]:
     return {
         "machine": f"{names[0] if names else platform.processor() or platform.machine()}, {platform.system()}",
         "flags": next((name for flag, name in WIDEST.items() if flag in flags), ""),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": own_cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit.stdout.strip() or None,

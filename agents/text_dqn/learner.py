@@ -68,7 +68,8 @@ class Learner:
         beta_start: Temperature of the behaviour at the first step; it falls geometrically to
             ``beta`` over ``exploration_fraction`` of the training.
         lm_share: Share of the texts that the language model writes: what the scorer learns most from.
-        target, trace_lambda, gamma: See ``agents.text_dqn.targets``.
+        target, trace_lambda, gamma: See ``agents.text_dqn.targets``; beside learned scores less of the
+            lambda, see ``objective_now``.
         steps_per_update: Environment steps for each update.
         batch_size: Whole episodes an update.
         tau: Share of the online network that the slow one takes over at each update.

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from textgen_env.models.device import own_cores
+
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 AS_A_LIBRARY = f"""
 import os
@@ -42,3 +44,10 @@ def test_threads_of_the_command_line_wait_passively_unless_the_user_says_otherwi
 
 def test_to_import_the_library_and_load_a_model_leaves_the_settings_of_the_process():
     stderr_of(AS_A_LIBRARY)
+
+
+def test_all_cores_are_ours_where_a_process_cannot_ask(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
+    for known, expected in ((3, 3), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda known=known: known)
+        assert own_cores() == expected

@@ -91,7 +91,7 @@ def release_freed_memory() -> None:
 
 def own_cores() -> int:
     """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
 
 
 def pick_device() -> torch.device:
