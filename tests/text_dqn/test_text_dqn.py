@@ -132,8 +132,8 @@ def test_running_scores_lead_to_the_same_optimum_however_they_are_paid(reward_at
 @pytest.mark.slow
 def test_a_reward_on_a_token_that_greedy_decoding_never_takes_is_found():
     model = TableModel(["a", "b", "c"], [0.7, 0.25, 0.05], end=None)
-    env = make(model=model, prompts=["a"], top_k=3, max_new_tokens=3, reward=lambda text: float(text == "bcb"))
-    agent = small_agent(env, beta=0.05, beta_start=1.0)
+    env = make(32, model=model, prompts=["a"], top_k=3, max_new_tokens=3, reward=lambda text: float(text == "bcb"))
+    agent = small_agent(env, beta=0.05, beta_start=1.0, policy_kwargs=SMALL)
 
     agent.learn(16_000)
 
