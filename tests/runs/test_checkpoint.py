@@ -251,6 +251,15 @@ def test_a_finished_run_is_not_resumed(tmp_path):
         resume(tmp_path / "run", model=weather())
 
 
+@pytest.fixture
+def hangups_count():
+    """Under nohup a hangup is ignored, and then a run ignores it, too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups_count")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_there(tmp_path, signum):
     def reward(completion):
