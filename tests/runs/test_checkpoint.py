@@ -321,8 +321,8 @@ def test_ten_kills_and_a_resumed_run_ends_like_one_that_was_never_killed(tiny_ru
     rng = random.Random(0)
     killed = tiny_run / "killed"
     process = command(tiny_run, "--config", tiny_run / "config.json", "--out", killed)
-    kills, seen = 0, 0
-    while kills < 10:
+    kills, seen, latest = 0, 0, time.monotonic() + 240
+    while kills < 10 and time.monotonic() < latest:
         checkpoint = newest_checkpoint(killed / "checkpoints")
         if process.poll() is not None:
             break
@@ -347,7 +347,9 @@ def test_ten_kills_and_a_resumed_run_ends_like_one_that_was_never_killed(tiny_ru
 def test_the_command_line_says_how_to_go_on(tiny_run, signum, code):
     folder = tiny_run / "run"
     process = command(tiny_run, "--config", tiny_run / "config.json", "--out", folder)
+    latest = time.monotonic() + 120
     while newest_checkpoint(folder / "checkpoints") is None and process.poll() is None:
+        assert time.monotonic() < latest, "no checkpoint in two minutes"
         time.sleep(0.01)
     process.send_signal(signum)
     said = process.communicate()
