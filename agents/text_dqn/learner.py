@@ -22,8 +22,9 @@ import numpy.typing as npt
 import torch
 
 from agents.text_dqn.networks import CandidateQNetwork, Tensors, prior
+from agents.text_dqn.outlook import Visited
 from agents.text_dqn.replay import EpisodeBatch, EpisodeReplay
-from agents.text_dqn.scorer import LEAST_TEXTS, Visited
+from agents.text_dqn.scorer import LEAST_TEXTS
 from agents.text_dqn.settings import COUNT, MANY, NATS, Range
 from agents.text_dqn.targets import OBJECTIVES, ObjectiveSettings, log_policy
 from textgen_env.errors import ConfigError, DivergenceError
@@ -41,8 +42,8 @@ ASKED = 4
 LEAST_CARRIED = 0.7
 """Share of a return that is carried back a token however good the learned scores are: what they miss may matter."""
 
-VISITED = 256
-"""Texts from which the scorer takes what the language model adds on average."""
+VISITED = 2_000
+"""Texts from which the scorer takes what the language model adds on average; fewer where they are longer than 20."""
 
 
 @dataclass(frozen=True)
@@ -297,11 +298,15 @@ class Learner:
         seen = self.replay.episodes_seen
         if self.network.scorer is None or self.slow_network.scorer is None or seen < self._fit_at:
             return
-        texts, some = self.replay.texts(), self.replay.spread(VISITED)
+        texts = self.replay.texts()
         if len(texts.lengths) < LEAST_TEXTS:
             return
+        count = min(VISITED, VISITED * 20 // self.network.max_new_tokens + 1)
+        some = self.replay.spread(count, ("candidates", "logprobs", "action_mask"))
+        assert some.folds is not None  # the replay has set them
         mu = prior(some.observations).exp()
-        visited = Visited(some.tokens, some.observations["candidates"].long(), mu, some.acted)
+        candidates = some.observations["candidates"].long()
+        visited = Visited(some.tokens, candidates, mu, some.acted, some.by_language_model, some.folds)
         self.held_out = self.network.fit_scorer(texts, visited, self.objective.beta)
         self.slow_network.scorer.load_state_dict(self.network.scorer.state_dict())
         self._fit_at = max(seen + LEAST_TEXTS, int(seen * REFIT))

@@ -27,7 +27,8 @@ from gymnasium import spaces
 from torch import nn
 from torch.nn import functional
 
-from agents.text_dqn.scorer import JudgedTexts, TextScorer, Visited, directions
+from agents.text_dqn.outlook import Visited
+from agents.text_dqn.scorer import JudgedTexts, TextScorer, directions
 from textgen_env.conversation import AGENT
 from textgen_env.errors import ConfigError, ModelError
 from textgen_env.models.base import LanguageModel

@@ -13,7 +13,7 @@ part of the score that is not yet paid, 0 at the end. That keeps every optimum, 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,8 +271,13 @@ class EpisodeReplay:
         envs = np.searchsorted(ends, picks, side="right")
         return self.batch([(int(e), *self.episodes[e][int(i - ends[e])]) for e, i in zip(envs, picks, strict=True)])
 
-    def batch(self, picks: list[tuple[int, int, int]]) -> EpisodeBatch:
-        """Return the episodes ``(environment, first step, length)``, padded to the longest."""
+    def batch(self, picks: list[tuple[int, int, int]], keys: Sequence[str] | None = None) -> EpisodeBatch:
+        """Return the episodes ``(environment, first step, length)``, padded to the longest.
+
+        Args:
+            picks: The episodes.
+            keys: Of the observations; all if not given.
+        """
         envs = np.array([env for env, _, _ in picks])[:, None]
         first = np.array([start for _, start, _ in picks])[:, None]
         lengths = np.array([length for _, _, length in picks])[:, None]
@@ -284,7 +289,7 @@ class EpisodeReplay:
             return torch.from_numpy(self.store[name][envs, at]).to(self.device)
 
         return EpisodeBatch(
-            observations={key: tensor(key) for key in self.keys},
+            observations={key: tensor(key) for key in self.keys if keys is None or key in keys},
             actions=tensor("action"),
             tokens=tensor("token").long(),
             rewards=tensor("reward"),
@@ -318,10 +323,10 @@ class EpisodeReplay:
             finished=np.arange(len(tokens) + len(texts)) < len(tokens),
         )
 
-    def spread(self, count: int) -> EpisodeBatch:
-        """Return up to ``count`` episodes, spread evenly over all that are kept."""
+    def spread(self, count: int, keys: Sequence[str]) -> EpisodeBatch:
+        """Return up to ``count`` episodes, spread evenly over all that are kept, with these keys of observations."""
         picks = [(env, *episode) for env, ring in enumerate(self.episodes) for episode in ring]
-        return self.batch([picks[i] for i in np.unique(np.linspace(0, len(picks) - 1, count).astype(int))])
+        return self.batch([picks[i] for i in np.unique(np.linspace(0, len(picks) - 1, count).astype(int))], keys)
 
     def state_dict(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Return the steps as arrays, without the part of the rings that was never written, and plain data."""

@@ -13,8 +13,8 @@ predictions for texts that were left out. The curve is fitted to such prediction
 judge saturates, and it is flat where nothing was learned: a random judge scores every prefix alike.
 
 The score of a prefix is the soft value beta log E[exp(g / beta)] over what the rest of the text will
-add, if the language model writes on as it does on average: roughly what the best possible policy
-would make of it. As a potential it moves no optimum, however wrong it is.
+add, if the language model writes on as it does on average after the last token: roughly what the
+best possible policy would make of it. As a potential it moves no optimum, however wrong it is.
 
 Source: return decomposition, Arjona-Medina et al. 2019, arXiv:1806.07857; single-index models,
 Kakade et al. 2011, arXiv:1104.2018; hashed features, Weinberger et al. 2009, arXiv:0902.2206.
@@ -29,6 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from agents.text_dqn.outlook import Course, Visited, course, still_to_come
 from agents.text_dqn.ridge import PENALTIES, Design, Fitted, cross_fit, rising_curve, weigh_groups
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
@@ -50,6 +51,12 @@ MARKS = np.linspace(-2.5, 2.5, 11)
 
 GRID = (64, 48)
 """Values of z and of the length for which potentials are tabulated."""
+
+AHEAD = 2
+"""Tokens after the last one whose contributions depend on it; what comes later is taken as it is on average."""
+
+FEW_VISITS = 2.0
+"""Visits of a token at which half of what it lets expect is believed."""
 
 LEAST_TEXTS = 50
 """Finished texts below which nothing is fitted."""
@@ -79,15 +86,6 @@ class JudgedTexts(NamedTuple):
     finished: npt.NDArray[np.bool_]  # (n,) False for prefixes that were judged as they stood
 
 
-class Visited(NamedTuple):
-    """States that were visited, for what the language model adds on average."""
-
-    tokens: torch.Tensor  # (m, T)
-    candidates: torch.Tensor  # (m, T, k)
-    probabilities: torch.Tensor  # (m, T, k) under the language model
-    acted: torch.Tensor  # (m, T) bool
-
-
 class TextScorer(nn.Module):
     """Scores of prefixes and of their candidates. All its state is buffers, so networks save and load it.
 
@@ -110,6 +108,8 @@ class TextScorer(nn.Module):
     last: torch.Tensor
     potential: torch.Tensor
     drift: torch.Tensor
+    ahead: torch.Tensor
+    persistence: torch.Tensor
     grid: torch.Tensor
 
     def __init__(self, vocab_size: int, max_new_tokens: int) -> None:
@@ -128,6 +128,8 @@ class TextScorer(nn.Module):
             "last": (FOLDS + 1, vocab_size),
             "potential": (max_new_tokens + 1, *GRID),  # after t tokens, by the z and the length that are to be expected
             "drift": (2, max_new_tokens + 1),  # of z and of the length, still to come after t tokens
+            "persistence": (2, max_new_tokens + 1),  # what a unit of either after t tokens is worth in the end
+            "ahead": (FOLDS + 1, AHEAD, vocab_size),  # more than on average that follows a token, by the tokens left
             "grid": (2, 2),  # lowest value and step, of z and of the length
         }
         for name, shape in shapes.items():
@@ -165,9 +167,17 @@ class TextScorer(nn.Module):
         done = (steps.unsqueeze(-1) >= self.max_new_tokens - 1) | _at(self.ends, candidates).bool()
         table = self._table(tokens, folds).view(-1, 1, 1)
         more = more + torch.where(done, _at(self.last, table * self.vocab_size + candidates), 0.0)
-        after = torch.where(done, self.max_new_tokens, steps.unsqueeze(-1) + 1)
-        score = self._look_up(steps, index, length).unsqueeze(-1)
-        return score, self._look_up(after, index.unsqueeze(-1) + more, length.unsqueeze(-1) + longer)
+        before, steps = tokens.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1), steps.unsqueeze(-1)
+        after = torch.where(done, self.max_new_tokens, steps + 1)
+        index, length = index.unsqueeze(-1), length.unsqueeze(-1)
+        score = self._look_up(steps, index + self._expected(table, before, steps), length)
+        return score, self._look_up(after, index + more + self._expected(table, candidates, after), length + longer)
+
+    def _expected(self, table: torch.Tensor, last: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """Return what more than on average will be added to z after the last of ``steps`` tokens, (B, S, c)."""
+        left = self.max_new_tokens - steps
+        place = (table * AHEAD + left.clamp(1, AHEAD) - 1) * self.vocab_size + last
+        return torch.where((steps > 0) & (left > 0), _at(self.ahead, place), 0.0)
 
     def _parts(
         self, tokens: torch.Tensor, steps: torch.Tensor, candidates: torch.Tensor, folds: torch.Tensor | None
@@ -202,7 +212,8 @@ class TextScorer(nn.Module):
         corners = []
         for axis, value in enumerate((index, length)):
             low, step = self.grid[axis].tolist()
-            place = ((value + _at(self.drift[axis], steps) - low) / step).clamp(0, GRID[axis] - 1)
+            expected = _at(self.persistence[axis], steps) * value + _at(self.drift[axis], steps)
+            place = ((expected - low) / step).clamp(0, GRID[axis] - 1)
             floor = place.floor().long().clamp(max=GRID[axis] - 2)
             corners.append((floor, place - floor))
         (i, a), (j, b) = corners
@@ -232,6 +243,7 @@ class TextScorer(nn.Module):
             return 0.0
         curve = rising_curve(predicted, rewards)
         of_length = self._take_weights(design, fitted, vectors)
+        self._look_ahead(visited)
         self._tabulate(curve, marks, of_length, predicted, visited, beta)
         return float(1 - ((rewards - predicted) ** 2).mean() / rewards.var())
 
@@ -309,9 +321,11 @@ class TextScorer(nn.Module):
         beta: float,
     ) -> None:
         """Tabulate the potential: the soft mean of the curve over a normal law of what is still to come."""
-        means, variances = self._course(visited)  # (2, T) a step
-        self.drift.copy_(torch.from_numpy(_still_to_come(means)))
-        deviations = np.sqrt(_still_to_come(variances))  # (2, T + 1)
+        courses = self._courses(visited)
+        deviations = [np.sqrt(still_to_come(of.variance * of.persistence[1:] ** 2)) for of in courses]
+        for axis, of in enumerate(courses):
+            drift = still_to_come(of.mean) - (of.persistence - 1) * of.so_far
+            self.persistence[axis], self.drift[axis] = torch.from_numpy(of.persistence), torch.from_numpy(drift)
         mean, deviation = marks
         length = np.linspace(max(0.0, mean - 4 * deviation), mean + 4 * deviation, GRID[1])
         added = _hats(length, marks) @ of_length
@@ -331,21 +345,33 @@ class TextScorer(nn.Module):
             self.grid[axis] = torch.tensor([values[0], values[1] - values[0]])
 
     @torch.no_grad()
-    def _course(self, visited: Visited) -> tuple[Floats, Floats]:
-        """Return mean and variance of what the language model adds to z and to the length at each step, (2, T)."""
+    def _look_ahead(self, visited: Visited) -> None:
+        """Find what each token lets expect of the next ones: value iteration over the states that follow it."""
+        tokens, there = visited.tokens, visited.acted[:, 1:]
+        steps = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        last, candidates = tokens[:, :-1][there], visited.candidates[:, 1:][there]  # (n,), (n, k)
+        mu, goes_on = visited.probabilities[:, 1:][there], 1.0 - _at(self.ends, candidates)
+        visits = torch.bincount(last, minlength=self.vocab_size)
+        for fold in range(FOLDS + 1):
+            _, _, more, _ = self._parts(tokens, steps, visited.candidates, torch.full_like(tokens[:, 0], fold))
+            more, value = more[:, 1:][there], torch.zeros_like(self.characters)
+            for depth in range(AHEAD):
+                gain = (mu * (more + goes_on * _at(value, candidates))).sum(-1)
+                sums = torch.zeros_like(value).index_add_(0, last, gain - gain.mean())
+                value = sums / (visits + FEW_VISITS)
+                self.ahead[fold, depth] = value
+
+    @torch.no_grad()
+    def _courses(self, visited: Visited) -> tuple[Course, Course]:
+        """Return how the language model adds to z and to the length."""
         tokens, mu = visited.tokens, visited.probabilities
         steps = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        _, _, more, longer = self._parts(tokens, steps, visited.candidates, None)
-        means, variances = np.zeros((2, 2, self.max_new_tokens))
-        weight = visited.acted.double()
-        for axis, added in enumerate((more.double(), longer.double())):
-            at_states = (mu * added).sum(-1)  # (m, T)
-            squares = (mu * added**2).sum(-1)
-            total = weight.sum(0).clamp(min=1)
-            mean = (at_states * weight).sum(0) / total
-            means[axis, : len(mean)] = mean.cpu().numpy()
-            variances[axis, : len(mean)] = ((squares * weight).sum(0) / total - mean**2).clamp(min=0).cpu().numpy()
-        return means, variances
+        z, length, more, longer = self._parts(tokens, steps, visited.candidates, visited.folds)
+        table, after = visited.folds.view(-1, 1, 1), steps.unsqueeze(-1) + 1
+        ahead = self._expected(table, tokens.unsqueeze(-1), after).squeeze(-1)
+        ahead = ahead - (mu * self._expected(table, visited.candidates, after)).sum(-1)
+        of_z = course(z, more, ahead, visited, self.max_new_tokens)
+        return of_z, course(length, longer, torch.zeros_like(ahead), visited, self.max_new_tokens)
 
 
 def directions(language_model: LanguageModel) -> Floats:
@@ -388,11 +414,6 @@ def _hats(length: Floats, marks: tuple[float, float]) -> Floats:
     place = np.clip((length - mean) / deviation, MARKS[0], MARKS[-1])
     hats: Floats = np.maximum(0.0, 1 - np.abs(place[..., None] - MARKS) / (MARKS[1] - MARKS[0]))
     return hats
-
-
-def _still_to_come(values: Floats) -> Floats:
-    """Return the sums of (2, T) values from each step on, (2, T + 1)."""
-    return np.pad(values[:, ::-1].cumsum(1)[:, ::-1], ((0, 0), (0, 1)))
 
 
 def _correlates(predicted: Floats, rewards: Floats) -> bool:

@@ -3,8 +3,9 @@
 agent, environment with validation prompts  ->  texts at each temperature, on the same luck
                                             ->  the one with the most E[R] - target_beta KL
 
-A few hundred texts tell two temperatures apart only roughly. So the temperature that the agent learned
-for stays, unless another is better by more than a standard error, or the language model is as good.
+A few hundred texts for a few prompts tell two temperatures apart only roughly, and other prompts may
+prefer another. So the temperature that the agent learned for stays, unless another is better by more
+than ``LEAST_EVIDENCE`` standard errors, or the language model is as good.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ MULTIPLES = (0.7, 1.0, 1.4, 2.0)
 
 LANGUAGE_MODEL = 1e6
 """A temperature, reward units a nat, at which an agent is the language model."""
+
+LEAST_EVIDENCE = 3.0
+"""Standard errors of the difference, text by text, by which another temperature must be better."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,9 @@ def validate(
 def best_supported(found: Mapping[float, Floats], learned_for: float) -> float:
     """Return the temperature of ``found``, which has (n,) values of texts at each, that the values speak for."""
     means = {beta: float(values.mean()) for beta, values in found.items()}
-    errors = {beta: float(values.var()) / len(values) for beta, values in found.items()}
     chosen = max(means, key=lambda beta: means[beta])
-    if chosen != LANGUAGE_MODEL and means[chosen] - means[learned_for] <= np.sqrt(errors[chosen] + errors[learned_for]):
-        chosen = learned_for
+    if chosen != LANGUAGE_MODEL:
+        gains = found[chosen] - found[learned_for]
+        if gains.mean() <= LEAST_EVIDENCE * gains.std() / np.sqrt(len(gains)):
+            chosen = learned_for
     return LANGUAGE_MODEL if means[LANGUAGE_MODEL] >= means[chosen] else chosen

@@ -12,10 +12,12 @@ from toys import PROMPTS, letters
 
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.networks import NEEDED_KEYS
+from agents.text_dqn.outlook import Visited
 from agents.text_dqn.ridge import Design, cross_fit, rising_curve, weigh_groups
-from agents.text_dqn.scorer import FOLDS, JudgedTexts, TextScorer, Visited
+from agents.text_dqn.scorer import FOLDS, JudgedTexts, TextScorer
 from agents.text_dqn.validation import LANGUAGE_MODEL, best_supported
 from textgen_env.errors import ConfigError
+from textgen_env.policies import sample
 
 VOCABULARY, LENGTH, TEXTS, BETA = 12, 6, 1500, 0.1
 
@@ -31,9 +33,13 @@ def visited(found):
     count, k = min(200, len(found.tokens)), 4
     tokens = torch.from_numpy(found.tokens[:count])
     candidates = torch.from_numpy(np.random.default_rng(1).integers(1, VOCABULARY, (count, LENGTH, k)))
-    return Visited(
-        tokens, candidates, torch.full((count, LENGTH, k), 1 / k), torch.ones(count, LENGTH, dtype=torch.bool)
-    )
+    return Visited(tokens, candidates, torch.full((count, LENGTH, k), 1 / k), *of_texts(count))
+
+
+def of_texts(count):
+    """All tokens were drawn by the language model; the folds of ``texts``."""
+    there = torch.ones(count, LENGTH, dtype=torch.bool)
+    return there, there, torch.arange(count) % FOLDS
 
 
 def fitted(found):
@@ -122,6 +128,49 @@ def test_a_prefix_is_scored_without_what_follows_it():
         alone = scorer(other, torch.full((len(tokens), 1), step), candidates[:, step : step + 1])
         torch.testing.assert_close(alone[0][:, 0], whole[0][:, step])
         torch.testing.assert_close(alone[1][:, 0], whole[1][:, step])
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_a_token_is_worth_what_it_lets_expect(left):
+    """A judge counts token 5, which always follows 3; the chances of what comes next are powers of a matrix."""
+    rng = np.random.default_rng(11)
+    follows = rng.dirichlet(np.ones(VOCABULARY - 1), VOCABULARY - 1)  # [a, b], ids from 1 on
+    follows[2] = np.eye(VOCABULARY - 1)[4]  # after 3 comes 5
+    found = texts(lambda row: float((row == 5).sum()))
+    scorer = TextScorer(VOCABULARY, LENGTH)
+    scorer.characters.fill_(1.0)
+    everything = torch.arange(1, VOCABULARY).expand(TEXTS, LENGTH, VOCABULARY - 1)
+    mu = torch.full((TEXTS, LENGTH, VOCABULARY - 1), 1 / (VOCABULARY - 1))
+    mu[:, 1:] = torch.from_numpy(follows).float()[torch.from_numpy(found.tokens[:, :-1]) - 1]
+    states = Visited(torch.from_numpy(found.tokens), everything, mu, *of_texts(TEXTS))
+    scorer.fit(found, np.zeros((VOCABULARY, 1)), states, 100.0)  # warm: the soft value is the mean
+    steps = torch.full((1, 1), LENGTH - 1 - left)
+    _, scores = scorer(torch.ones(1, LENGTH, dtype=torch.long), steps, everything[:1, :1])
+    counted = np.arange(1, VOCABULARY) == 5
+    exact = sum(np.linalg.matrix_power(follows, n) @ counted for n in range(left + 1))
+    scores = scores[0, 0].numpy()
+    np.testing.assert_allclose(scores - scores.mean(), exact - exact.mean(), atol=0.12)
+    assert exact[2] - exact.mean() > 0.4
+
+
+def test_what_was_said_early_counts_for_what_it_makes_likely_later():
+    """The more often token 5 has occurred, the likelier it comes again: its chance is 0.1, and 0.12 more each time."""
+    rng, often = np.random.default_rng(12), np.arange(1, VOCABULARY) == 5
+    mu = np.zeros((TEXTS, LENGTH, VOCABULARY - 1))
+    tokens = np.zeros((TEXTS, LENGTH), np.int64)
+    for step in range(LENGTH):
+        chance = 0.1 + 0.12 * (tokens[:, :step] == 5).sum(1, keepdims=True)
+        mu[:, step] = np.where(often, chance, (1 - chance) / (VOCABULARY - 2))
+        tokens[:, step] = 1 + sample(mu[:, step], rng.random(TEXTS))
+    found = texts(JUDGES["a token"])._replace(tokens=tokens, rewards=(tokens == 5).sum(1).astype(float))
+    everything = torch.arange(1, VOCABULARY).expand(TEXTS, LENGTH, VOCABULARY - 1)
+    states = Visited(torch.from_numpy(tokens), everything, torch.from_numpy(mu).float(), *of_texts(TEXTS))
+    scorer = TextScorer(VOCABULARY, LENGTH)
+    scorer.characters.fill_(1.0)
+    scorer.fit(found, np.zeros((VOCABULARY, 1)), states, 100.0)  # warm: the soft value is the mean
+    _, scores = scorer(torch.ones(1, LENGTH, dtype=torch.long), torch.zeros(1, 1).long(), everything[:1, :1])
+    more = float(scores[0, 0][4] - scores[0, 0][:3].mean())
+    assert more == pytest.approx(1.12 ** (LENGTH - 1), abs=0.25)  # each step that follows multiplies by 1.12
 
 
 def test_prefixes_that_were_judged_count_as_texts():
@@ -259,16 +308,17 @@ def test_the_temperature_is_the_language_models_where_nothing_was_learned():
 @pytest.mark.parametrize(
     ("gains", "chosen"),
     [
-        ({0.1: 0.5, 0.14: 0.7}, 0.14),  # by two standard errors
-        ({0.1: 0.5, 0.14: 0.55}, 0.1),  # by half of one
+        ({0.1: 0.5, 0.14: 0.9}, 0.14),  # by four standard errors
+        ({0.1: 0.5, 0.14: 0.7}, 0.1),  # by two
         ({0.1: 0.02, 0.14: 0.0}, 0.1),
         ({0.1: -0.05, 0.14: -0.03}, LANGUAGE_MODEL),
         ({0.1: -0.5, 0.14: 0.3}, 0.14),
     ],
 )
 def test_another_temperature_than_the_one_learned_for_is_chosen_on_evidence_only(gains, chosen):
-    noise = np.tile([-0.7, 0.7], 50)  # standard error of a mean 0.07, of a difference 0.1
-    values = {beta: gain + noise for beta, gain in {LANGUAGE_MODEL: 0.0, **gains}.items()}
+    noise = {beta: np.tile(signs, 25) for beta, signs in ((0.1, [-0.7, 0.7] * 2), (0.14, [-0.7, -0.7, 0.7, 0.7]))}
+    values = {beta: gain + noise[beta] for beta, gain in gains.items()}  # standard error of the difference 0.1
+    values[LANGUAGE_MODEL] = np.zeros(100)
     assert best_supported(values, 0.1) == chosen
 
 
