@@ -73,9 +73,7 @@ class TaskTools:
 
 def rows(task: Task) -> list[dict[str, Any]]:
     """Return the task's prompts as rows of a data set, each with what its partner knows."""
-    return [
-        {"prompt": [{"role": "user", "content": prompt.text}], **prompt.metadata} for prompt in task.train_prompts
-    ]
+    return [{"prompt": [{"role": "user", "content": prompt.text}], **prompt.metadata} for prompt in task.train_prompts]
 
 
 # --- the player: a chat template, a tokenizer of few words, a small transformer
@@ -168,8 +166,9 @@ def main(updates: int = 120) -> list[float]:
         trainer.remove_callback(PrinterCallback)  # prints every figure of every update
         trainer.train()
     course = [float(line["reward"]) for line in trainer.state.log_history if "reward" in line]
-    bounds = TASK.bounds()
-    print(f"won at first {course[0]:.2f}, at last {sum(course[-5:]) / len(course[-5:]):.2f}; at best {bounds.best:.2f}")
+    for when, won in (("first", course[:5]), ("last", course[-5:])):
+        print(f"games won in the {when} updates: {sum(won) / len(won):.2f}")
+    print(f"by the best play: {TASK.bounds().best:.2f}")
     return course
 
 

@@ -3,8 +3,9 @@
     pip install trl
     python examples/trl_grpo.py [TEXTS]
 
-Both start from the same small model, write texts of 12 tokens, and see the function's verdict on each. Then each one's
-texts are scored by that function, on the same prompts.
+Both start from the small model in the box, and see the function's verdict on as many texts of 12 tokens. It is an
+example and no contest: GRPO changes all weights and draws from the whole vocabulary, TextDQN changes no weight of the
+language model and draws from 16 candidates, and their prices of a nat (``beta``) are not the same price.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import gymnasium as gym
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from agents import TextDQN
@@ -49,13 +50,15 @@ def with_grpo(texts: int) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         settings = GRPOConfig(
-            folder, use_cpu=True, seed=0, report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
-            max_completion_length=TOKENS, per_device_train_batch_size=32, num_generations=8, max_steps=texts // 32,
-            learning_rate=3e-4, beta=0.04, gradient_checkpointing=False, generation_kwargs={"min_new_tokens": TOKENS},
+            folder, use_cpu=True, seed=0, report_to="none", disable_tqdm=True, save_strategy="no",
+            logging_strategy="no", max_completion_length=TOKENS, per_device_train_batch_size=32,
+            num_generations=8, max_steps=texts // 32, learning_rate=3e-4, beta=0.04,
+            gradient_checkpointing=False, generation_kwargs={"min_new_tokens": TOKENS},
         )  # fmt: skip
         data = Dataset.from_dict({"prompt": PROMPTS * 8})
         tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
         trainer = GRPOTrainer(model, scores, args=settings, train_dataset=data, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return trainer.model
 
