@@ -58,7 +58,7 @@ def course(before: torch.Tensor, added: torch.Tensor, ahead: torch.Tensor, visit
     luck = (before.diff(dim=1) - expected[:, :-1]) * by_chance
     rate = _carried_on(luck, expected, ahead[:, :-1], total)
     so_far = float(before[:, 0].mean()) + np.append(0.0, means.cumsum())
-    return Course(means, variances, so_far, 1.0 + rate * np.arange(total, -1.0, -1.0))
+    return Course(means, variances, so_far, np.maximum(0.0, 1.0 + rate * np.arange(total, -1, -1)))
 
 
 def _carried_on(luck: torch.Tensor, expected: torch.Tensor, ahead: torch.Tensor, total: int) -> float:
