@@ -14,12 +14,6 @@ import pytest
 WORDS = ("<end>", "<unk>", "the", "film", "was", "good", "bad", "and", "long", ".")
 
 
-@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
-def pytest_xdist_auto_num_workers(config):
-    """One worker more than cores: the tests of Ray and of time limits mostly wait."""
-    return 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
 @pytest.fixture(scope="session")
 def tiny_lm():
     """A random Llama of 3,000 parameters with a tokenizer of ten words: ``(model, tokenizer)``."""
