@@ -130,6 +130,17 @@ def test_a_prefix_is_scored_without_what_follows_it():
         torch.testing.assert_close(alone[1][:, 0], whole[1][:, step])
 
 
+def scores_in_language(found, mu, step):
+    """Scores of all ids from 1 on as candidates at a step, (11,), learned where their chances were mu (n, T, 11)."""
+    everything = torch.arange(1, VOCABULARY).expand(mu.shape)
+    states = Visited(torch.from_numpy(found.tokens), everything, torch.from_numpy(mu).float(), *of_texts(len(mu)))
+    scorer = TextScorer(VOCABULARY, LENGTH)
+    scorer.characters.fill_(1.0)
+    scorer.fit(found, np.zeros((VOCABULARY, 1)), states, 100.0)  # warm: the soft value is the mean
+    _, scores = scorer(torch.ones(1, LENGTH, dtype=torch.long), torch.full((1, 1), step), everything[:1, :1])
+    return scores[0, 0].numpy()
+
+
 @pytest.mark.parametrize("left", [1, 2])
 def test_a_token_is_worth_what_it_lets_expect(left):
     """A judge counts token 5, which always follows 3; the chances of what comes next are powers of a matrix."""
@@ -137,18 +148,11 @@ def test_a_token_is_worth_what_it_lets_expect(left):
     follows = rng.dirichlet(np.ones(VOCABULARY - 1), VOCABULARY - 1)  # [a, b], ids from 1 on
     follows[2] = np.eye(VOCABULARY - 1)[4]  # after 3 comes 5
     found = texts(lambda row: float((row == 5).sum()))
-    scorer = TextScorer(VOCABULARY, LENGTH)
-    scorer.characters.fill_(1.0)
-    everything = torch.arange(1, VOCABULARY).expand(TEXTS, LENGTH, VOCABULARY - 1)
-    mu = torch.full((TEXTS, LENGTH, VOCABULARY - 1), 1 / (VOCABULARY - 1))
-    mu[:, 1:] = torch.from_numpy(follows).float()[torch.from_numpy(found.tokens[:, :-1]) - 1]
-    states = Visited(torch.from_numpy(found.tokens), everything, mu, *of_texts(TEXTS))
-    scorer.fit(found, np.zeros((VOCABULARY, 1)), states, 100.0)  # warm: the soft value is the mean
-    steps = torch.full((1, 1), LENGTH - 1 - left)
-    _, scores = scorer(torch.ones(1, LENGTH, dtype=torch.long), steps, everything[:1, :1])
+    mu = np.full((TEXTS, LENGTH, VOCABULARY - 1), 1 / (VOCABULARY - 1))
+    mu[:, 1:] = follows[found.tokens[:, :-1] - 1]
+    scores = scores_in_language(found, mu, LENGTH - 1 - left)
     counted = np.arange(1, VOCABULARY) == 5
     exact = sum(np.linalg.matrix_power(follows, n) @ counted for n in range(left + 1))
-    scores = scores[0, 0].numpy()
     np.testing.assert_allclose(scores - scores.mean(), exact - exact.mean(), atol=0.12)
     assert exact[2] - exact.mean() > 0.4
 
@@ -163,13 +167,8 @@ def test_what_was_said_early_counts_for_what_it_makes_likely_later():
         mu[:, step] = np.where(often, chance, (1 - chance) / (VOCABULARY - 2))
         tokens[:, step] = 1 + sample(mu[:, step], rng.random(TEXTS))
     found = texts(JUDGES["a token"])._replace(tokens=tokens, rewards=(tokens == 5).sum(1).astype(float))
-    everything = torch.arange(1, VOCABULARY).expand(TEXTS, LENGTH, VOCABULARY - 1)
-    states = Visited(torch.from_numpy(tokens), everything, torch.from_numpy(mu).float(), *of_texts(TEXTS))
-    scorer = TextScorer(VOCABULARY, LENGTH)
-    scorer.characters.fill_(1.0)
-    scorer.fit(found, np.zeros((VOCABULARY, 1)), states, 100.0)  # warm: the soft value is the mean
-    _, scores = scorer(torch.ones(1, LENGTH, dtype=torch.long), torch.zeros(1, 1).long(), everything[:1, :1])
-    more = float(scores[0, 0][4] - scores[0, 0][:3].mean())
+    scores = scores_in_language(found, mu, 0)
+    more = float(scores[4] - scores[:3].mean())
     assert more == pytest.approx(1.12 ** (LENGTH - 1), abs=0.25)  # each step that follows multiplies by 1.12
 
 
