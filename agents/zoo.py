@@ -3,8 +3,8 @@
     make_agent("text_dqn", env, seed=0, budget=Budget(steps=20_000))  ->  an agent: predict, maybe learn
 
 Three kinds: agents that learn (Stable-Baselines3's and this project's), agents that read the
-observation alone, agents that plan in the environment. A user's own is named ``FILE.py:NAME`` or ``module:NAME``
-and called with ``(env, seed)``.
+observation alone, agents that plan in the environment. One with other settings is named ``best_of_n:n=4``. A user's
+own is named ``FILE.py:NAME`` or ``module:NAME`` and called with ``(env, seed)``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from textgen_env.errors import ConfigError
 from textgen_env.extras import require
 from textgen_env.models.table import TableModel
 from textgen_env.policies import Agent, last_legal
-from textgen_env.registry import Registry, unknown_name
+from textgen_env.registry import Registry, split_settings, unknown_name
 from textgen_env.vector_env import TextGenVectorEnv
 
 OBSERVATION = ("tokens", "length", "budget", "candidates", "logprobs", "score", "action_mask", "hidden")
@@ -205,6 +205,15 @@ def tuned_settings(name: str, env: TextGenVectorEnv) -> Mapping[str, Any]:
 def agent_names() -> tuple[str, ...]:
     """Return the names of all agents, those that learn last."""
     return (*SEARCH_AGENTS, *PLANNING_AGENTS, *AGENTS)
+
+
+def name_and_settings(agent: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of an agent and the settings that go over its own: ``best_of_n:n=4``, ``FILE.py:NAME``.
+
+    Raises:
+        ConfigError: a setting that is not written ``name=value``.
+    """
+    return (agent, {}) if is_reference(agent) else split_settings(agent, "agent")
 
 
 def find_agent(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +19,28 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownName:
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return UnknownName(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
+
+
+def split_settings(spec: str, kind: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the settings of ``name:setting=value:...``; a value that is no JSON is text.
+
+    Raises:
+        ConfigError: a setting without ``=``.
+
+    >>> split_settings("Keywords:model=tiny:count=4", "task")
+    ('Keywords', {'model': 'tiny', 'count': 4})
+    """
+    name, *parts = spec.split(":")
+    settings: dict[str, Any] = {}
+    for part in parts:
+        setting, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"a setting of {kind} {name!r} is written name=value, got {part!r} in {spec!r}")
+        try:
+            settings[setting] = json.loads(value)
+        except (ValueError, RecursionError):
+            settings[setting] = value
+    return name, settings
 
 
 class Registry(Mapping[str, T], Generic[T]):

@@ -12,15 +12,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.benchmark.config import BenchmarkConfig, Cell, known_bounds
-from agents.user_code import is_reference
-from agents.zoo import Budget, acts_greedily, draws_anew, env_settings, make_agent, tuned_settings
+from agents.zoo import (
+    Budget,
+    acts_greedily,
+    draws_anew,
+    env_settings,
+    make_agent,
+    name_and_settings,
+    tuned_settings,
+)
 from textgen_env.errors import ConfigError, ContractError
 from textgen_env.evaluation import Evaluation, evaluate
-from textgen_env.tasks import Bounds, Task, open_task
+from textgen_env.rewards.base import Generation, Reward, RunningScore, Scored
+from textgen_env.tasks import Task, open_task
 from textgen_env.vector_env import TextGenVectorEnv
 
 TRANSCRIPTS = 4
@@ -31,6 +40,28 @@ EVALUATION_SEED = 10_000
 
 
 CONTRACT = "'An agent of your own' in docs/benchmark.md says what is expected."
+
+
+PRICE = 0.05
+"""Price of KL for agents that know it: a nat costs this share of what the best text gains over the language model."""
+
+
+class CountedReward(Reward):
+    """A reward that counts the finished texts about which it is asked."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.name, self.calls = reward.name, 0
+        self._reward = reward
+
+    def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:
+        return self.scored(generations).total
+
+    def scored(self, generations: Sequence[Generation]) -> Scored:
+        self.calls += len(generations)
+        return self._reward.scored(generations)
+
+    def running(self) -> RunningScore[Any] | None:
+        return self._reward.running()
 
 
 @dataclass(frozen=True)
@@ -54,12 +85,30 @@ def run_cell(config: BenchmarkConfig, cell: Cell) -> CellResult:
     texts: list[Mapping[str, Any]] = []
     opened = False
     try:
-        agent, env, task = _open(config, cell)
-        opened = True
+        agent, env, task, judge = _open(config, cell)
+        opened, of_measuring = True, 0
 
         def measure(step: int, seconds: float) -> None:
+            nonlocal of_measuring
+            before = judge.calls
             measured, tokens = measure_agent(cell, config.texts, agent, env, task)
-            rows.append(row_of(measured, tokens, step, seconds, known_bounds(cell.task)))
+            calls = judge.calls - before
+            learning_calls, of_measuring = before - of_measuring, of_measuring + calls
+            count, bounds = len(measured.rewards), known_bounds(cell.task)
+            rows.append(
+                {
+                    "step": step,
+                    "seconds": seconds,
+                    "reward": measured.reward,
+                    "normalised": float(bounds.normalise(measured.reward)),
+                    "kl": measured.mean_kl,
+                    "tokens": tokens,
+                    "calls": calls / count - 1,
+                    "learning_calls": learning_calls,
+                    "length": float(measured.lengths.mean()),
+                    "texts": count,
+                }
+            )
             texts[:] = transcripts_of(measured)
 
         _learn_and_measure(config, agent, measure)
@@ -70,16 +119,16 @@ def run_cell(config: BenchmarkConfig, cell: Cell) -> CellResult:
 
 
 def check_agents(config: BenchmarkConfig) -> None:
-    """Let each agent of the user's own act once, on the first task that it can do.
+    """Let each agent of the user's own, or with settings of the user's, act once, on the first task that it can do.
 
     Raises:
         ContractError: it can be made for no task, lacks ``predict``, or answers something else than one action a row.
     """
-    for name in filter(is_reference, config.agents):
+    for name in (agent for agent in config.agents if ":" in agent):
         reason = ""
         for task in config.tasks:
             try:
-                agent, env, _ = _open(replace(config, envs=2), Cell(task, name, config.seeds[0]))
+                agent, env, *_ = _open(replace(config, envs=2), Cell(task, name, config.seeds[0]))
             except Exception as error:  # of the user's code, or because it cannot do this task
                 reason = reason or f"{type(error).__name__}: {error}"
                 continue
@@ -111,16 +160,18 @@ def _check_agent(name: str, agent: Any, env: TextGenVectorEnv) -> None:
             raise ContractError(f"{wanted} must have probabilities of shape (2, {env.episodes.k}) that sum to 1")
 
 
-def _open(config: BenchmarkConfig, cell: Cell) -> tuple[Any, TextGenVectorEnv, Task]:
-    """Return a new agent in an environment of its own, the environment to measure it in, and the task."""
-    task = open_task(cell.task)
+def _open(config: BenchmarkConfig, cell: Cell) -> tuple[Any, TextGenVectorEnv, Task, CountedReward]:
+    """Return a new agent in an environment of its own, the environment to measure it in, the task, and its reward."""
+    task, (name, given) = open_task(cell.task), name_and_settings(cell.agent)
+    judge, bounds = CountedReward(task.reward), known_bounds(cell.task)
+    task = replace(task, reward=judge)
     whole, has_partner = task.settings.get("top_k", 16) is None, task.partner is not None
-    settings = env_settings(cell.agent, whole_vocabulary=whole, has_partner=has_partner)
+    settings = env_settings(name, whole_vocabulary=whole, has_partner=has_partner)
     env = task.make_vec(config.envs, **settings)
-    budget = Budget(config.steps, config.envs, env.max_new_tokens)
-    agent = make_agent(cell.agent, env, cell.seed, budget, tuned_settings(cell.agent, env))
+    budget = Budget(config.steps, config.envs, env.max_new_tokens, PRICE * (bounds.best - bounds.language_model))
+    agent = make_agent(name, env, cell.seed, budget, {**tuned_settings(name, env), **given})
     # Planning agents search in the environment that they are asked in; SB3's must not lose their place.
-    return agent, task.make_vec(config.envs, **settings) if isinstance(agent, BaseAlgorithm) else env, task
+    return agent, task.make_vec(config.envs, **settings) if isinstance(agent, BaseAlgorithm) else env, task, judge
 
 
 def _learn_and_measure(config: BenchmarkConfig, agent: Any, measure: Callable[[int, float], None]) -> None:
@@ -165,26 +216,13 @@ class LearningCurve(BaseCallback):
 
 def measure_agent(cell: Cell, texts: int, agent: Any, env: Any, task: Task) -> tuple[Evaluation, float]:
     """Return the agent's evaluation on the test prompts, and the tokens that a text has cost."""
-    greedy, prompts = acts_greedily(cell.agent, agent), task.test_prompts
-    count = max(texts, len(prompts)) if draws_anew(cell.agent, agent) else len(prompts)
+    name, prompts = name_and_settings(cell.agent)[0], task.test_prompts
+    greedy = acts_greedily(name, agent)
+    count = max(texts, len(prompts)) if draws_anew(name, agent) else len(prompts)
     before = getattr(agent, "tokens_used", None)
     measured = evaluate(agent, env, count, EVALUATION_SEED + cell.seed, prompts, greedy)
     spent = float(measured.lengths.sum()) if before is None else agent.tokens_used - before
     return measured, spent / len(measured.rewards)
-
-
-def row_of(measured: Evaluation, tokens: float, step: int, seconds: float, bounds: Bounds) -> dict[str, Any]:
-    """Return the figures of an evaluation, by ``RESULT_COLUMNS``."""
-    return {
-        "step": step,
-        "seconds": seconds,
-        "reward": measured.reward,
-        "normalised": float(bounds.normalise(measured.reward)),
-        "kl": measured.mean_kl,
-        "tokens": tokens,
-        "length": float(measured.lengths.mean()),
-        "texts": len(measured.rewards),
-    }
 
 
 def transcripts_of(measured: Evaluation) -> list[dict[str, Any]]:

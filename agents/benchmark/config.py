@@ -14,7 +14,7 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 from agents.user_code import identify, is_reference
-from agents.zoo import find_agent
+from agents.zoo import find_agent, name_and_settings
 from textgen_env import CONVERSATION_TASKS, DIAGNOSTIC_TASKS
 from textgen_env.config import check_at_least, check_seed
 from textgen_env.errors import ConfigError
@@ -45,7 +45,8 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """The tasks, agents and seeds to run. Tasks may have sizes: ``"TextGen/Needle-v0:depth=6"``.
+    """The tasks, agents and seeds to run. Tasks may have sizes, ``"TextGen/Needle-v0:depth=6"``, and agents
+    settings, ``"best_of_n:n=4"``.
 
     Raises:
         UnknownName: a task, size or agent that does not exist (with a suggestion).
@@ -77,7 +78,7 @@ class BenchmarkConfig:
         for task in self.tasks:
             open_task(task)
         for agent in self.agents:
-            find_agent(agent)
+            find_agent(name_and_settings(agent)[0])
         own = {agent: identify(agent).sha256 for agent in self.agents if is_reference(agent)}
         object.__setattr__(self, "code", own)
 

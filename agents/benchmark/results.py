@@ -33,6 +33,8 @@ RESULT_COLUMNS = {
     "normalised": "0 for the language model, 1 for the best",
     "kl": "nats a text, where known",
     "tokens": "generated for a text, those of a search too",
+    "calls": "of the reward for a text that is written: those of a search",
+    "learning_calls": "of the reward while learning",
     "length": "tokens of a text",
     "texts": "measured",
     "error": "of a run that failed",
@@ -43,6 +45,7 @@ ResultRow = Mapping[str, Any]
 """A row of ``results.csv``; figures are floats, NaN where the cell is empty."""
 
 NUMBERS = ("seed", "step", "seconds", "reward", "normalised", "kl", "tokens", "length", "texts")
+SINCE_0_2 = ("calls", "learning_calls")  # columns that older files lack
 
 
 def write_results(path: Path, results: Sequence[CellResult]) -> None:
@@ -72,7 +75,11 @@ def read_results(path: Path) -> list[ResultRow]:
     try:
         with file.open(newline="", encoding="utf-8") as lines:
             rows = list(csv.DictReader(lines))
-        return [{**row, **{name: float(row[name] or "nan") for name in NUMBERS}} for row in rows]
+        return [
+            {**row, **{name: float(row[name] or "nan") for name in NUMBERS}}
+            | {name: float(row.get(name) or "nan") for name in SINCE_0_2}
+            for row in rows
+        ]
     except OSError as error:
         raise RunFolderError(f"cannot read the results of a benchmark at {str(path)!r}: {error}") from error
     except (KeyError, ValueError) as error:

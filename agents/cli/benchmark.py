@@ -33,7 +33,9 @@ Tasks = Annotated[
 AgentNames = Annotated[
     str | None,
     typer.Option(
-        help="Comma-separated. See 'textgen list agents'; yours: FILE.py:NAME or module:NAME.", show_default="all"
+        help="Comma-separated, with settings where wanted, best_of_n:n=4. See 'textgen list agents'; yours: "
+        "FILE.py:NAME or module:NAME.",
+        show_default="all",
     ),
 ]
 Seeds = Annotated[str | None, typer.Option(help="How many, from 0 on; or a comma-separated list.", show_default="5")]

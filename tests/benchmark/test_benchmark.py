@@ -19,13 +19,13 @@ import pytest
 from forked import Forked, textgen
 from typer.testing import CliRunner
 
-from agents.benchmark.cells import run_cell
+from agents.benchmark.cells import _open, run_cell
 from agents.benchmark.config import BenchmarkConfig, Cell, task_ids
 from agents.benchmark.grid import read_cells, run_benchmark
 from agents.benchmark.pages import write_report
 from agents.benchmark.results import RESULT_COLUMNS, compare_results, read_results, scores_by_agent
 from agents.cli.app import app
-from textgen_env.errors import ConfigError, RunFolderError, UnknownName
+from textgen_env.errors import ConfigError, ContractError, RunFolderError, UnknownName
 from textgen_env.tasks import make_task
 
 CONFIG = BenchmarkConfig(
@@ -68,6 +68,27 @@ def test_one_row_for_each_run_and_evaluation(done):
     assert set(rows[0]) == set(RESULT_COLUMNS) - {"seconds"}
     best_of_n = [row for row in rows if row["agent"] == "best_of_n" and row["task"].startswith("TextGen/Needle")]
     assert [float(row["tokens"]) for row in best_of_n] == [16 * 3] * 2  # 16 texts of 3 tokens for each
+    assert [float(row["calls"]) for row in best_of_n] == [16] * 2
+    learners = [row for row in rows if row["agent"] == "text_dqn" and row["task"].startswith("TextGen/Needle")]
+    texts = [0, 4 * (25 // 3), 4 * (50 // 3)]  # of 4 rows after 0, 25 and 50 steps
+    assert [(int(row["learning_calls"]), float(row["calls"])) for row in learners] == [(n, 0) for n in texts] * 2
+
+
+def test_an_agent_with_settings_is_that_agent_with_those_settings():
+    result = run_cell(CONFIG, Cell("TextGen/Needle-v0:depth=3", "best_of_n:n=2", 0))
+    assert (result.status, result.rows[-1]["tokens"], result.rows[-1]["calls"]) == ("ok", 2 * 3, 2)
+
+
+def test_settings_that_an_agent_does_not_have_are_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ContractError, match=r"agent 'best_of_n' refuses its settings: .*'m'"):
+        run_benchmark(replace(CONFIG, agents=("best_of_n:m=2",)), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_price_of_kl_is_a_share_of_what_can_be_gained():
+    agent, *_ = _open(CONFIG, Cell("TextGen/Sentiment-v0", "text_dqn", 0))
+    bounds = make_task("TextGen/Sentiment-v0").bounds()
+    assert agent.beta == agent.target_beta == pytest.approx(0.05 * (bounds.best - bounds.language_model))
 
 
 def test_the_same_command_gives_the_same_rows(done, tmp_path):
@@ -219,6 +240,11 @@ def test_scores_that_could_not_be_normalised_are_refused_before_anything_runs(tm
         ({"tasks": ("Needle:3",)}, ConfigError, "written name=value, got '3'"),
         ({"tasks": ("Needle", "TextGen/Needle-v0")}, ConfigError, "each once; got TextGen/Needle-v0"),
         ({"agents": ("text-dqn",)}, UnknownName, "Did you mean 'text_dqn'"),
+        (
+            {"agents": ("best_of_n:n=4:m",)},
+            ConfigError,
+            "a setting of agent 'best_of_n' is written name=value, got 'm'",
+        ),
         ({"agents": ("my_agents:Nobody",)}, ConfigError, "unknown name 'Nobody'"),
         ({"seeds": (3, 1, 3)}, ConfigError, "seeds must be at least one, each once; got 3"),
         ({"seeds": ()}, ConfigError, "got none"),

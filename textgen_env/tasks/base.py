@@ -11,7 +11,6 @@ Tasks are registered in ``TASKS`` and, under the same ids, with Gymnasium. Every
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -24,7 +23,7 @@ from textgen_env.config import EnvConfig
 from textgen_env.env import TextGenEnv
 from textgen_env.errors import ConfigError
 from textgen_env.prompts import PromptSource
-from textgen_env.registry import Registry, unknown_name
+from textgen_env.registry import Registry, split_settings, unknown_name
 from textgen_env.rewards.base import Reward
 from textgen_env.spec import unwrap
 from textgen_env.vector_env import TextGenVectorEnv
@@ -133,18 +132,9 @@ def open_task(spec: str) -> Task:
 
     Raises:
         UnknownName: no such task or size.
-        ConfigError: a size that is no ``name=value``, or out of its range.
+        ConfigError: a size that is not written ``name=value``, or out of its range.
     """
-    id, *sizes = spec.split(":")
-    given: dict[str, Any] = {}
-    for size in sizes:
-        name, equals, value = size.partition("=")
-        if not equals:
-            raise ConfigError(f"the size of a task is written name=value, got {size!r} in {spec!r}")
-        try:
-            given[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            given[name] = value
+    id, given = split_settings(spec, "task")
     return make_task(id, **given)
 
 
