@@ -9,6 +9,7 @@ own is named ``FILE.py:NAME`` or ``module:NAME`` and called with ``(env, seed)``
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +25,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from agents.baselines.guided import GuidedBestOfNAgent
 from agents.baselines.one_step import SEARCH_AGENTS
 from agents.baselines.particles import ParticlesAgent
-from agents.baselines.planning import PLANNING_AGENTS, BestOfNAgent
+from agents.baselines.planning import PLANNING_AGENTS, BestOfNAgent, PlanningAgent
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
 from agents.user_code import is_reference, load_code
@@ -32,6 +33,7 @@ from textgen_env.config import OF_CONVERSATIONS
 from textgen_env.errors import ConfigError
 from textgen_env.extras import require
 from textgen_env.models.table import TableModel
+from textgen_env.observation import Observation
 from textgen_env.policies import Agent, last_legal
 from textgen_env.registry import Registry, split_settings, unknown_name
 from textgen_env.vector_env import TextGenVectorEnv
@@ -41,9 +43,6 @@ OBSERVATION = ("tokens", "length", "budget", "candidates", "logprobs", "score", 
 
 MASK_AWARE = ("text_dqn", "maskable_ppo")
 """Agents that learn and never choose a masked action; for the others the environment maps it."""
-
-RANDOM_PLANNERS = (BestOfNAgent, GuidedBestOfNAgent, ParticlesAgent)
-"""Agents that plan and are random by design: they answer the same prompt with different texts."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +198,57 @@ def tuned_settings(name: str, env: TextGenVectorEnv) -> Mapping[str, Any]:
     return TUNED.get(name, {}) if isinstance(env.language_model, TableModel) else {}
 
 
+# --- an agent that learns and plans
+
+
+@PLANNING_AGENTS.register("text_dqn_particles")
+class LearnedParticlesAgent(PlanningAgent):
+    """TextDQN, which has learned, writes with n particles a text.
+
+    Before ``learn`` the particles have no values: they are weighted best-of-n.
+
+    Args:
+        env: What it learns and acts in.
+        seed: Of the random numbers.
+        n: Rows a text, at least 1; each costs its tokens.
+        beta: The price of KL, reward units a nat. None: TextDQN's own.
+        settings: Of ``TextDQN``.
+    """
+
+    needs = OBSERVATION
+
+    def __init__(
+        self, env: TextGenVectorEnv, seed: int | None = None, *, n: int = 4, beta: float | None = None, **settings: Any
+    ) -> None:
+        super().__init__(env, seed)
+        self._seed, self._n, self._settings = seed, n, settings if beta is None else {"beta": beta, **settings}
+        self._writer = ParticlesAgent(env, seed, n=n, values="zero", beta=beta)
+
+    def learn(self, steps: int) -> LearnedParticlesAgent:
+        """Let a new TextDQN learn for so many environment steps; its values guide the particles from now on."""
+        budget = Budget(steps, self._env.num_envs, self._env.max_new_tokens)
+        settings = {**tuned_settings("text_dqn", self._env), **self._settings}
+        agent = make_agent("text_dqn", self._env, self._seed or 0, budget, settings).learn(steps)
+        self._writer = ParticlesAgent(self._env, self._seed, n=self._n, values=agent)
+        return self
+
+    def predict(
+        self,
+        observation: Observation,
+        state: tuple[Any, ...] | None = None,
+        episode_start: npt.NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[npt.NDArray[np.int64], tuple[Any, ...] | None]:
+        before = self._writer.tokens_used
+        answer = self._writer.predict(observation, state, episode_start, deterministic)
+        self.tokens_used += self._writer.tokens_used - before
+        return answer
+
+
+RANDOM_PLANNERS = (BestOfNAgent, GuidedBestOfNAgent, ParticlesAgent, LearnedParticlesAgent)
+"""Agents that plan and are random by design: they answer the same prompt with different texts."""
+
+
 # --- any of them, in an environment
 
 
@@ -247,7 +297,7 @@ def env_settings(name: str, whole_vocabulary: bool = False, has_partner: bool = 
     if name in SEARCH_AGENTS:
         return {"observation": found.needs}
     if name in PLANNING_AGENTS:
-        return {"observation": tuple(key for key in keys if key not in ("score", "hidden"))}
+        return {"observation": getattr(found, "needs", tuple(key for key in keys if key not in ("score", "hidden")))}
     if name in AGENTS:
         return {"observation": keys, "on_illegal": "raise" if name in MASK_AWARE else "last_legal"}
     return {"observation": keys, **getattr(found, "env_settings", {})}
@@ -259,6 +309,7 @@ def make_agent(
     """Return a new agent for ``env``, which has the agent's ``env_settings``.
 
     Args:
+        budget: What it may learn from, and the price of KL for agents that know it.
         settings: Keywords of its class that go over its own.
 
     Raises:
@@ -272,6 +323,8 @@ def make_agent(
             return kind(env=SB3VecEnv(env), seed=seed, **{**own, **given})
         if name in SEARCH_AGENTS:
             return found(seed=seed, **given)
+        if name in PLANNING_AGENTS and "beta" in inspect.signature(found).parameters:
+            given = {"beta": budget.beta, **given}
         return found(env, seed, **given)
     except TypeError as error:
         raise ConfigError(f"agent {name!r} refuses its settings: {error}") from error

@@ -16,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from textgen_env.errors import ConfigError
+from textgen_env.observation import Observation
 from textgen_env.policies import Floats, renormalise, sample
 from textgen_env.registry import Registry
-
-Observation = dict[str, npt.NDArray[Any]]
 
 SEARCH_AGENTS: Registry[type[SearchAgent]] = Registry("agent")
 """Agents without learning, by name."""

@@ -21,11 +21,12 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from agents.baselines.one_step import Observation, check_keys_of, choose
+from agents.baselines.one_step import check_keys_of, choose
 from textgen_env.config import check_at_least
 from textgen_env.episode import Episodes, Outcome
 from textgen_env.errors import ConfigError
 from textgen_env.models.base import Rows
+from textgen_env.observation import Observation
 from textgen_env.policies import Floats, sample
 from textgen_env.prompts import Prompt
 from textgen_env.registry import Registry
