@@ -63,6 +63,11 @@ class CountedReward(Reward):
     def running(self) -> RunningScore[Any] | None:
         return self._reward.running()
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._reward, name)  # what a reward has of its own, such as a diagnostic task's process
+
 
 @dataclass(frozen=True)
 class CellResult:

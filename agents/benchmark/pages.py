@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader
 
-from agents.benchmark.cells import CellResult
+from agents.benchmark.cells import PRICE, CellResult
 from agents.benchmark.config import BenchmarkConfig, known_bounds, short_name
 from agents.benchmark.plots import Picture, draw_curves, draw_means, draw_profiles, draw_task_curves
 from agents.benchmark.results import ResultRow, by_score, final_rows, read_results, scores_by_agent
@@ -189,7 +189,15 @@ def score_sections(
             [draw_means(scores, agents)],
             [overall_table(rows, scores, agents)],
         ),
-        Section("tasks", "Task by task", "", [], [task_table(task, rows, agents) for task in config.tasks]),
+        Section(
+            "tasks",
+            "Task by task",
+            "Reward calls are finished texts that were judged: for a text that is written (a search asks about all that "
+            f"it tries), and while learning. The score less {PRICE:g} a nat of KL is the trade that agents learn for which "
+            "know a price, but on the small diagnostic tasks.",
+            [],
+            [task_table(task, rows, agents) for task in config.tasks],
+        ),
         Section(
             "profiles",
             "Performance profiles",
@@ -270,14 +278,23 @@ def task_table(task: str, rows: Sequence[ResultRow], agents: Sequence[str]) -> P
                 agent,
                 f"{np.mean([row['reward'] for row in mine]):.3f}",
                 f"{interquartile_mean(scores):.2f} {_interval(low, high)}",
-                "–" if np.isnan(kl) else f"{kl:.1f}",
-                f"{np.mean([row['tokens'] for row in mine]):.0f}",
+                _figure(kl, ".1f"),
+                _figure(scores.mean() - PRICE * kl, ".2f"),
+                *(
+                    _figure(np.mean([row[name] for row in mine]), ",.0f")
+                    for name in ("tokens", "calls", "learning_calls")
+                ),
                 f"{np.mean([row['seconds'] for row in mine]):.1f}",
                 str(len(mine)),
             ]
         )
-    headings = ["agent", "reward", "normalised", "KL, nats", "tokens a text", "seconds", "runs"]
+    headings = ["agent", "reward", "normalised", "KL, nats", f"less {PRICE:g} a nat"]
+    headings += ["tokens a text", "reward calls a text", "while learning", "seconds", "runs"]
     return PageTable(headings, lines, f"{short_name(task)}: {_about(task)}")
+
+
+def _figure(value: float, form: str) -> str:
+    return "–" if np.isnan(value) else format(value, form)
 
 
 def improvement_table(scores: Mapping[str, Scores], agents: Sequence[str]) -> PageTable:

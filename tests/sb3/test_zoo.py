@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import toys
 
+from agents.baselines.particles import ParticlesAgent
 from agents.zoo import AGENTS, MASK_AWARE, Budget, acts_greedily, agent_names, env_settings, find_agent, make_agent
 from textgen_env.errors import ConfigError
 from textgen_env.evaluation import evaluate
@@ -25,12 +28,35 @@ def test_every_agent_learns_if_it_can_and_writes(name):
         pytest.importorskip("sb3_contrib")
     env = open_env(**env_settings(name))
     agent = make_agent(name, env, 0, BUDGET)
-    assert hasattr(agent, "learn") == (name in AGENTS)
-    if name in AGENTS:
+    assert hasattr(agent, "learn") == (name in (*AGENTS, "text_dqn_particles"))
+    if hasattr(agent, "learn"):
         agent.learn(BUDGET.steps)
     texts = evaluate(agent, env, 8, seed=0, deterministic=acts_greedily(name, agent))
     assert len(texts.completions) == 8
-    assert (texts.kl is None) == (name in ("best_of_n", "guided_best_of_n", "particles"))
+    assert (texts.kl is None) == (name in ("best_of_n", "guided_best_of_n", "particles", "text_dqn_particles"))
+
+
+def test_particles_that_learn_are_particles_with_the_values_of_text_dqn():
+    name, settings = "text_dqn_particles", {"n": 2, "beta": 0.2, "learning_starts": 16}
+    env = open_env(**env_settings(name))
+
+    def written(agent):
+        return evaluate(agent, env, 8, seed=0).completions
+
+    agent = make_agent(name, env, 3, BUDGET, settings)
+    assert written(agent) == written(ParticlesAgent(env, 3, n=2, values="zero", beta=0.2))
+    agent.learn(BUDGET.steps)
+    learner = make_agent("text_dqn", env, 3, replace(BUDGET, beta=0.2), {"learning_starts": 16}).learn(BUDGET.steps)
+    assert learner.learner.updates > 0
+    spent, texts = agent.tokens_used, written(agent)
+    assert texts == written(ParticlesAgent(env, 3, n=2, values=learner))
+    assert 8 * 2 <= agent.tokens_used - spent <= 8 * 2 * 4
+
+
+@pytest.mark.parametrize("name", ["beam", "particles", "text_dqn_particles"])
+def test_agents_that_plan_are_told_the_price_of_kl(name):
+    agent = make_agent(name, open_env(**env_settings(name)), 0, replace(BUDGET, beta=0.3))
+    assert getattr(agent, "_writer", agent).beta == 0.3
 
 
 @pytest.mark.parametrize("name", ["ppo", "maskable_ppo"])
