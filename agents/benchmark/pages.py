@@ -192,9 +192,9 @@ def score_sections(
         Section(
             "tasks",
             "Task by task",
-            "Reward calls are finished texts that were judged: for a text that is written (a search asks about all that "
-            f"it tries), and while learning. The score less {PRICE:g} a nat of KL is the trade that agents learn for which "
-            "know a price, but on the small diagnostic tasks.",
+            "Reward calls are finished texts that were judged: for a text that is written (a search asks about all "
+            f"that it tries), and while learning. The score less {PRICE:g} a nat of KL is the trade for which agents "
+            "learn that know a price, but on the small diagnostic tasks.",
             [],
             [task_table(task, rows, agents) for task in config.tasks],
         ),
