@@ -100,7 +100,7 @@ def test_q_converges_to_the_exact_soft_values(target):
     settings = {"beta_start": 2.0, "tau": 0.1, "policy_kwargs": SMALL}
     agent = small_agent(env, target=target, score=None, **settings)  # Q itself, beside no potential
 
-    agent.learn(20_000 if target == "q_sharp" else 10_000)  # a distribution takes longer than its mean
+    agent.learn(20_000 if target == "q_sharp" else 4_000)  # a distribution takes longer than its mean
 
     observations, _ = agent.policy.obs_to_tensor(toy.observations)
     with torch.no_grad():
