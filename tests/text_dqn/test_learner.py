@@ -35,6 +35,7 @@ def agent_in(env, **settings):
     return TextDQN("CandidatePolicy", env, **(defaults | settings))
 
 
+@pytest.mark.slow
 def test_the_learner_learns_in_a_loop_of_one_s_own_without_stable_baselines3():
     program = (
         f"import sys; sys.modules['stable_baselines3'] = None; sys.path.insert(0, {str(EXAMPLES)!r})\n"
