@@ -40,6 +40,16 @@ def tiny_lm():
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
+@pytest.fixture(scope="module")
+def blank_pictures():
+    """Runs leave pictures without a stroke: drawing two takes most of the time of a short run."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, path, **settings: path.write_bytes(b"\x89PNG"))
+        yield
+
+
 def pytest_collection_modifyitems(items):
     """Put the files with the most slow tests first: with ``--dist loadfile`` a long file at the end holds up all."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))

@@ -136,26 +136,33 @@ def test_what_an_agent_cannot_do_is_not_its_failure():
     assert "candidate_scores" in result.error
 
 
+KILLED = replace(CONFIG, tasks=CONFIG.tasks[:1], agents=("sample", "best_of_n", "text_dqn"))
+"""Six runs, of which text_dqn's take long: some are left when two are done."""
+
+
 def run_with_one_worker(folder):
-    run_benchmark(CONFIG, folder, workers=1)
+    run_benchmark(KILLED, folder, workers=1)
 
 
 @pytest.mark.slow
 def test_a_killed_benchmark_goes_on_where_it_was(done, tmp_path):
     folder = tmp_path / "b"
     process = Forked(tmp_path, run_with_one_worker, folder)
-    while len(list(folder.glob("cells/*.json"))) < 3 and process.poll() is None:
+    while len(list(folder.glob("cells/*.json"))) < 2 and process.poll() is None:
         time.sleep(0.02)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     recorded = {path: path.read_bytes() for path in folder.glob("cells/*.json")}
-    assert 3 <= len(recorded)
+    assert 2 <= len(recorded)
     assert all(json.loads(text)["cell"] for text in recorded.values())  # none is half written
     times = {path: path.stat().st_mtime_ns for path in recorded}
-    run_benchmark(CONFIG, folder, cell_runner=in_this_process)
+    run_benchmark(KILLED, folder, cell_runner=in_this_process)
     assert {path: path.stat().st_mtime_ns for path in recorded} == times
-    assert read(folder) == read(done)
+    assert len(list(folder.glob("cells/*.json"))) == 6 > len(recorded)
+    assert read(folder) == [
+        row for row in read(done) if row["task"].startswith("TextGen/Needle") and row["agent"] in KILLED.agents
+    ]
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from agents.benchmark.grid import run_benchmark
 from agents.cli.app import app
 from agents.distributed.actors import OUTSTANDING, Collector, RayTextSource, store_bound
 from agents.distributed.cells import RayCellRunner
-from agents.distributed.connection import check_versions, import_ray, probe, versions
+from agents.distributed.connection import SMALLEST_STORE, check_versions, connected, import_ray, probe, versions
 from agents.runs.checkpoint import newest_checkpoint
 from agents.runs.config import RunConfig
 from agents.runs.optimum import TextTree
@@ -282,7 +282,15 @@ class Pause(BaseCallback):
         return self.num_timesteps < self.model._total_timesteps
 
 
+@pytest.fixture
+def started_ray():
+    """A Ray that the program has started: engines use it, one after the other, and leave it running."""
+    with connected(None, 2, 20.0, SMALLEST_STORE):
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("started_ray")
 def test_a_learner_that_pauses_finds_a_bounded_number_of_batches_and_an_error_is_the_users():
     run = opened()
     said = []
@@ -295,6 +303,7 @@ def test_a_learner_that_pauses_finds_a_bounded_number_of_batches_and_an_error_is
         cores = len(os.sched_getaffinity(0))
         assert ("warning" in "".join(said)) == (cores < 2)
     assert run.agent.episode_source is None
+    assert ray.is_initialized()
 
     def fails(completion):
         raise OSError("lost its nerve")

@@ -31,6 +31,7 @@ from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.networks import NEEDED_KEYS
 from textgen_env.errors import ConfigError, ModelError, RewardError, RunFolderError
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 SCORES = ("score", "candidate_scores")
 
 
@@ -147,13 +148,14 @@ def test_security_damaged_or_pickled_parts_of_a_checkpoint_are_refused_and_do_no
 
 # --- whole runs
 
+SMALL_NETWORK = {"width": 16, "memory": 8}
 CONFIG = replace(
     WEATHER,
-    agent_settings={**WEATHER.agent_settings, "buffer_size": 4000},
-    steps=800,
+    agent_settings={**WEATHER.agent_settings, "buffer_size": 4000, "policy_kwargs": {"q_net_kwargs": SMALL_NETWORK}},
+    steps=400,
     eval_texts=8,
     eval_samples=4,
-    checkpoint_every=300,
+    checkpoint_every=150,
 )
 
 
@@ -194,10 +196,10 @@ def test_a_broken_run_resumes_to_the_same_end_without_gaps_or_doubles(tmp_path):
     assert whole.finished
     assert not (tmp_path / "whole" / "checkpoints").exists()
     with pytest.raises(RewardError, match="gone"):
-        train(CONFIG, tmp_path / "broken", model=weather(), reward=breaking_after(270))
+        train(CONFIG, tmp_path / "broken", model=weather(), reward=breaking_after(125))
     checkpoint = newest_checkpoint(tmp_path / "broken" / "checkpoints")
     assert checkpoint is not None
-    assert int(checkpoint.name) < int(float(metrics(tmp_path / "broken")[-1]["steps"])) < 800  # rows to be taken back
+    assert int(checkpoint.name) < int(float(metrics(tmp_path / "broken")[-1]["steps"])) < 400  # rows to be taken back
 
     result = resume(tmp_path / "broken", model=weather(), reward=breaking_after(-1))
 
@@ -228,7 +230,7 @@ def test_what_cannot_be_resumed_says_why(tmp_path):
     assert resume(folder, model=weather(), reward=len).finished  # from the start
     broken = tmp_path / "broken"
     with pytest.raises(RewardError):
-        train(CONFIG, broken, model=weather(), reward=breaking_after(270))
+        train(CONFIG, broken, model=weather(), reward=breaking_after(125))
     (broken / "agent.zip").unlink()  # a kill would not have left one
     with pytest.raises(RunFolderError, match="was cut off; go on with textgen train --resume"):
         load_run(broken, model=weather(), reward=len)
@@ -237,8 +239,8 @@ def test_what_cannot_be_resumed_says_why(tmp_path):
     with pytest.raises(ModelError, match="another vocabulary"):
         resume(broken, model=letters(), reward=len, prompts=["a"])
     config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(config | {"steps": 900}))
-    with pytest.raises(ConfigError, match=r"changed since the checkpoint: steps \(900, was 800\)"):
+    (broken / "config.json").write_text(json.dumps(config | {"steps": 500}))
+    with pytest.raises(ConfigError, match=r"changed since the checkpoint: steps \(500, was 400\)"):
         resume(broken, model=weather(), reward=len)
     (broken / "config.json").write_text(json.dumps(config | {"agent": "dqn"}))
     with pytest.raises(ConfigError, match="only text_dqn can be resumed"):
@@ -264,7 +266,7 @@ def hangups_count():
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_there(tmp_path, signum):
     def reward(completion):
         calls.append(1)
-        if len(calls) == 200:
+        if len(calls) == 100:
             os.kill(os.getpid(), signum)
         return float("sun" in completion)
 
@@ -272,14 +274,14 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_there(tmp_path, si
     before = signal.getsignal(signum)
     result = train(replace(CONFIG, checkpoint_every=10_000), tmp_path / "run", model=weather(), reward=reward)
     assert (result.finished, result.signum) == (False, signum)
-    assert 0 < result.steps < 800
+    assert 0 < result.steps < 400
     assert int(newest_checkpoint(tmp_path / "run" / "checkpoints").name) == result.steps
     assert signal.getsignal(signum) == before
     again = resume(tmp_path / "run", model=weather(), reward=reward)
-    assert (again.finished, again.steps) == (True, 800)
+    assert (again.finished, again.steps) == (True, 400)
     steps = [float(row["steps"]) for row in metrics(tmp_path / "run")]
     assert steps[:-1] == sorted(set(steps[:-1]))
-    assert steps[-1] == 800
+    assert steps[-1] == 400
 
 
 # --- the command line, killed

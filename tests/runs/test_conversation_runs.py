@@ -26,6 +26,7 @@ from textgen_env.config import OF_CONVERSATIONS
 from textgen_env.conversation import Conversation, Reply
 from textgen_env.errors import ConfigError, PartnerError
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 GUESS = "TextGen/GuessNumber-v0:numbers=3:turns=2"
 SIZES = ("--envs", 4, "--texts", 60, "--samples", 4)
 TALK = ("--max-prompt-tokens", 8, "--max-turns", 2, "--max-turn-tokens", 2, "--max-new-tokens", 4, "--top-k", 4)

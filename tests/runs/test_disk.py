@@ -19,6 +19,8 @@ from agents.runs.run import load_run, resume, train
 from textgen_env.errors import DivergenceError, RunFolderError
 from textgen_env.files import LOCK_FILE, locked, write_file
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 @contextmanager
 def no_room():
@@ -52,14 +54,14 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("calls", [100, 270])
+@pytest.mark.parametrize("calls", [50, 125])
 def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_once_there_is_room(whole, tmp_path, calls):
     folder = tmp_path / "run"
     with no_room() as fill, pytest.raises(RunFolderError, match="cannot write") as error:
         train(CONFIG, folder, model=weather(), reward=filling_after(calls, fill))
     assert "\n" not in str(error.value)
     has_checkpoint = newest_checkpoint(folder / "checkpoints") is not None
-    assert has_checkpoint == (calls == 270)
+    assert has_checkpoint == (calls == 125)
     assert not list(folder.rglob("*.half-made"))
     assert not (folder / "summary.json").exists()
 
@@ -71,7 +73,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_once_there_is_room
 
 
 def test_a_run_that_diverges_names_its_step_and_goes_on_from_the_last_finite_checkpoint(tmp_path):
-    left = [200]
+    left = [70]
 
     def reward(completion):  # finite, and too much for float32 once it is squared
         left[0] -= 1
@@ -83,7 +85,7 @@ def test_a_run_that_diverges_names_its_step_and_goes_on_from_the_last_finite_che
     diverged_at = int(re.search(r"after (\d+) steps", str(error.value))[1])
     assert 0 < int(newest_checkpoint(folder / "checkpoints").name) <= diverged_at
     load_run(folder, model=weather(), reward=len)  # what was saved is finite
-    assert resume(folder, model=weather(), reward=breaking_after(-1)).steps == 800
+    assert resume(folder, model=weather(), reward=breaking_after(-1)).steps == 400
 
 
 def test_what_a_kill_after_the_summary_left_is_cleared(tmp_path):
@@ -136,7 +138,7 @@ def test_a_lock_is_not_taken_through_a_link(tmp_path):
 def test_security_a_resumed_run_writes_through_no_link(tmp_path, name):
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     with no_room() as fill, pytest.raises(RunFolderError):
-        train(CONFIG, folder, model=weather(), reward=filling_after(100, fill))
+        train(CONFIG, folder, model=weather(), reward=filling_after(50, fill))
     elsewhere.mkdir()
     for path in folder.glob(name):
         path.rename(tmp_path / "moved")

@@ -17,6 +17,7 @@ from textgen_env.models import load_language_model
 from textgen_env.models.slots import HFSlots
 from textgen_env.vector_env import TextGenVectorEnv
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 SPEED = Speed(score=0.002, write=0.001, learn=0.004)
 WORK = Work(prompts=10, tokens=20, texts=400, samples=64, lookahead=True)
 

@@ -18,6 +18,7 @@ from agents.runs.tracking import TrackerWriter, check_tracker
 from textgen_env import TextGenEnv
 from textgen_env.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 SETTINGS = {"top_k": 4, "max_new_tokens": 4, "min_new_tokens": 0}
 
 

@@ -20,6 +20,7 @@ from agents.user_code import KNOWN_CODE_FILE, is_reference, load_code, remember,
 from textgen_env.errors import ConfigError, RewardError
 from textgen_env.prompts import make_prompts
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 SCORE = """
 from pathlib import Path
 from my_words import WORDS

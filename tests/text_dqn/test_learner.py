@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ def agent_in(env, **settings):
     return TextDQN("CandidatePolicy", env, **(defaults | settings))
 
 
+@pytest.mark.slow
 def test_the_learner_learns_in_a_loop_of_one_s_own_without_stable_baselines3():
     program = (
         f"import sys; sys.modules['stable_baselines3'] = None; sys.path.insert(0, {str(EXAMPLES)!r})\n"
@@ -117,10 +119,18 @@ def test_torch_s_default_dtype_changes_nothing():
     assert {name: value.dtype for name, value in found.items()} == {n: v.dtype for n, v in expected.items()}
 
 
+@pytest.fixture(scope="module")
+def stored_agent(tmp_path_factory):
+    """The folder of an agent that has learned nothing."""
+    folder = tmp_path_factory.mktemp("agents") / "stored"
+    agent_in(make()).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", sorted(SETTINGS.keys() | COUNTERS.keys()))
 @pytest.mark.parametrize("value", [-1.5e89, 1e89, "x", True, float("nan"), [1]])
-def test_a_stored_number_out_of_range_is_refused(tmp_path, name, value):
-    agent_in(make()).save_pretrained(tmp_path)
+def test_a_stored_number_out_of_range_is_refused(stored_agent, tmp_path, name, value):
+    shutil.copytree(stored_agent, tmp_path, dirs_exist_ok=True)
     stored = json.loads((tmp_path / "agent.json").read_text())
     where = stored["counters"] if name in COUNTERS else stored
     where[name] = value

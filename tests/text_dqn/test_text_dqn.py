@@ -100,7 +100,7 @@ def test_q_converges_to_the_exact_soft_values(target):
     settings = {"beta_start": 2.0, "tau": 0.1, "policy_kwargs": SMALL}
     agent = small_agent(env, target=target, score=None, **settings)  # Q itself, beside no potential
 
-    agent.learn(20_000 if target == "q_sharp" else 10_000)  # a distribution takes longer than its mean
+    agent.learn(20_000 if target == "q_sharp" else 4_000)  # a distribution takes longer than its mean
 
     observations, _ = agent.policy.obs_to_tensor(toy.observations)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_a_reward_on_a_token_that_greedy_decoding_never_takes_is_found():
     env = make(32, model=model, prompts=["a"], top_k=3, max_new_tokens=3, reward=lambda text: float(text == "bcb"))
     agent = small_agent(env, beta=0.05, beta_start=1.0, policy_kwargs=SMALL)
 
-    agent.learn(16_000)
+    agent.learn(10_000)
 
     mean, _ = evaluate_policy(agent, agent.get_env(), n_eval_episodes=16, deterministic=True)
     assert mean == 1.0
