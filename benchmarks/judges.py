@@ -82,6 +82,24 @@ def sentence(texts: Sequence[str], tokens: int) -> Judge:
     return _of_library("similarity")
 
 
+@JUDGES.register("relevance")
+def relevance(texts: Sequence[str], tokens: int) -> Judge:
+    """Cosine of MiniLM's embeddings of the completion and of its prompt. -1 to 1."""
+    reward = make_reward("similarity")
+    return lambda judged: reward([replace(text, reference=text.prompt) for text in judged])
+
+
+@JUDGES.register("echo")
+def echo(texts: Sequence[str], tokens: int) -> Judge:
+    """The share of the prompt's words of four letters or more that the completion has. 0 to 1."""
+
+    def score(text: Generation) -> float:
+        asked = {word.lower() for word in split_words(text.prompt) if len(word) >= 4}
+        return len(asked & {word.lower() for word in split_words(text.completion)}) / max(1, len(asked))
+
+    return lambda judged: np.array([score(text) for text in judged], np.float64)
+
+
 @JUDGES.register("sparse")
 def sparse(texts: Sequence[str], tokens: int) -> Judge:
     """1 for a text that ends as a sentence does, has a word of six letters and 0.6 words a token; else 0."""

@@ -457,16 +457,16 @@ class Episodes:
 
     def _finish_reasons(self, rows: Rows, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
         """Return the number in ``FINISH_REASONS`` of each row, (B,): 0 where the text, or the turn, goes on."""
-        full = self.steps(rows) >= self.config.max_new_tokens
+        full, number = self.steps(rows) >= self.config.max_new_tokens, FINISH_REASONS.index
         if self._talk is not None:
             full |= self._talk.is_full(rows)
-        reasons = np.where(full, 3, 0)
+        reasons = np.where(full, number("length"), 0)
         if self.config.stop:
             texts = self._state.completion[rows].tolist()
             if self._talk is not None:
                 texts = [self._talk.text_of_turn(row) for row in rows.tolist()]
-            reasons[[any(stop in text for stop in self.config.stop) for text in texts]] = 2
-        reasons[self._is_end[tokens]] = 1
+            reasons[[any(stop in text for stop in self.config.stop) for text in texts]] = number("stop")
+        reasons[self._is_end[tokens]] = number("eos")
         return reasons
 
     def _pay(self, rows: Rows, reasons: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], list[dict[str, Any]]]:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from agents.text_dqn.echoes import Echoes
 from agents.text_dqn.networks import CandidateQNetwork, Tensors, prior
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.replay import EpisodeBatch, EpisodeReplay
@@ -306,7 +307,7 @@ class Learner:
         assert some.folds is not None  # the replay has set them
         mu = prior(some.observations).exp()
         candidates = some.observations["candidates"].long()
-        visited = Visited(some.tokens, candidates, mu, some.acted, some.by_language_model, some.folds)
+        visited = Visited(some.tokens, candidates, mu, some.acted, some.by_language_model, some.echoes, some.folds)
         self.held_out = self.network.fit_scorer(texts, visited, self.objective.beta)
         self.slow_network.scorer.load_state_dict(self.network.scorer.state_dict())
         self._fit_at = max(seen + LEAST_TEXTS, int(seen * REFIT))
@@ -317,7 +318,8 @@ class Learner:
             return batch
         candidates = batch.observations["candidates"].long()
         steps = torch.arange(candidates.shape[1], device=candidates.device).expand(candidates.shape[:2])
-        score, scores = self.network.scorer(batch.tokens, steps, candidates, batch.folds)
+        echoes = Echoes.among(candidates, batch.echoes, batch.tokens)
+        score, scores = self.network.scorer(batch.tokens, steps, candidates, echoes, batch.folds)
         after = torch.nn.functional.pad(score[:, 1:, 0], (0, 1))
         rewards = batch.rewards + torch.where(batch.ended, 0.0, after) - score[..., 0]
         observations = {**batch.observations, "score": score, "candidate_scores": scores}

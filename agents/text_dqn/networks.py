@@ -27,6 +27,7 @@ from gymnasium import spaces
 from torch import nn
 from torch.nn import functional
 
+from agents.text_dqn.echoes import Echoes
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.scorer import JudgedTexts, TextScorer, directions
 from textgen_env.conversation import AGENT
@@ -301,7 +302,9 @@ class CandidateQNetwork(nn.Module):
         generated = self._generated(observations)
         places = length - generated + torch.arange(self.max_new_tokens, device=tokens.device)
         own = tokens.gather(1, places.clamp(max=tokens.shape[1] - 1))
-        score, candidates = self.scorer(own, generated, observations["candidates"].long().unsqueeze(1))
+        proposed = observations["candidates"].long().unsqueeze(1)
+        echoes = None if "speaker" in observations else Echoes.of_prompt(tokens, length - generated, own, proposed)
+        score, candidates = self.scorer(own, generated, proposed, echoes)
         return {**observations, "score": score.squeeze(1), "candidate_scores": candidates.squeeze(1)}
 
     def _generated(self, observations: Tensors) -> torch.Tensor:

@@ -128,7 +128,7 @@ def fill_replay(replay: EpisodeReplay, dataset: MinariDataset) -> int:
     for episode in _episodes(dataset):
         behaviour = _checked(episode, replay)
         replay.add_episode(
-            {key: episode.observations[key] for key in replay.keys},
+            episode.observations,
             episode.actions,
             episode.rewards,
             behaviour,

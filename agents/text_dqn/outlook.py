@@ -26,6 +26,7 @@ class Visited(NamedTuple):
     probabilities: torch.Tensor  # (m, T, k) under the language model
     acted: torch.Tensor  # (m, T) bool
     by_language_model: torch.Tensor  # (m, T) bool, the language model chose the token
+    echoes: torch.Tensor  # (m, T, k) bool, the candidate occurs in the prompt
     folds: torch.Tensor  # (m,)
 
 

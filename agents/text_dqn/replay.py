@@ -23,6 +23,7 @@ import psutil
 import torch
 from gymnasium import spaces
 
+from agents.text_dqn.echoes import echoed
 from agents.text_dqn.scorer import FOLDS, JudgedTexts
 from textgen_env.errors import CapacityError, ConfigError
 
@@ -71,6 +72,7 @@ class EpisodeBatch:
     ended: torch.Tensor  # (B, T) bool
     acted: torch.Tensor  # (B, T) bool
     by_language_model: torch.Tensor  # (B, T) bool, the language model itself chose the action
+    echoes: torch.Tensor  # (B, T, k) bool, the candidate occurs in the prompt
     folds: torch.Tensor | None = None  # (B,) int64, the part of the texts that each belongs to; see ``scorer``
 
 
@@ -108,6 +110,7 @@ class EpisodeReplay:
         self.store: dict[str, Array] = {
             key: np.zeros((*shape, *_shape(observation_space, key)), STORED[key]) for key in self.keys
         } | {name: np.zeros(shape, dtype) for name, dtype in STEP_FIELDS.items()}
+        self.store["echoes"] = np.zeros((*shape, self.num_actions), np.bool_)
         self.rng = np.random.default_rng(seed)
         self.reset()
 
@@ -116,7 +119,8 @@ class EpisodeReplay:
         """Return the bytes that one step takes."""
         keys = [key for key in STORED if key in observation_space.spaces]
         sizes = (int(np.prod(_shape(observation_space, key))) * np.dtype(STORED[key]).itemsize for key in keys)
-        return sum(sizes) + sum(np.dtype(dtype).itemsize for dtype in STEP_FIELDS.values())
+        fields = sum(np.dtype(dtype).itemsize for dtype in STEP_FIELDS.values())
+        return sum(sizes) + fields + _shape(observation_space, "candidates")[0]  # the last: its echoes
 
     def reset(self) -> None:
         """Forget everything."""
@@ -161,10 +165,12 @@ class EpisodeReplay:
             score, next_score = observation["score"][:, 0], next_observation["score"][:, 0]
             unpaid = np.where(self.written == self.open, score, self.unpaid)
             shaped, self.unpaid = _shaped(rewards, score, next_score, unpaid, ended)
+        generated = self.written - self.open
         at = self._next_rows(envs)
         self._write(
             (envs, at),
             observation,
+            echoes=echoed(observation, generated),
             action=actions,
             token=observation["candidates"][envs, actions],
             reward=shaped,
@@ -176,7 +182,8 @@ class EpisodeReplay:
         )
         for env in np.flatnonzero(done).tolist():
             if truncated[env]:
-                self._store_last_state(env, {key: next_observation[key][env] for key in self.keys})
+                last = {key: value[env : env + 1] for key, value in next_observation.items()}
+                self._store_last_state(env, last, generated[env : env + 1] + 1)
             self._close(env)
 
     def give_up_open(self) -> None:
@@ -195,7 +202,8 @@ class EpisodeReplay:
         """Store one whole episode of L steps, in the ring with the most room.
 
         Args:
-            observations: (L + 1, ...) a key, the last one after the last step.
+            observations: (L + 1, ...) a key, the last one after the last step. Without ``tokens`` nobody
+                knows what occurs in the prompt.
             actions, rewards, behaviour, by_language_model: (L,); see ``add``.
             ended: The text ended by itself, and not by an outside limit.
 
@@ -216,6 +224,7 @@ class EpisodeReplay:
         self._write(
             (env, at),
             {key: observations[key][:-1] for key in self.keys},
+            echoes=echoed(observations, np.arange(steps + 1))[:-1],
             action=actions,
             token=observations["candidates"][np.arange(steps), actions],
             reward=shaped,
@@ -226,7 +235,7 @@ class EpisodeReplay:
             judged=np.nan,
         )
         if not ended:
-            self._store_last_state(env, {key: observations[key][-1] for key in self.keys})
+            self._store_last_state(env, {key: value[-1:] for key, value in observations.items()}, np.array([steps]))
         self._close(env)
 
     def take(self) -> tuple[dict[str, Array], npt.NDArray[np.int64]]:
@@ -297,6 +306,7 @@ class EpisodeReplay:
             ended=tensor("ended"),
             acted=tensor("acted") & torch.from_numpy(inside).to(self.device),
             by_language_model=tensor("by_language_model"),
+            echoes=tensor("echoes"),
             folds=torch.tensor([fold_of(env, start) for env, start, _ in picks], device=self.device),
         )
 
@@ -313,6 +323,7 @@ class EpisodeReplay:
         at = (envs[:, None], (first[:, None] + np.minimum(offset, lengths[:, None] - 1)) % self.ring)
         inside = offset < lengths[:, None]
         tokens, folds = self.store["token"][at].astype(np.int64), fold_of(envs, first)
+        echoes = self.store["echoes"][(*at, self.store["action"][at])]
         texts, steps = np.nonzero(inside & np.isfinite(self.store["judged"][at]))  # prefixes that were judged
         judged = self.store["judged"][at][texts, steps].astype(np.float64)
         return JudgedTexts(
@@ -321,6 +332,7 @@ class EpisodeReplay:
             rewards=np.concatenate([(self.store["reward"][at].astype(np.float64) * inside).sum(1), judged]),
             folds=np.concatenate([folds, folds[texts]]),
             finished=np.arange(len(tokens) + len(texts)) < len(tokens),
+            echoes=np.concatenate([echoes, echoes[texts]]),
         )
 
     def spread(self, count: int, keys: Sequence[str]) -> EpisodeBatch:
@@ -392,9 +404,10 @@ class EpisodeReplay:
         while episodes and episodes[0][0] < self.written[env] - self.ring:
             episodes.popleft()
 
-    def _store_last_state(self, env: int, last: dict[str, Array]) -> None:
-        at = self._next_rows(np.array([env]))[0]
-        self._write((env, at), last, **dict.fromkeys(STEP_FIELDS, 0))
+    def _store_last_state(self, env: int, last: Mapping[str, Array], generated: npt.NDArray[np.int64]) -> None:
+        """Store a state without an action: (1, ...) a key."""
+        at = self._next_rows(np.array([env]))
+        self._write((env, at), last, echoes=echoed(last, generated), **dict.fromkeys(STEP_FIELDS, 0))
 
     def _close(self, env: int) -> None:
         first, length = int(self.open[env]), int(self.written[env] - self.open[env])

@@ -4,6 +4,8 @@
     Design, rewards, folds  ->  weigh_groups  ->  how little each group of features should be shrunk
     left-out predictions, rewards  ->  rising_curve  ->  knots
 
+    left-out predictions, rewards  ->  correlates  ->  whether they say anything
+
 Solved by conjugate gradients, so a fit costs a few passes over the features, however many there are.
 """
 
@@ -36,6 +38,10 @@ BIN = 40
 """Texts a knot of the curve, at least."""
 
 MOST_KNOTS = 24
+
+
+LEAST_CORRELATION = 3.0
+"""Standard errors that the correlation with left-out rewards must have for the scorer to speak."""
 
 
 class Design(NamedTuple):
@@ -216,3 +222,11 @@ def rising_curve(predictions: Floats, rewards: Floats) -> tuple[Floats, Floats]:
             pooled[-2:] = [[(low * a + high * b) / (a + b), a + b, m + n]]
     heights = np.repeat([y for y, _, _ in pooled], [int(count) for _, _, count in pooled])
     return np.array([x for x, _, _ in knots]), heights
+
+
+def correlates(predicted: Floats, rewards: Floats) -> bool:
+    """Return True if left-out predictions go with the rewards beyond chance."""
+    if predicted.std() < 1e-9 or rewards.std() < 1e-9:
+        return False
+    correlation = float(np.corrcoef(predicted, rewards)[0, 1])
+    return correlation * np.sqrt(len(rewards)) > LEAST_CORRELATION

@@ -7,10 +7,11 @@ sum of contributions of what occurs in it, and a rising curve g from z to the re
     a prefix, k candidates   ->  forward  ->  score (B, 1), candidate_scores (B, k)
 
 The contributions are a ridge regression on sparse features, which need few texts: tokens, tokens
-that occur for the first time, pairs of neighbours, the last token, the length in characters. Judges
-differ in which of these kinds matter, so each kind is shrunk by a factor of its own, chosen by
-predictions for texts that were left out. The curve is fitted to such predictions. It bends where the
-judge saturates, and it is flat where nothing was learned: a random judge scores every prefix alike.
+that occur for the first time, pairs of neighbours, the last token, tokens that the prompt has too, the
+length in characters. Judges differ in which of these kinds matter, so each kind is shrunk by a factor
+of its own, chosen by predictions for texts that were left out. The curve is fitted to such predictions.
+It bends where the judge saturates, and it is flat where nothing was learned: a random judge scores
+every prefix alike.
 
 The score of a prefix is the soft value beta log E[exp(g / beta)] over what the rest of the text will
 add, if the language model writes on as it does on average after the last token: roughly what the
@@ -29,8 +30,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from agents.text_dqn.echoes import Echoes
 from agents.text_dqn.outlook import Course, Visited, course, still_to_come
-from agents.text_dqn.ridge import PENALTIES, Design, Fitted, cross_fit, rising_curve, weigh_groups
+from agents.text_dqn.ridge import PENALTIES, Design, Fitted, correlates, cross_fit, rising_curve, weigh_groups
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
@@ -52,6 +54,9 @@ MARKS = np.linspace(-2.5, 2.5, 11)
 GRID = (64, 48)
 """Values of z and of the length for which potentials are tabulated."""
 
+LONGEST = 15
+"""Tokens that the prompt has, too, have a weight by their length in characters, up to this: short ones are common."""
+
 AHEAD = 2
 """Tokens after the last one whose contributions depend on it; what comes later is taken as it is on average."""
 
@@ -61,10 +66,7 @@ FEW_VISITS = 2.0
 LEAST_TEXTS = 50
 """Finished texts below which nothing is fitted."""
 
-LEAST_EVIDENCE = 3.0
-"""Standard errors that the correlation with left-out rewards must have for the scorer to speak."""
-
-GROUPS = {"token": 1.0, "first": 1.0, "last": 0.3, "pair": 1.0, "vector": 1.0, "length": 1.0}
+GROUPS = {"token": 1.0, "first": 1.0, "last": 0.3, "pair": 1.0, "echo": 1.0, "vector": 1.0, "length": 1.0}
 """Kinds of features, and the relevance that each begins with."""
 
 WEIGH_AGAIN = 2.0
@@ -84,6 +86,7 @@ class JudgedTexts(NamedTuple):
     rewards: Floats  # (n,)
     folds: Indices  # (n,) in 0..FOLDS - 1
     finished: npt.NDArray[np.bool_]  # (n,) False for prefixes that were judged as they stood
+    echoes: npt.NDArray[np.bool_]  # (n, T) the token occurs in the prompt
 
 
 class TextScorer(nn.Module):
@@ -106,6 +109,7 @@ class TextScorer(nn.Module):
     first: torch.Tensor
     pair: torch.Tensor
     last: torch.Tensor
+    echo: torch.Tensor
     potential: torch.Tensor
     drift: torch.Tensor
     ahead: torch.Tensor
@@ -126,6 +130,7 @@ class TextScorer(nn.Module):
             "first": (FOLDS + 1, vocab_size),
             "pair": (FOLDS + 1, PAIRS),
             "last": (FOLDS + 1, vocab_size),
+            "echo": (FOLDS + 1, 2, LONGEST + 1),  # at every occurrence, and beside that at the first; by length
             "potential": (max_new_tokens + 1, *GRID),  # after t tokens, by the z and the length that are to be expected
             "drift": (2, max_new_tokens + 1),  # of z and of the length, still to come after t tokens
             "persistence": (2, max_new_tokens + 1),  # what a unit of either after t tokens is worth in the end
@@ -153,7 +158,12 @@ class TextScorer(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, tokens: torch.Tensor, steps: torch.Tensor, candidates: torch.Tensor, folds: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        steps: torch.Tensor,
+        candidates: torch.Tensor,
+        echoes: Echoes | None = None,
+        folds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the scores of prefixes, (B, S, 1), and of the texts that each candidate leads to, (B, S, k).
 
@@ -161,9 +171,12 @@ class TextScorer(nn.Module):
             tokens: (B, T) generated ids, from the first on. What follows a prefix is not read.
             steps: (B, S) how many of them each prefix has.
             candidates: (B, S, k) ids.
+            echoes: Which of them occur in the prompt. None: none.
             folds: (B,) whose weights to use. None: the mean of all.
         """
-        index, length, more, longer = self._parts(tokens, steps, candidates, folds)
+        index, length, more, longer = self._parts(
+            tokens, steps, candidates, echoes or Echoes.none(tokens, candidates), folds
+        )
         done = (steps.unsqueeze(-1) >= self.max_new_tokens - 1) | _at(self.ends, candidates).bool()
         table = self._table(tokens, folds).view(-1, 1, 1)
         more = more + torch.where(done, _at(self.last, table * self.vocab_size + candidates), 0.0)
@@ -180,20 +193,31 @@ class TextScorer(nn.Module):
         return torch.where((steps > 0) & (left > 0), _at(self.ahead, place), 0.0)
 
     def _parts(
-        self, tokens: torch.Tensor, steps: torch.Tensor, candidates: torch.Tensor, folds: torch.Tensor | None
+        self,
+        tokens: torch.Tensor,
+        steps: torch.Tensor,
+        candidates: torch.Tensor,
+        echoes: Echoes,
+        folds: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return z and length of the prefixes, (B, S), and what candidates add to both, (B, S, k)."""
         table = self._table(tokens, folds)
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         seen_from = _first_places(tokens)  # (B, RESIDUES)
-        own = self._added(table, tokens.unsqueeze(-1), places, tokens, seen_from).squeeze(-1)
+        own = self._added(table, tokens.unsqueeze(-1), echoes.own.unsqueeze(-1), places, tokens, seen_from).squeeze(-1)
         index = self.bias[table].unsqueeze(-1) + _of_prefixes(own, steps)
         length = _of_prefixes(_at(self.characters, tokens), steps)
-        more = self._added(table, candidates, steps, tokens, seen_from)
+        more = self._added(table, candidates, echoes.candidates, steps, tokens, seen_from)
         return index, length, more, _at(self.characters, candidates)
 
     def _added(
-        self, table: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor, tokens: torch.Tensor, seen: torch.Tensor
+        self,
+        table: torch.Tensor,
+        ids: torch.Tensor,
+        echoes: torch.Tensor,
+        steps: torch.Tensor,
+        tokens: torch.Tensor,
+        seen: torch.Tensor,
     ) -> torch.Tensor:
         """Return what ids (B, S, c) add to z after prefixes of ``steps`` (B, S) tokens."""
         own = table.view(-1, 1, 1) * self.vocab_size + ids
@@ -201,8 +225,10 @@ class TextScorer(nn.Module):
         pairs = _at(self.pair, table.view(-1, 1, 1) * PAIRS + pair_index(before, ids))
         pairs = torch.where(steps.unsqueeze(-1) > 0, pairs, 0.0)
         places = seen.gather(1, (ids % RESIDUES).flatten(1)).view(ids.shape)
-        fresh = torch.where(places < steps.unsqueeze(-1), 0.0, _at(self.first, own))
-        return _at(self.token, own) + pairs + fresh
+        echo = table.view(-1, 1, 1) * 2 * (LONGEST + 1) + _at(self.characters, ids).long().clamp(max=LONGEST)
+        always = _at(self.token, own) + torch.where(echoes, _at(self.echo, echo), 0.0)
+        first = _at(self.first, own) + torch.where(echoes, _at(self.echo, echo + LONGEST + 1), 0.0)
+        return always + torch.where(places < steps.unsqueeze(-1), 0.0, first) + pairs
 
     def _table(self, tokens: torch.Tensor, folds: torch.Tensor | None) -> torch.Tensor:
         return torch.full((len(tokens),), FOLDS, device=tokens.device) if folds is None else folds
@@ -238,7 +264,7 @@ class TextScorer(nn.Module):
             return 0.0
         design, fitted = self._fitted(design, texts)
         predicted, rewards = fitted.left_out[texts.finished], texts.rewards[texts.finished]
-        if not _correlates(predicted, rewards):
+        if not correlates(predicted, rewards):
             self.silence()
             return 0.0
         curve = rising_curve(predicted, rewards)
@@ -268,12 +294,15 @@ class TextScorer(nn.Module):
 
     def _design(self, texts: JudgedTexts, vectors: Floats) -> tuple[Design, tuple[float, float]]:
         """Return the features of texts, and mean and deviation of their lengths in characters."""
-        vocabulary, padding = self.vocab_size, 3 * self.vocab_size + PAIRS
-        tokens, lengths = texts.tokens, texts.lengths
+        vocabulary, of_echoes = self.vocab_size, 3 * self.vocab_size + PAIRS
+        padding = of_echoes + 2 * (LONGEST + 1)
+        tokens, lengths, characters = texts.tokens, texts.lengths, self.characters.cpu().numpy()
         inside = np.arange(tokens.shape[1]) < lengths[:, None]
         places = _first_places(torch.from_numpy(tokens)).gather(1, torch.from_numpy(tokens % RESIDUES)).numpy()
         fresh = inside & (places == np.arange(tokens.shape[1]))
         pairs = pair_index(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])).numpy()
+        echo = of_echoes + np.minimum(characters[tokens], LONGEST).astype(np.int64)
+        echoes = np.concatenate([echo, echo + LONGEST + 1], 1)
         ended = texts.finished[:, None]
         last = np.take_along_axis(tokens, lengths[:, None] - 1, 1)
         sparse = {
@@ -281,8 +310,9 @@ class TextScorer(nn.Module):
             "first": np.where(fresh, vocabulary + tokens, padding),
             "last": np.where(ended, 2 * vocabulary + last, padding),
             "pair": np.where(inside[:, 1:], 3 * vocabulary + pairs, padding),
+            "echo": np.where(np.concatenate([inside, fresh], 1) & np.tile(texts.echoes, 2), echoes, padding),
         }
-        length = (self.characters.cpu().numpy()[tokens] * inside).sum(1)
+        length = (characters[tokens] * inside).sum(1)
         marks = (float(length.mean()), float(length.std()) + 1e-6)
         means = np.zeros((len(tokens), vectors.shape[1]))
         for place in range(tokens.shape[1]):  # one after the other: all at once are large
@@ -296,7 +326,8 @@ class TextScorer(nn.Module):
         weights = np.concatenate([fitted.weights, fitted.weights.mean(0, keepdims=True)])
         biases = np.append(fitted.biases, fitted.biases.mean())
         occurring, dense = design.parts(weights)
-        sparse = np.zeros((FOLDS + 1, 3 * vocabulary + PAIRS))
+        of_echoes = 3 * vocabulary + PAIRS
+        sparse = np.zeros((FOLDS + 1, of_echoes + 2 * (LONGEST + 1)))
         sparse[:, design.used] = occurring[:, :-1]
         token, first, last = (sparse[:, i * vocabulary : (i + 1) * vocabulary] for i in range(3))
         of_vectors = dense[:, : vectors.shape[1]].astype(np.float32) @ vectors.T
@@ -304,7 +335,8 @@ class TextScorer(nn.Module):
             (self.token, token * scales["token"] + of_vectors * scales["vector"]),
             (self.first, first * scales["first"]),
             (self.last, last * scales["last"]),
-            (self.pair, sparse[:, 3 * vocabulary :] * scales["pair"]),
+            (self.pair, sparse[:, 3 * vocabulary : of_echoes] * scales["pair"]),
+            (self.echo, (sparse[:, of_echoes:] * scales["echo"]).reshape(self.echo.shape)),
             (self.bias, biases),
         ):
             table.copy_(torch.from_numpy(values))
@@ -352,8 +384,9 @@ class TextScorer(nn.Module):
         last, candidates = tokens[:, :-1][there], visited.candidates[:, 1:][there]  # (n,), (n, k)
         mu, goes_on = visited.probabilities[:, 1:][there], 1.0 - _at(self.ends, candidates)
         visits = torch.bincount(last, minlength=self.vocab_size)
+        echoes = Echoes.among(visited.candidates, visited.echoes, tokens)
         for fold in range(FOLDS + 1):
-            _, _, more, _ = self._parts(tokens, steps, visited.candidates, torch.full_like(tokens[:, 0], fold))
+            _, _, more, _ = self._parts(tokens, steps, visited.candidates, echoes, torch.full_like(tokens[:, 0], fold))
             more, value = more[:, 1:][there], torch.zeros_like(self.characters)
             for depth in range(AHEAD):
                 gain = (mu * (more + goes_on * _at(value, candidates))).sum(-1)
@@ -366,7 +399,8 @@ class TextScorer(nn.Module):
         """Return how the language model adds to z and to the length."""
         tokens, mu = visited.tokens, visited.probabilities
         steps = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        z, length, more, longer = self._parts(tokens, steps, visited.candidates, visited.folds)
+        echoes = Echoes.among(visited.candidates, visited.echoes, tokens)
+        z, length, more, longer = self._parts(tokens, steps, visited.candidates, echoes, visited.folds)
         table, after = visited.folds.view(-1, 1, 1), steps.unsqueeze(-1) + 1
         ahead = self._expected(table, tokens.unsqueeze(-1), after).squeeze(-1)
         ahead = ahead - (mu * self._expected(table, visited.candidates, after)).sum(-1)
@@ -414,11 +448,3 @@ def _hats(length: Floats, marks: tuple[float, float]) -> Floats:
     place = np.clip((length - mean) / deviation, MARKS[0], MARKS[-1])
     hats: Floats = np.maximum(0.0, 1 - np.abs(place[..., None] - MARKS) / (MARKS[1] - MARKS[0]))
     return hats
-
-
-def _correlates(predicted: Floats, rewards: Floats) -> bool:
-    """Return True if left-out predictions go with the rewards beyond chance."""
-    if predicted.std() < 1e-9 or rewards.std() < 1e-9:
-        return False
-    correlation = float(np.corrcoef(predicted, rewards)[0, 1])
-    return correlation * np.sqrt(len(rewards)) > LEAST_EVIDENCE

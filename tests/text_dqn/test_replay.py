@@ -155,8 +155,8 @@ def test_a_saved_replay_goes_on_as_if_it_had_never_stopped(tmp_path):
 
 def test_bytes_are_said_and_counted():
     each = (
-        2 * D + 4 * K + 4 * K + K + 4 + (8 + 4 + 4 + 4 + 1 + 1 + 1 + 4)
-    )  # half hidden, ids, logprobs, mask, budget, step
+        2 * D + 4 * K + 4 * K + K + 4 + (8 + 4 + 4 + 4 + 1 + 1 + 1 + 4) + K
+    )  # half hidden, ids, logprobs, mask, budget, step, echoes
     assert EpisodeReplay.bytes_per_step(SPACE) == each
     assert replay().bytes == 40 * each == sum(array.nbytes for array in replay().store.values())
 

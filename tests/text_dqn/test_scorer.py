@@ -11,6 +11,7 @@ import torch
 from toys import PROMPTS, letters
 
 from agents.text_dqn.agent import TextDQN
+from agents.text_dqn.echoes import Echoes, echoed
 from agents.text_dqn.networks import NEEDED_KEYS
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.ridge import Design, cross_fit, rising_curve, weigh_groups
@@ -26,20 +27,21 @@ def texts(reward, seed=0, count=TEXTS):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, VOCABULARY, (count, LENGTH))
     rewards = np.array([reward(row) for row in tokens], np.float64)
-    return JudgedTexts(tokens, np.full(count, LENGTH), rewards, np.arange(count) % FOLDS, np.ones(count, bool))
+    folds, none = np.arange(count) % FOLDS, np.zeros(tokens.shape, bool)
+    return JudgedTexts(tokens, np.full(count, LENGTH), rewards, folds, np.ones(count, bool), none)
 
 
 def visited(found):
     count, k = min(200, len(found.tokens)), 4
     tokens = torch.from_numpy(found.tokens[:count])
     candidates = torch.from_numpy(np.random.default_rng(1).integers(1, VOCABULARY, (count, LENGTH, k)))
-    return Visited(tokens, candidates, torch.full((count, LENGTH, k), 1 / k), *of_texts(count))
+    return Visited(tokens, candidates, torch.full((count, LENGTH, k), 1 / k), *of_texts(count, k))
 
 
-def of_texts(count):
-    """All tokens were drawn by the language model; the folds of ``texts``."""
-    there = torch.ones(count, LENGTH, dtype=torch.bool)
-    return there, there, torch.arange(count) % FOLDS
+def of_texts(count, k):
+    """All tokens were drawn by the language model, none occurs in the prompt; the folds of ``texts``."""
+    there, none = torch.ones(count, LENGTH, dtype=torch.bool), torch.zeros(count, LENGTH, k, dtype=torch.bool)
+    return there, there, none, torch.arange(count) % FOLDS
 
 
 def fitted(found):
@@ -133,7 +135,9 @@ def test_a_prefix_is_scored_without_what_follows_it():
 def scores_in_language(found, mu, step):
     """Scores of all ids from 1 on as candidates at a step, (11,), learned where their chances were mu (n, T, 11)."""
     everything = torch.arange(1, VOCABULARY).expand(mu.shape)
-    states = Visited(torch.from_numpy(found.tokens), everything, torch.from_numpy(mu).float(), *of_texts(len(mu)))
+    states = Visited(
+        torch.from_numpy(found.tokens), everything, torch.from_numpy(mu).float(), *of_texts(*mu.shape[::2])
+    )
     scorer = TextScorer(VOCABULARY, LENGTH)
     scorer.characters.fill_(1.0)
     scorer.fit(found, np.zeros((VOCABULARY, 1)), states, 100.0)  # warm: the soft value is the mean
@@ -172,6 +176,45 @@ def test_what_was_said_early_counts_for_what_it_makes_likely_later():
     assert more == pytest.approx(1.12 ** (LENGTH - 1), abs=0.25)  # each step that follows multiplies by 1.12
 
 
+def test_what_the_prompt_has_is_told_from_what_it_has_not():
+    """A judge counts the different tokens of a text that the prompt has: any ones, each in every second prompt."""
+    found = texts(lambda row: 0.0)
+    prompts = np.random.default_rng(13).random((TEXTS, VOCABULARY)) < 0.5
+    echoes = np.take_along_axis(prompts, found.tokens, 1)
+    different = [len(set(row[held])) for row, held in zip(found.tokens, echoes, strict=True)]
+    scorer, held_out = fitted(found._replace(rewards=np.array(different, float), echoes=echoes))
+    assert held_out > 0.97
+    tokens, steps, candidates = arguments(found)
+    own = torch.from_numpy(echoes[: len(tokens)])
+    scores = [
+        scorer(tokens, steps, candidates, Echoes(own, torch.full(candidates.shape, held)))[1] for held in (False, True)
+    ]
+    fresh = (tokens[:, None, :, None] != candidates[:, :, None]) | (torch.arange(LENGTH) >= steps[..., None])[..., None]
+    fresh = fresh.all(2)  # (n, T, k) the candidate has not occurred
+    more = (scores[1] - scores[0])[:, 1:-1]
+    assert float(more[fresh[:, 1:-1]].mean()) == pytest.approx(1, abs=0.1)
+    assert float(more[~fresh[:, 1:-1]].mean()) == pytest.approx(0, abs=0.1)
+
+
+def test_what_occurs_in_the_prompt_is_found_alike_for_the_replay_and_for_acting():
+    rng, count, k = np.random.default_rng(14), 20, 4
+    prompts, generated = rng.integers(1, 6, count), rng.integers(0, LENGTH, count)  # lengths
+    tokens = rng.integers(0, VOCABULARY, (count, 12))
+    candidates = rng.integers(0, VOCABULARY, (count, k))
+    own = rng.integers(0, VOCABULARY, (count, LENGTH))
+    observation = {"tokens": tokens, "length": (prompts + generated)[:, None], "candidates": candidates}
+    held = [set(row[:length].tolist()) for row, length in zip(tokens, prompts, strict=True)]
+    expected = [[token in ids for token in row] for row, ids in zip(candidates.tolist(), held, strict=True)]
+    np.testing.assert_array_equal(echoed(observation, generated), expected)
+    lengths, *ids = map(torch.from_numpy, (prompts[:, None], tokens, own, candidates[:, None]))
+    found = Echoes.of_prompt(ids[0], lengths, *ids[1:])
+    np.testing.assert_array_equal(found.candidates[:, 0], expected)
+    np.testing.assert_array_equal(
+        found.own, [[t in ids for t in row] for row, ids in zip(own.tolist(), held, strict=True)]
+    )
+    assert not echoed({**observation, "speaker": tokens}, generated).any()  # a conversation
+
+
 def test_prefixes_that_were_judged_count_as_texts():
     found = texts(JUDGES["a token"], count=60)
     lengths = np.random.default_rng(8).integers(1, LENGTH, 600)
@@ -183,6 +226,7 @@ def test_prefixes_that_were_judged_count_as_texts():
         np.concatenate([found.rewards, rewards]),
         np.concatenate([found.folds, more.folds]),
         np.arange(660) < 60,
+        np.concatenate([found.echoes, more.echoes]),
     )
     fresh = texts(JUDGES["a token"], seed=10)
     few, more_ = (((finished_scores(fitted(x)[0], fresh) - fresh.rewards) ** 2).mean() for x in (found, both))

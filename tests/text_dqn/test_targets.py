@@ -47,6 +47,7 @@ def random_episodes(toy: TextTree, count: int, seed: int = 0) -> tuple[EpisodeBa
         ended=torch.from_numpy((toy.child[at, chosen] < 0) & (nodes >= 0)),
         acted=torch.from_numpy(nodes >= 0),
         by_language_model=torch.zeros(nodes.shape, dtype=torch.bool),
+        echoes=torch.zeros(legal[at].shape, dtype=torch.bool),
     )
     return batch, nodes
 
@@ -94,6 +95,7 @@ def two_steps(behaviour: float = np.log(0.5)) -> EpisodeBatch:
         ended=torch.tensor([[False, True]]),
         acted=torch.tensor([[True, True]]),
         by_language_model=torch.tensor([[False, False]]),
+        echoes=torch.zeros(1, 2, 2, dtype=torch.bool),
     )
 
 
