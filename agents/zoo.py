@@ -3,8 +3,9 @@
     make_agent("text_dqn", env, seed=0, budget=Budget(steps=20_000))  ->  an agent: predict, maybe learn
 
 Three kinds: agents that learn (Stable-Baselines3's and this project's), agents that read the
-observation alone, agents that plan in the environment. One with other settings is named ``best_of_n:n=4``. A user's
-own is named ``FILE.py:NAME`` or ``module:NAME`` and called with ``(env, seed)``.
+observation alone, agents that plan in the environment (one of them with values that it learns). One
+with other settings is named ``best_of_n:n=4``. A user's own is named ``FILE.py:NAME`` or
+``module:NAME`` and called with ``(env, seed)``.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ def tuned_settings(name: str, env: TextGenVectorEnv) -> Mapping[str, Any]:
 
 @PLANNING_AGENTS.register("text_dqn_particles")
 class LearnedParticlesAgent(PlanningAgent):
-    """TextDQN, which has learned, writes with n particles a text.
+    """TextDQN learns, and writes each text with n particles that its values guide.
 
     Before ``learn`` the particles have no values: they are weighted best-of-n.
 

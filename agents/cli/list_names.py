@@ -36,8 +36,9 @@ def _agents() -> Described:
     from agents.zoo import AGENTS
 
     yield from ((name, _first_line(AGENTS[name])) for name in AGENTS)
-    for unlearned in (SEARCH_AGENTS, PLANNING_AGENTS):
-        yield from ((name, f"{_first_line(unlearned[name])} (no learning)") for name in unlearned)
+    for found in (SEARCH_AGENTS, PLANNING_AGENTS):
+        for name, agent in found.items():
+            yield name, _first_line(agent) + ("" if hasattr(agent, "learn") else " (no learning)")
 
 
 def _models() -> Described:
