@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import gymnasium as gym
@@ -14,6 +15,7 @@ from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.echoes import Echoes, echoed
 from agents.text_dqn.networks import NEEDED_KEYS
 from agents.text_dqn.outlook import Visited
+from agents.text_dqn.replay import EpisodeReplay
 from agents.text_dqn.ridge import Design, cross_fit, rising_curve, weigh_groups
 from agents.text_dqn.scorer import FOLDS, JudgedTexts, TextScorer
 from agents.text_dqn.validation import LANGUAGE_MODEL, best_supported
@@ -299,6 +301,30 @@ def agent(reward, **settings):
 
 def worth(text):
     return float(text.count("b")) / 4
+
+
+def test_scores_of_the_replay_are_those_of_acting():
+    learner = agent(worth).learn(800).learner
+    scorer = learner.network.scorer
+    scorer.echo.copy_(torch.randn(scorer.echo.shape, generator=torch.Generator().manual_seed(0)) / 10)
+    env = gym.make_vec(
+        "textgen_env:TextGen-v0", num_envs=8, model=letters(), prompts=PROMPTS, reward=worth, top_k=4,
+        max_new_tokens=4, min_new_tokens=4, observation=NEEDED_KEYS,
+    )  # fmt: skip
+    replay, seen = EpisodeReplay(64, env.single_observation_space, n_envs=8), []
+    observation, _ = env.reset(seed=0)
+    for _ in range(4):
+        seen.append(observation)
+        actions = np.random.default_rng(len(seen)).integers(0, 2, 8)
+        observation, rewards, done, *_ = env.step(actions)
+        replay.add(seen[-1], observation, actions, rewards, done, np.zeros(8, bool), np.zeros(8), np.zeros(8, bool))
+    batch = replace(replay.batch([(row, 0, 4) for row in range(8)]), folds=None)
+    assert 0 < batch.echoes.float().mean() < 1
+    scored = learner._scored(batch).observations
+    for step, observation in enumerate(seen):
+        single = learner.network.scored({key: torch.as_tensor(value) for key, value in observation.items()})
+        for key in ("score", "candidate_scores"):
+            torch.testing.assert_close(scored[key][:, step], single[key])
 
 
 def test_before_the_first_update_the_policy_is_the_language_model():
