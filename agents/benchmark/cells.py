@@ -98,7 +98,7 @@ def run_cell(config: BenchmarkConfig, cell: Cell) -> CellResult:
             before = judge.calls
             measured, tokens = measure_agent(cell, config.texts, agent, env, task)
             calls = judge.calls - before
-            learning_calls, of_measuring = before - of_measuring, of_measuring + calls
+            learning_judge_calls, of_measuring = before - of_measuring, of_measuring + calls
             count, bounds = len(measured.rewards), known_bounds(cell.task)
             rows.append(
                 {
@@ -108,8 +108,8 @@ def run_cell(config: BenchmarkConfig, cell: Cell) -> CellResult:
                     "normalised": float(bounds.normalise(measured.reward)),
                     "kl": measured.mean_kl,
                     "tokens": tokens,
-                    "calls": calls / count - 1,
-                    "learning_calls": learning_calls,
+                    "judge_calls": calls / count - 1,
+                    "learning_judge_calls": learning_judge_calls,
                     "length": float(measured.lengths.mean()),
                     "texts": count,
                 }

@@ -192,7 +192,7 @@ def score_sections(
         Section(
             "tasks",
             "Task by task",
-            "Reward calls are finished texts that were judged: for a text that is written (a search asks about all "
+            "Judge calls are finished texts that were judged: for a text that is written (a search asks about all "
             f"that it tries), and while learning. The score less {PRICE:g} a nat of KL is the trade for which agents "
             "learn that know a price, but on the small diagnostic tasks.",
             [],
@@ -282,14 +282,14 @@ def task_table(task: str, rows: Sequence[ResultRow], agents: Sequence[str]) -> P
                 _figure(scores.mean() - PRICE * kl, ".2f"),
                 *(
                     _figure(np.mean([row[name] for row in mine]), ",.0f")
-                    for name in ("tokens", "calls", "learning_calls")
+                    for name in ("tokens", "judge_calls", "learning_judge_calls")
                 ),
                 f"{np.mean([row['seconds'] for row in mine]):.1f}",
                 str(len(mine)),
             ]
         )
     headings = ["agent", "reward", "normalised", "KL, nats", f"less {PRICE:g} a nat"]
-    headings += ["tokens a text", "reward calls a text", "while learning", "seconds", "runs"]
+    headings += ["tokens a text", "judge calls a text", "while learning", "seconds", "runs"]
     return PageTable(headings, lines, f"{short_name(task)}: {_about(task)}")
 
 

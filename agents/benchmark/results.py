@@ -33,8 +33,8 @@ RESULT_COLUMNS = {
     "normalised": "0 for the language model, 1 for the best",
     "kl": "nats a text, where known",
     "tokens": "generated for a text, those of a search too",
-    "calls": "of the reward for a text that is written: those of a search",
-    "learning_calls": "of the reward while learning",
+    "judge_calls": "finished texts that the reward was asked about for one that is written: a search's",
+    "learning_judge_calls": "the same, while learning",
     "length": "tokens of a text",
     "texts": "measured",
     "error": "of a run that failed",
@@ -45,7 +45,7 @@ ResultRow = Mapping[str, Any]
 """A row of ``results.csv``; figures are floats, NaN where the cell is empty."""
 
 NUMBERS = ("seed", "step", "seconds", "reward", "normalised", "kl", "tokens", "length", "texts")
-SINCE_0_2 = ("calls", "learning_calls")  # columns that older files lack
+SINCE_0_2 = ("judge_calls", "learning_judge_calls")  # columns that older files lack
 
 
 def write_results(path: Path, results: Sequence[CellResult]) -> None:

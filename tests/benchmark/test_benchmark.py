@@ -68,15 +68,17 @@ def test_one_row_for_each_run_and_evaluation(done):
     assert set(rows[0]) == set(RESULT_COLUMNS) - {"seconds"}
     best_of_n = [row for row in rows if row["agent"] == "best_of_n" and row["task"].startswith("TextGen/Needle")]
     assert [float(row["tokens"]) for row in best_of_n] == [16 * 3] * 2  # 16 texts of 3 tokens for each
-    assert [float(row["calls"]) for row in best_of_n] == [16] * 2
+    assert [float(row["judge_calls"]) for row in best_of_n] == [16] * 2
     learners = [row for row in rows if row["agent"] == "text_dqn" and row["task"].startswith("TextGen/Needle")]
     texts = [0, 4 * (25 // 3), 4 * (50 // 3)]  # of 4 rows after 0, 25 and 50 steps
-    assert [(int(row["learning_calls"]), float(row["calls"])) for row in learners] == [(n, 0) for n in texts] * 2
+    assert [(int(row["learning_judge_calls"]), float(row["judge_calls"])) for row in learners] == [
+        (n, 0) for n in texts
+    ] * 2
 
 
 def test_an_agent_with_settings_is_that_agent_with_those_settings():
     result = run_cell(CONFIG, Cell("TextGen/Needle-v0:depth=3", "best_of_n:n=2", 0))
-    assert (result.status, result.rows[-1]["tokens"], result.rows[-1]["calls"]) == ("ok", 2 * 3, 2)
+    assert (result.status, result.rows[-1]["tokens"], result.rows[-1]["judge_calls"]) == ("ok", 2 * 3, 2)
 
 
 def test_settings_that_an_agent_does_not_have_are_refused_before_anything_runs(tmp_path):
