@@ -42,6 +42,9 @@ from textgen_env.vector_env import TextGenVectorEnv
 OBSERVATION = ("tokens", "length", "budget", "candidates", "logprobs", "score", "action_mask", "hidden")
 """Observation keys of agents that learn, unless said: all but ``candidate_scores``."""
 
+NOT_SETTINGS = ("policy", "env", "seed", "settings", "device", "_init_setup_model")
+"""Arguments of agents that nobody can set by name."""
+
 MASK_AWARE = ("text_dqn", "maskable_ppo")
 """Agents that learn and never choose a masked action; for the others the environment maps it."""
 
@@ -318,9 +321,9 @@ def make_agent(
         ConfigError: the agent refuses the environment or its settings; says why.
     """
     found, given = find_agent(name), dict(settings or {})
+    kind, own = found(budget) if name in AGENTS else (found, {})
     try:
         if name in AGENTS:
-            kind, own = found(budget)
             return kind(env=SB3VecEnv(env), seed=seed, **{**own, **given})
         if name in SEARCH_AGENTS:
             return found(seed=seed, **given)
@@ -328,7 +331,9 @@ def make_agent(
             given = {"beta": budget.beta, **given}
         return found(env, seed, **given)
     except TypeError as error:
-        raise ConfigError(f"agent {name!r} refuses its settings: {error}") from error
+        known = inspect.signature(kind).parameters
+        takes = ", ".join(setting for setting in known if setting not in NOT_SETTINGS)
+        raise ConfigError(f"agent {name!r} refuses its settings: {error}; it takes {takes}") from error
 
 
 def acts_greedily(name: str, agent: Agent) -> bool:

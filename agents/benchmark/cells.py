@@ -17,6 +17,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.benchmark.config import BenchmarkConfig, Cell, known_bounds
+from agents.user_code import is_reference
 from agents.zoo import (
     Budget,
     acts_greedily,
@@ -127,7 +128,9 @@ def check_agents(config: BenchmarkConfig) -> None:
     """Let each agent of the user's own, or with settings of the user's, act once, on the first task that it can do.
 
     Raises:
-        ContractError: it can be made for no task, lacks ``predict``, or answers something else than one action a row.
+        ConfigError: settings that an agent in the box refuses.
+        ContractError: one of the user's own can be made for no task, lacks ``predict``, or answers something
+            else than one action a row.
     """
     for name in (agent for agent in config.agents if ":" in agent):
         reason = ""
@@ -135,6 +138,8 @@ def check_agents(config: BenchmarkConfig) -> None:
             try:
                 agent, env, *_ = _open(replace(config, envs=2), Cell(task, name, config.seeds[0]))
             except Exception as error:  # of the user's code, or because it cannot do this task
+                if isinstance(error, ConfigError) and not is_reference(name):
+                    raise
                 reason = reason or f"{type(error).__name__}: {error}"
                 continue
             _check_agent(name, agent, env)

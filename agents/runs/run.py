@@ -56,6 +56,7 @@ from agents.runs.stored import (
 from agents.runs.tracking import check_tracker
 from agents.terminal import say
 from agents.text_dqn.agent import TextDQN
+from agents.text_dqn.validation import LANGUAGE_MODEL
 from agents.user_code import remember
 from textgen_env.errors import ConfigError, RunFolderError, TextGenError
 from textgen_env.files import (
@@ -334,7 +335,13 @@ def _learned(run: Run, log: RunLog, folder: Path) -> Run:
         if isinstance(agent, TextDQN):
             some = validation_prompts(run.env.episodes.prompts, config.seed)
             chosen = agent.choose_beta(run.env, min(VALIDATED, config.eval_texts), config.seed, some)
-            run = replace(run, notes=(*run.notes, f"Acts as {chosen}; J = E[R] - {agent.target_beta:g} KL decided."))
+            note = (
+                f"Acts as {chosen}; J = E[R] - {agent.target_beta:g} KL. Another beta than that of the training must "
+                "be better by three standard errors."
+            )
+            if chosen.beta == LANGUAGE_MODEL:
+                note += f" {config.steps:,} steps have not taught it to be better: give it more, or a lower beta."
+            run = replace(run, notes=(*run.notes, note))
         return run
     finally:
         with whole_file(folder / AGENT_FILE, (RuntimeError,)) as half_made, half_made.open("wb") as file:

@@ -36,8 +36,14 @@ AGAIN = 2
 LEAST_STEPS = 4_000
 """Fewer teach an agent nothing."""
 
+PATIENCE = 2.0
+"""A run that cannot be as short as asked may take so many times as long; it says so."""
+
 END = 5.0
 """Seconds for pictures, table and files."""
+
+LONGER = " (the smallest run; longer than asked, if need be)"
+"""Said of a run of ``LEAST_STEPS``."""
 
 TRIED = 8  # steps of all rows that are timed, after two that warm up
 
@@ -98,17 +104,20 @@ class Sizes:
     def estimate(self) -> str:
         """Return a line that says how long the parts will take."""
         whole = self.yardstick + self.learning + self.agent + END
+        smallest = LONGER if self.steps == LEAST_STEPS else ""
         return (
-            f"about {minutes(whole)} from here: measuring the language model {minutes(self.yardstick)}, learning "
-            f"{minutes(self.learning)}, measuring the agent {minutes(self.agent)}"
+            f"about {minutes(whole)} from here{smallest}: measuring the language model {minutes(self.yardstick)}, "
+            f"learning {minutes(self.learning)}, measuring the agent {minutes(self.agent)}"
         )
 
 
 def fit(given: float, spent: float, speed: Speed, work: Work) -> Sizes:
     """Return the sizes with which a run takes ``given`` minutes, ``spent`` seconds of them so far.
 
+    Where the smallest run takes longer, but not ``PATIENCE`` times as long, it is that one.
+
     Raises:
-        ConfigError: it is too short for the smallest run; says how much is needed.
+        ConfigError: it is too short even for that; says how much is needed.
     """
     seconds = 60 * given - spent - END
     share = 1.0
@@ -120,11 +129,13 @@ def fit(given: float, spent: float, speed: Speed, work: Work) -> Sizes:
         least = sum(work.seconds(LEAST_SHARE, speed)) + LEAST_STEPS * speed.learn + spent + END
         # Rounded up to a tenth, and a tenth for a second measurement that comes out otherwise.
         needed = math.ceil(10 * 1.1 * least / 60) / 10
-        raise ConfigError(
-            f"--minutes {given:g} is too short on this machine: the smallest run needs {needed:g} (loading and timing "
-            f"took {minutes(spent)}; {LEAST_STEPS:,} steps to learn from take {minutes(LEAST_STEPS * speed.learn)}). "
-            "Give it more minutes, or a smaller model"
-        )
+        if needed > PATIENCE * given:
+            raise ConfigError(
+                f"--minutes {given:g} is too short on this machine: the smallest run needs {needed:g} (loading and "
+                f"timing took {minutes(spent)}; {LEAST_STEPS:,} steps to learn from take "
+                f"{minutes(LEAST_STEPS * speed.learn)}). Give it more (make demo MINUTES=...), or a smaller model"
+            )
+        steps = LEAST_STEPS
     return Sizes(steps, *work.sizes(share), yardstick, steps * speed.learn, agent)
 
 

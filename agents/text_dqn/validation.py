@@ -47,12 +47,12 @@ class Validated:
     texts: int
 
     def __str__(self) -> str:
-        tried = ", ".join(f"{_named(beta)} {value:.3f}" for beta, value in self.values.items())
-        return f"{_named(self.beta)} of {self.texts} texts each ({tried})"
+        tried = ", ".join(f"{_named(beta)}: {value:.3f}" for beta, value in self.values.items())
+        return f"{_named(self.beta)}, chosen by J of {self.texts} validation texts each ({tried})"
 
 
 def _named(beta: float) -> str:
-    return "the language model" if beta == LANGUAGE_MODEL else f"{beta:g}"
+    return "the language model" if beta == LANGUAGE_MODEL else f"beta {beta:g}"
 
 
 def validate(

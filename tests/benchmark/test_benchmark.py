@@ -25,7 +25,7 @@ from agents.benchmark.grid import read_cells, run_benchmark
 from agents.benchmark.pages import write_report
 from agents.benchmark.results import RESULT_COLUMNS, compare_results, read_results, scores_by_agent
 from agents.cli.app import app
-from textgen_env.errors import ConfigError, ContractError, RunFolderError, UnknownName
+from textgen_env.errors import ConfigError, RunFolderError, UnknownName
 from textgen_env.tasks import make_task
 
 CONFIG = BenchmarkConfig(
@@ -82,8 +82,10 @@ def test_an_agent_with_settings_is_that_agent_with_those_settings():
 
 
 def test_settings_that_an_agent_does_not_have_are_refused_before_anything_runs(tmp_path):
-    with pytest.raises(ContractError, match=r"agent 'best_of_n' refuses its settings: .*'m'"):
+    with pytest.raises(ConfigError, match=r"^agent 'best_of_n' refuses its settings: .*'m'; it takes n$"):
         run_benchmark(replace(CONFIG, agents=("best_of_n:m=2",)), tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"^n must be a whole number of at least 1, got 0"):
+        run_benchmark(replace(CONFIG, agents=("best_of_n:n=0",)), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 

@@ -48,6 +48,13 @@ def test_too_few_minutes_are_refused_with_the_number_that_is_enough():
     assert fit(0.8, 8.0, SPEED, WORK).steps >= LEAST_STEPS
 
 
+def test_a_run_that_cannot_be_as_short_as_asked_is_the_smallest_one():
+    found = fit(0.5, 8.0, SPEED, WORK)  # of the 0.8 minutes above
+    assert (found.steps, found.texts, found.samples) == (LEAST_STEPS, 50, 8)
+    assert "the smallest run; longer than asked" in found.estimate()
+    assert "smallest" not in fit(60, 8.0, SPEED, WORK).estimate()
+
+
 def test_a_sized_run_says_its_sizes_and_is_the_run_of_its_configuration(tmp_path, monkeypatch):
     timed = []
     sizes = replace(fit(60, 0.0, SPEED, WORK), steps=400, texts=8, samples=4)

@@ -370,7 +370,7 @@ def test_the_temperature_is_the_language_models_where_nothing_was_learned():
     for head in useless.q_net_target.heads:
         torch.nn.init.normal_(head.value.weight, std=5.0)  # noise that costs KL and gains nothing
     chosen = useless.choose_beta(useless.env.env, 64)
-    assert str(chosen).startswith("the language model of 64 texts each")
+    assert str(chosen).startswith("the language model, chosen by J of 64 validation texts each")
     assert chosen.values[chosen.beta] == max(chosen.values.values())
 
 
