@@ -135,7 +135,8 @@ def fit(given: float, spent: float, speed: Speed, work: Work) -> Sizes:
                 f"timing took {minutes(spent)}; {LEAST_STEPS:,} steps to learn from take "
                 f"{minutes(LEAST_STEPS * speed.learn)}). Give it more (make demo MINUTES=...), or a smaller model"
             )
-        steps = LEAST_STEPS
+        share, steps = LEAST_SHARE, LEAST_STEPS
+        yardstick, agent = work.seconds(share, speed)
     return Sizes(steps, *work.sizes(share), yardstick, steps * speed.learn, agent)
 
 

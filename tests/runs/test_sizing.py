@@ -51,6 +51,10 @@ def test_too_few_minutes_are_refused_with_the_number_that_is_enough():
 def test_a_run_that_cannot_be_as_short_as_asked_is_the_smallest_one():
     found = fit(0.5, 8.0, SPEED, WORK)  # of the 0.8 minutes above
     assert (found.steps, found.texts, found.samples) == (LEAST_STEPS, 50, 8)
+    slow = fit(
+        2.4, 8.0, replace(SPEED, learn=0.03), WORK
+    )  # measuring a quarter of the texts would fit, learning does not
+    assert (slow.steps, slow.texts, slow.samples) == (LEAST_STEPS, 50, 8)
     assert "the smallest run; longer than asked" in found.estimate()
     assert "smallest" not in fit(60, 8.0, SPEED, WORK).estimate()
 
