@@ -14,7 +14,7 @@ from agents.baselines.particles import ParticlesAgent, systematic
 from agents.runs.optimum import TextTree, best_of_n
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.networks import NEEDED_KEYS
-from agents.zoo import make_agent
+from agents.zoo import Budget, make_agent
 from textgen_env import TableModel
 from textgen_env.errors import CapacityError, ConfigError, PromptError
 from textgen_env.prompts import Prompt
@@ -376,7 +376,7 @@ def test_the_kl_of_guided_best_of_n_is_within_its_bound(tree, texts):
 
 @pytest.mark.parametrize("name", ["particles", "guided_best_of_n"])
 def test_an_agent_of_the_zoo_takes_its_settings(name):
-    agent = make_agent(name, open_env(toys.Worth()), 0, None, {"n": 3, "values": "lookahead", "beta": 0.2})
+    agent = make_agent(name, open_env(toys.Worth()), 0, Budget(steps=0), {"n": 3, "values": "lookahead", "beta": 0.2})
     assert (agent.n, agent.beta, agent.values.needs) == (3, 0.2, ("score", "candidate_scores"))
     assert agent.write([Prompt("a")])[0].completion
     assert agent.tokens_used <= 9
