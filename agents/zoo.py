@@ -26,7 +26,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from agents.baselines.guided import GuidedBestOfNAgent
 from agents.baselines.one_step import SEARCH_AGENTS
 from agents.baselines.particles import ParticlesAgent
-from agents.baselines.planning import PLANNING_AGENTS, BestOfNAgent, PlanningAgent
+from agents.baselines.planning import PLANNING_AGENTS, BestOfNAgent
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
 from agents.user_code import is_reference, load_code
@@ -34,7 +34,6 @@ from textgen_env.config import OF_CONVERSATIONS
 from textgen_env.errors import ConfigError
 from textgen_env.extras import require
 from textgen_env.models.table import TableModel
-from textgen_env.observation import Observation
 from textgen_env.policies import Agent, last_legal
 from textgen_env.registry import Registry, split_settings, unknown_name
 from textgen_env.vector_env import TextGenVectorEnv
@@ -206,7 +205,7 @@ def tuned_settings(name: str, env: TextGenVectorEnv) -> Mapping[str, Any]:
 
 
 @PLANNING_AGENTS.register("text_dqn_particles")
-class LearnedParticlesAgent(PlanningAgent):
+class LearnedParticlesAgent(ParticlesAgent):
     """TextDQN learns, and writes each text with n particles that its values guide.
 
     Before ``learn`` the particles have no values: they are weighted best-of-n.
@@ -224,29 +223,18 @@ class LearnedParticlesAgent(PlanningAgent):
     def __init__(
         self, env: TextGenVectorEnv, seed: int | None = None, *, n: int = 4, beta: float | None = None, **settings: Any
     ) -> None:
-        super().__init__(env, seed)
-        self._seed, self._n, self._settings = seed, n, settings if beta is None else {"beta": beta, **settings}
-        self._writer = ParticlesAgent(env, seed, n=n, values="zero", beta=beta)
+        super().__init__(env, seed, n=n, values="zero", beta=beta)
+        self._seed, self._settings = seed, settings if beta is None else {"beta": beta, **settings}
 
     def learn(self, steps: int) -> LearnedParticlesAgent:
         """Let a new TextDQN learn for so many environment steps; its values guide the particles from now on."""
         budget = Budget(steps, self._env.num_envs, self._env.max_new_tokens)
         settings = {**tuned_settings("text_dqn", self._env), **self._settings}
         agent = make_agent("text_dqn", self._env, self._seed or 0, budget, settings).learn(steps)
-        self._writer = ParticlesAgent(self._env, self._seed, n=self._n, values=agent)
+        spent = self.tokens_used
+        super().__init__(self._env, self._seed, n=self.n, values=agent)  # plans and luck begin anew
+        self.tokens_used = spent
         return self
-
-    def predict(
-        self,
-        observation: Observation,
-        state: tuple[Any, ...] | None = None,
-        episode_start: npt.NDArray[np.bool_] | None = None,
-        deterministic: bool = False,
-    ) -> tuple[npt.NDArray[np.int64], tuple[Any, ...] | None]:
-        before = self._writer.tokens_used
-        answer = self._writer.predict(observation, state, episode_start, deterministic)
-        self.tokens_used += self._writer.tokens_used - before
-        return answer
 
 
 RANDOM_PLANNERS = (BestOfNAgent, GuidedBestOfNAgent, ParticlesAgent, LearnedParticlesAgent)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from agents.benchmark.config import short_name
+from agents.benchmark.pages import figure
 from agents.benchmark.results import ResultRow, final_rows, read_results
 
 
@@ -42,7 +43,8 @@ def leaderboard(rows: Sequence[ResultRow]) -> str:
         ]
         for agent in chosen:
             costs = [_mean(last, agent, None, name) for name in ("tokens", "judge_calls", "learning_judge_calls")]
-            cells = [f"`{agent}`", *map(_score, scores[agent]), *(f"{cost:,.0f}" for cost in costs)]
+            cells = [f"`{agent}`", *(figure(score, ".2f") for score in scores[agent])]
+            cells += [figure(cost, ",.0f") for cost in costs]
             lines.append(f"| {' | '.join(cells)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables) + "\n"
@@ -52,10 +54,6 @@ def _mean(rows: Sequence[ResultRow], agent: str, task: str | None, name: str) ->
     """Return the mean of a column over an agent's runs, on one task or on all; NaN where there are none."""
     found = [row[name] for row in rows if row["agent"] == agent and task in (None, row["task"])]
     return float(np.mean(found)) if found else np.nan
-
-
-def _score(score: float) -> str:
-    return "–" if np.isnan(score) else f"{score:.2f}"
 
 
 def main() -> None:

@@ -278,10 +278,10 @@ def task_table(task: str, rows: Sequence[ResultRow], agents: Sequence[str]) -> P
                 agent,
                 f"{np.mean([row['reward'] for row in mine]):.3f}",
                 f"{interquartile_mean(scores):.2f} {_interval(low, high)}",
-                _figure(kl, ".1f"),
-                _figure(scores.mean() - PRICE * kl, ".2f"),
+                figure(kl, ".1f"),
+                figure(scores.mean() - PRICE * kl, ".2f"),
                 *(
-                    _figure(np.mean([row[name] for row in mine]), ",.0f")
+                    figure(np.mean([row[name] for row in mine]), ",.0f")
                     for name in ("tokens", "judge_calls", "learning_judge_calls")
                 ),
                 f"{np.mean([row['seconds'] for row in mine]):.1f}",
@@ -293,7 +293,8 @@ def task_table(task: str, rows: Sequence[ResultRow], agents: Sequence[str]) -> P
     return PageTable(headings, lines, f"{short_name(task)}: {_about(task)}")
 
 
-def _figure(value: float, form: str) -> str:
+def figure(value: float, form: str) -> str:
+    """Return a number for a table; a dash for NaN."""
     return "–" if np.isnan(value) else format(value, form)
 
 
