@@ -319,9 +319,11 @@ def make_agent(
             given = {"beta": budget.beta, **given}
         return found(env, seed, **given)
     except TypeError as error:
-        known = inspect.signature(kind).parameters
+        known = () if is_reference(name) else inspect.signature(kind).parameters
         takes = ", ".join(setting for setting in known if setting not in NOT_SETTINGS)
-        raise ConfigError(f"agent {name!r} refuses its settings: {error}; it takes {takes}") from error
+        raise ConfigError(
+            f"agent {name!r} refuses its settings: {error}" + f"; it takes {takes}" * bool(takes)
+        ) from error
 
 
 def acts_greedily(name: str, agent: Agent) -> bool:
