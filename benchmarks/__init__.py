@@ -1,5 +1,5 @@
 """Measurements: each module is run with ``python -m benchmarks.NAME``."""
 
-import os
+from textgen_env.models.device import wait_briefly
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+wait_briefly()  # before torch loads

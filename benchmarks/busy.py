@@ -4,8 +4,8 @@
     python -m benchmarks.busy --model smollm2
 
 Each measurement is a process of its own, since OpenMP reads its settings when torch loads: once as OpenMP
-comes (threads that wait spin) and once with ``OMP_WAIT_POLICY=PASSIVE`` (they sleep), each alone and beside
-the load. They take turns, and medians are shown.
+comes (threads that wait spin), once with ``OMP_WAIT_POLICY=PASSIVE`` (they sleep) and once as our programs let
+them wait (they sleep soon), each alone and beside the load. They take turns, and medians are shown.
 """
 
 from __future__ import annotations
@@ -21,10 +21,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
+from textgen_env.models import device
 from textgen_env.models.device import own_cores
 
 ROOT = Path(__file__).resolve().parents[1]
-WAITING: Mapping[str, Mapping[str, str]] = {"as OpenMP comes": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
+WAITING: Mapping[str, Mapping[str, str]] = {
+    "as OpenMP comes": {},
+    "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "as textgen waits": device.WAITING,
+}
 """Ways of waiting: what each adds to an environment without settings of OpenMP."""
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 TURNS = 3

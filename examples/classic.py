@@ -18,9 +18,9 @@ topics held out. The chosen token does not change the rest of the text, so gamma
 
 from __future__ import annotations
 
-import os
+from textgen_env.models.device import wait_briefly
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+wait_briefly()  # before torch loads, which fixes how its threads wait
 
 import argparse
 import itertools

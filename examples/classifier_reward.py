@@ -11,9 +11,9 @@ lookahead costs no forward of the model.
 
 from __future__ import annotations
 
-import os
+from textgen_env.models.device import wait_briefly
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+wait_briefly()  # before torch loads, which fixes how its threads wait
 
 import argparse
 import tempfile

@@ -9,9 +9,9 @@ A plain DQN learns a value of the i-th candidate, which is another token in ever
 the mean reward rises from about 0.12 to 0.20, and no further. ``TextDQN`` learns values of tokens.
 """
 
-import os
+from textgen_env.models.device import wait_briefly
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+wait_briefly()  # before torch loads, which fixes how its threads wait
 
 import argparse
 import time

@@ -8,9 +8,9 @@ would learn to write it; see the other examples.
 
 from __future__ import annotations
 
-import os
+from textgen_env.models.device import wait_briefly
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+wait_briefly()  # before torch loads, which fixes how its threads wait
 
 import itertools
 

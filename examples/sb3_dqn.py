@@ -6,9 +6,9 @@ The task is undiscounted, so gamma is 1 (SB3's default is 0.99). The features ar
 that the environment's own forward has computed.
 """
 
-import os
+from textgen_env.models.device import wait_briefly
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+wait_briefly()  # before torch loads, which fixes how its threads wait
 
 import gymnasium as gym
 from stable_baselines3 import DQN

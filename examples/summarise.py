@@ -9,9 +9,9 @@ sees the reference, as training does; an agent must do without it.
 
 from __future__ import annotations
 
-import os
+from textgen_env.models.device import wait_briefly
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+wait_briefly()  # before torch loads, which fixes how its threads wait
 
 import gymnasium as gym
 import numpy as np

@@ -12,9 +12,9 @@ in its place, whose chat template and tool calls TRL knows, ``TaskTools`` stays 
 
 from __future__ import annotations
 
-import os
+from textgen_env.models.device import wait_briefly
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+wait_briefly()  # before torch loads, which fixes how its threads wait
 
 import sys
 import tempfile

@@ -10,9 +10,9 @@ language model and draws from 16 candidates, and their prices of a nat (``beta``
 
 from __future__ import annotations
 
-import os
+from textgen_env.models.device import wait_briefly
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
+wait_briefly()  # before torch loads, which fixes how its threads wait
 
 import sys
 import tempfile

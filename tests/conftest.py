@@ -7,9 +7,11 @@ from collections import Counter
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # silences a warning in tests that fork
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: waiting threads sleep
-
 import pytest
+
+from textgen_env.models.device import wait_briefly
+
+wait_briefly()  # before torch loads
 
 WORDS = ("<end>", "<unk>", "the", "film", "was", "good", "bad", "and", "long", ".")
 

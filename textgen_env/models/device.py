@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 NARROW = 256  # hidden units
 
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+"""How OpenMP's threads wait in our programs. GNU's reads the second: turns of a loop, some 100 a microsecond."""
+
 _locks: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
 _making_locks = threading.Lock()
 
@@ -50,14 +53,16 @@ def compute_alone_after_fork() -> None:
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
-def wait_passively() -> None:
-    """Let OpenMP's waiting threads sleep, unless the user has set ``OMP_WAIT_POLICY``.
+def wait_briefly() -> None:
+    """Let OpenMP's waiting threads sleep after some 10 microseconds, unless the user has said how they wait.
 
-    By default they spin, which takes the cores from whoever would end the wait: on a busy machine two
-    threads are several times slower for it. OpenMP reads the variable when torch loads, so this is for
-    the beginning of a program; a library leaves its host's threads alone.
+    As OpenMP comes they spin for milliseconds, which takes the cores from whoever would end the wait: on a
+    busy machine two threads are several times slower for it. Threads that sleep at once must be woken for
+    every small operation, which takes longer than the operation. OpenMP reads the variables when torch loads,
+    so this is for the beginning of a program; a library leaves its host's threads alone.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not os.environ.keys() & WAITING.keys():
+        os.environ.update(WAITING)
 
 
 @cache
