@@ -255,7 +255,8 @@ def name_and_settings(agent: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ConfigError: a setting that is not written ``name=value``.
     """
-    return (agent, {}) if is_reference(agent) else split_settings(agent, "agent")
+    own = is_reference(agent) and agent.partition(":")[0] not in agent_names()
+    return (agent, {}) if own else split_settings(agent, "agent")
 
 
 def find_agent(name: str) -> Any:

@@ -115,7 +115,7 @@ def write_report(folder: Path, config: BenchmarkConfig, results: Sequence[CellRe
         f"{len(config.tasks)} tasks, {len(config.agents)} agents, {len(config.seeds)} seeds; {learners}. "
         f"textgen-env {config.version}.",
         "Scores are normalised: 0 is the language model, 1 the best known within its candidates. Intervals are 95%, "
-        "stratified bootstrap over runs.",
+        "stratified bootstrap over runs; where each task has one run there is none.",
         f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, on {machine()}.",
     ]
     command = command_of(config, folder)
@@ -244,12 +244,11 @@ def overall_table(rows: Sequence[ResultRow], scores: Mapping[str, Scores], agent
     for agent in by_score({agent: scores[agent] for agent in agents}):
         runs = np.concatenate(list(scores[agent].values()))
         mine = [row for row in final_rows(rows) if row["agent"] == agent]
-        low, high = stratified_interval(scores[agent])
         best, worst = max(scores[agent].items(), key=_mean), min(scores[agent].items(), key=_mean)
         lines.append(
             [
                 agent,
-                f"{interquartile_mean(runs):.2f} {_interval(low, high)}",
+                _middle(scores[agent]),
                 f"{runs.mean():.2f}",
                 f"{_mean(worst):.2f} ({short_name(worst[0])})",
                 f"{_mean(best):.2f} ({short_name(best[0])})",
@@ -271,13 +270,12 @@ def task_table(task: str, rows: Sequence[ResultRow], agents: Sequence[str]) -> P
         if not mine:
             continue
         scores = np.array([row["normalised"] for row in mine])
-        low, high = stratified_interval({task: scores})
         kl = np.mean([row["kl"] for row in mine])
         lines.append(
             [
                 agent,
                 f"{np.mean([row['reward'] for row in mine]):.3f}",
-                f"{interquartile_mean(scores):.2f} {_interval(low, high)}",
+                _middle({task: scores}),
                 figure(kl, ".1f"),
                 figure(scores.mean() - PRICE * kl, ".2f"),
                 *(
@@ -365,6 +363,16 @@ def _about(task: str) -> str:
 
 def _mean(scores: tuple[str, Any]) -> float:
     return float(scores[1].mean())
+
+
+def _middle(scores: Scores) -> str:
+    """Return the interquartile mean with its interval, which single runs do not have."""
+    middle = f"{interquartile_mean(np.concatenate(list(scores.values()))):.2f}"
+    return (
+        f"{middle} {_interval(*stratified_interval(scores))}"
+        if any(len(runs) > 1 for runs in scores.values())
+        else middle
+    )
 
 
 def _interval(low: float, high: float, form: str = ".2f") -> str:

@@ -66,7 +66,7 @@ class PruningReport:
         return (
             f"{self.method} {self.amount:.0%}: {self.dense_parameters / 1e6:.1f}M -> "
             f"{self.parameters / 1e6:.1f}M parameters, {self.zeros / 1e6:.1f}M of them zero "
-            f"({self.removed:.1%} removed)"
+            f"({self.removed:.1%} of all are gone)"
         )
 
 

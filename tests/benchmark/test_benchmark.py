@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from agents.benchmark.cells import _open, run_cell
 from agents.benchmark.config import BenchmarkConfig, Cell, task_ids
 from agents.benchmark.grid import read_cells, run_benchmark
-from agents.benchmark.pages import write_report
+from agents.benchmark.pages import overall_table, write_report
 from agents.benchmark.results import RESULT_COLUMNS, compare_results, read_results, scores_by_agent
 from agents.cli.app import app
 from textgen_env.errors import ConfigError, RunFolderError, UnknownName
@@ -256,6 +256,7 @@ def test_scores_that_could_not_be_normalised_are_refused_before_anything_runs(tm
             ConfigError,
             "a setting of agent 'best_of_n' is written name=value, got 'm'",
         ),
+        ({"agents": ("best_of_n:n",)}, ConfigError, "a setting of agent 'best_of_n' is written name=value, got 'n'"),
         ({"agents": ("my_agents:Nobody",)}, ConfigError, "unknown name 'Nobody'"),
         ({"seeds": (3, 1, 3)}, ConfigError, "seeds must be at least one, each once; got 3"),
         ({"seeds": ()}, ConfigError, "got none"),
@@ -321,6 +322,16 @@ def test_the_report_holds_every_table_and_figure(done):
     for agent, tasks in scores.items():
         assert agent in html
         assert markdown.count(f"| {agent.replace('_', chr(92) + '_')} |") >= 2 + len(tasks)
+
+
+def test_single_runs_have_no_interval(done):
+    """A bootstrap over one run a task draws the same runs again: its interval would be a point."""
+    rows = read_results(done)
+    first = [row for row in rows if row["seed"] == 0]
+    for some, runs in ((rows, "4 on 2 tasks"), (first, "2 on 2 tasks")):
+        ((_, middle, *_, counted),) = overall_table(some, scores_by_agent(some), ["text_dqn"]).rows
+        assert counted == runs
+        assert ("[" in middle) == (some is rows)
 
 
 NASTY = "<script>document.title = 'it ran'</script><img src=x onerror=\"document.title='it ran'\">|*bold*"
