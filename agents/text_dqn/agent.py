@@ -11,6 +11,7 @@ language model (or score lookahead), which the policy is before the first update
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar
@@ -50,20 +51,8 @@ from textgen_env.vector_env import TextGenVectorEnv
 
 Self = TypeVar("Self", bound="TextDQN")
 
-SHELL_SETTINGS = ("score", "learning_rate", "learning_starts", "buffer_size", "stats_window_size", "seed")
-"""Settings that the learner does not have."""
-
-LEARNER_SETTINGS = (
-    "beta",
-    "target_beta",
-    "beta_start",
-    "target",
-    "score",
-    "trace_lambda",
-    "lm_share",
-    "steps_per_update",
-)
-"""Settings that SB3 does not have."""
+SB3_SETTINGS, LEARNER_SETTINGS = (signature(part).parameters for part in (DQN, Learner))
+"""Which of the settings each of the two takes."""
 
 
 class TextDQN(DQN):
@@ -164,7 +153,7 @@ class TextDQN(DQN):
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]
-            **{name: value for name, value in self.settings.items() if name not in LEARNER_SETTINGS},
+            **{name: value for name, value in self.settings.items() if name in SB3_SETTINGS},
             train_freq=1,
             replay_buffer_class=EpisodeReplay,  # type: ignore[arg-type]
             tensorboard_log=tensorboard_log,
@@ -413,14 +402,14 @@ class TextDQN(DQN):
         super()._setup_model()
         for network in (self.q_net, self.q_net_target):
             network.bind(language_model)
+        settings = {**self.settings, "lm_share": self._share_of_language_model()}
         self.learner = Learner(
             self.q_net,
             self.q_net_target,
             self.policy.optimizer,
             self.replay_buffer,
-            **{name: value for name, value in self.settings.items() if name not in (*SHELL_SETTINGS, "lm_share")},
-            lm_share=self._share_of_language_model(),
             rng=np.random.default_rng(self.seed),
+            **{name: value for name, value in settings.items() if name in LEARNER_SETTINGS},
         )
 
     def _network_settings(self, language_model: LanguageModel) -> dict[str, Any]:

@@ -307,7 +307,8 @@ class Learner:
         assert some.folds is not None  # the replay has set them
         mu = prior(some.observations).exp()
         candidates = some.observations["candidates"].long()
-        visited = Visited(some.tokens, candidates, mu, some.acted, some.by_language_model, some.echoes, some.folds)
+        echoes = Echoes.among(candidates, some.echoes, some.tokens)
+        visited = Visited(some.tokens, candidates, mu, some.acted, some.by_language_model, echoes, some.folds)
         self.held_out = self.network.fit_scorer(texts, visited, self.objective.beta)
         self.slow_network.scorer.load_state_dict(self.network.scorer.state_dict())
         self._fit_at = max(seen + LEAST_TEXTS, int(seen * REFIT))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from agents.text_dqn.echoes import Echoes
 from textgen_env.policies import Floats
 
 
@@ -26,7 +27,7 @@ class Visited(NamedTuple):
     probabilities: torch.Tensor  # (m, T, k) under the language model
     acted: torch.Tensor  # (m, T) bool
     by_language_model: torch.Tensor  # (m, T) bool, the language model chose the token
-    echoes: torch.Tensor  # (m, T, k) bool, the candidate occurs in the prompt
+    echoes: Echoes
     folds: torch.Tensor  # (m,)
 
 

@@ -383,11 +383,11 @@ class TextScorer(nn.Module):
         steps = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         last, candidates = tokens[:, :-1][there], visited.candidates[:, 1:][there]  # (n,), (n, k)
         mu, goes_on = visited.probabilities[:, 1:][there], 1.0 - _at(self.ends, candidates)
-        visits = torch.bincount(last, minlength=self.vocab_size)
-        echoes = Echoes.among(visited.candidates, visited.echoes, tokens)
+        visits, seen = torch.bincount(last, minlength=self.vocab_size), _first_places(tokens)
         for fold in range(FOLDS + 1):
-            _, _, more, _ = self._parts(tokens, steps, visited.candidates, echoes, torch.full_like(tokens[:, 0], fold))
-            more, value = more[:, 1:][there], torch.zeros_like(self.characters)
+            table, echoes = torch.full_like(tokens[:, 0], fold), visited.echoes.candidates
+            more = self._added(table, visited.candidates, echoes, steps, tokens, seen)[:, 1:][there]
+            value = torch.zeros_like(self.characters)
             for depth in range(AHEAD):
                 gain = (mu * (more + goes_on * _at(value, candidates))).sum(-1)
                 sums = torch.zeros_like(value).index_add_(0, last, gain - gain.mean())
@@ -399,8 +399,7 @@ class TextScorer(nn.Module):
         """Return how the language model adds to z and to the length."""
         tokens, mu = visited.tokens, visited.probabilities
         steps = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        echoes = Echoes.among(visited.candidates, visited.echoes, tokens)
-        z, length, more, longer = self._parts(tokens, steps, visited.candidates, echoes, visited.folds)
+        z, length, more, longer = self._parts(tokens, steps, visited.candidates, visited.echoes, visited.folds)
         table, after = visited.folds.view(-1, 1, 1), steps.unsqueeze(-1) + 1
         ahead = self._expected(table, tokens.unsqueeze(-1), after).squeeze(-1)
         ahead = ahead - (mu * self._expected(table, visited.candidates, after)).sum(-1)

@@ -37,13 +37,13 @@ def visited(found):
     count, k = min(200, len(found.tokens)), 4
     tokens = torch.from_numpy(found.tokens[:count])
     candidates = torch.from_numpy(np.random.default_rng(1).integers(1, VOCABULARY, (count, LENGTH, k)))
-    return Visited(tokens, candidates, torch.full((count, LENGTH, k), 1 / k), *of_texts(count, k))
+    return Visited(tokens, candidates, torch.full((count, LENGTH, k), 1 / k), *of_texts(tokens, candidates))
 
 
-def of_texts(count, k):
+def of_texts(tokens, candidates):
     """All tokens were drawn by the language model, none occurs in the prompt; the folds of ``texts``."""
-    there, none = torch.ones(count, LENGTH, dtype=torch.bool), torch.zeros(count, LENGTH, k, dtype=torch.bool)
-    return there, there, none, torch.arange(count) % FOLDS
+    there = torch.ones_like(tokens, dtype=torch.bool)
+    return there, there, Echoes.none(tokens, candidates), torch.arange(len(tokens)) % FOLDS
 
 
 def fitted(found):
@@ -136,10 +136,8 @@ def test_a_prefix_is_scored_without_what_follows_it():
 
 def scores_in_language(found, mu, step):
     """Scores of all ids from 1 on as candidates at a step, (11,), learned where their chances were mu (n, T, 11)."""
-    everything = torch.arange(1, VOCABULARY).expand(mu.shape)
-    states = Visited(
-        torch.from_numpy(found.tokens), everything, torch.from_numpy(mu).float(), *of_texts(*mu.shape[::2])
-    )
+    everything, tokens = torch.arange(1, VOCABULARY).expand(mu.shape), torch.from_numpy(found.tokens)
+    states = Visited(tokens, everything, torch.from_numpy(mu).float(), *of_texts(tokens, everything))
     scorer = TextScorer(VOCABULARY, LENGTH)
     scorer.characters.fill_(1.0)
     scorer.fit(found, np.zeros((VOCABULARY, 1)), states, 100.0)  # warm: the soft value is the mean
