@@ -91,6 +91,8 @@ def estimated_optimum(rewards: Floats, beta: float) -> Optimum:
     total, total_without = _log_sum(weights), _log_sum_without_each(weights)
     values, values_without = value(total, count), value(total_without, count - 1)
     mean_without = (rewards.sum(-1, keepdims=True) - rewards) / (count - 1)
+    # One sample alone has no gain, whichever it is: of two, the error of J* stands for that of the gain.
+    gain_without = values_without - (mean_without if count > 2 else 0.0)
     reward = np.exp(_log_sum(weighted) - total)
     reward_without = np.exp(_log_sum_without_each(weighted) - total_without)
     return Optimum(
@@ -98,7 +100,7 @@ def estimated_optimum(rewards: Floats, beta: float) -> Optimum:
         value=_jackknife(values, values_without),
         reward=_jackknife(reward, reward_without) + floor[:, 0],
         effective_samples=np.exp(2 * total - _log_sum(2 * weights)),
-        gain_errors=np.sqrt((count - 1) * np.var(values_without - mean_without, axis=-1)),
+        gain_errors=np.sqrt((count - 1) * np.var(gain_without, axis=-1)),
     )
 
 

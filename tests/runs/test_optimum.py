@@ -248,3 +248,11 @@ def test_the_error_of_the_gain_is_the_spread_of_its_estimates():
     assert errors.mean() == pytest.approx(gains.std(), rel=0.1)
     two = estimated_optimum(draws[:2], 0.5)
     assert two.gain_error == pytest.approx(math.hypot(*two.gain_errors) / 2)
+
+
+def test_two_samples_do_not_make_the_gain_certain():
+    """Left out one by one, either leaves a single sample, whose gain is 0 whatever it is: the jackknife sees no spread."""
+    draws = (np.random.default_rng(0).random((300, 16, 2)) < 0.3).astype(float)
+    found = [estimated_optimum(prompts, 0.1) for prompts in draws]
+    spread = np.std([optimum.value.mean() - prompts.mean() for optimum, prompts in zip(found, draws, strict=True)])
+    assert np.mean([optimum.gain_error for optimum in found]) == pytest.approx(spread, rel=0.3)
