@@ -251,7 +251,7 @@ def test_the_error_of_the_gain_is_the_spread_of_its_estimates():
 
 
 def test_two_samples_do_not_make_the_gain_certain():
-    """Left out one by one, either leaves a single sample, whose gain is 0 whatever it is: the jackknife sees no spread."""
+    """Left out one by one, either leaves one sample, whose gain is 0 whatever it is: the jackknife sees no spread."""
     draws = (np.random.default_rng(0).random((300, 16, 2)) < 0.3).astype(float)
     found = [estimated_optimum(prompts, 0.1) for prompts in draws]
     spread = np.std([optimum.value.mean() - prompts.mean() for optimum, prompts in zip(found, draws, strict=True)])
