@@ -38,6 +38,9 @@ ACTING_FACTORS = (0.5, 2.0)
 SURE = 3.0
 """Standard errors that the optimal gain must be above 0, so that a share of it means something."""
 
+FEW_BETAS, USUAL_BETAS = 50.0, 4.0
+"""Standard deviations of the reward, in betas: beyond the first KL hardly costs anything; what is advised then."""
+
 FEWEST_SAMPLES = 8
 """Lines of the page of samples, at least: several texts a prompt where there are few prompts."""
 
@@ -256,6 +259,13 @@ class Yardstick:
             notes.append(
                 f"{LOOKAHEAD.capitalize()}, {SEEN[LOOKAHEAD]}; {agent}, {sees}. With the same information as the "
                 "agent there are the language model, sampled and greedy; --candidate-scores shows the agent as much."
+            )
+        deviation = float(self.samples.rewards.std())
+        if deviation > FEW_BETAS * self.beta:
+            usual = float(f"{deviation / USUAL_BETAS:.1g}")
+            notes.append(
+                f"Rewards vary by {deviation:.3g} (standard deviation); beside that, {self.beta:g} a nat is next to no "
+                f"price. For texts that stay close to the language: --beta {usual:g} or so."
             )
         estimated = "That bound" if self.are_conversations else "The best possible policy"
         return [

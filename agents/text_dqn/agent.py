@@ -102,7 +102,7 @@ class TextDQN(DQN):
         *,
         beta: float = 0.1,
         target_beta: float | None = None,
-        beta_start: float = 0.4,
+        beta_start: float | None = None,
         exploration_fraction: float = 1.0,
         target: str = "retrace",
         score: str | None = "auto",

@@ -68,7 +68,7 @@ class Learner:
         beta: Temperature of the policy, reward units a nat. May be changed at any time.
         target_beta: The trade E[R] - target_beta KL that Q is trained for.
         beta_start: Temperature of the behaviour at the first step; it falls geometrically to
-            ``beta`` over ``exploration_fraction`` of the training.
+            ``beta`` over ``exploration_fraction`` of the training. None: four times ``target_beta``.
         lm_share: Share of the texts that the language model writes: what the scorer learns most from.
         target, trace_lambda, gamma: See ``agents.text_dqn.targets``; beside learned scores less of the
             lambda, see ``objective_now``.
@@ -88,7 +88,7 @@ class Learner:
         *,
         beta: float = 0.1,
         target_beta: float = 0.1,
-        beta_start: float = 0.4,
+        beta_start: float | None = None,
         exploration_fraction: float = 1.0,
         target: str = "retrace",
         trace_lambda: float = 1.0,
@@ -104,7 +104,7 @@ class Learner:
         self.optimizer = optimizer
         self.replay = replay
         self.beta = beta
-        self.beta_start = beta_start
+        self.beta_start = 4 * target_beta if beta_start is None else beta_start
         self.exploration_fraction = exploration_fraction
         self.target = target
         self.objective = ObjectiveSettings(target_beta, trace_lambda, gamma)

@@ -18,6 +18,7 @@ Token embeddings are the language model's own: read from it when needed, never c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -202,6 +203,7 @@ class CandidateQNetwork(nn.Module):
 
     Q is the return still to come, in reward units; where the observation has ``candidate_scores``
     it is what the candidate adds to the running score (known, not learned) plus a learned rest.
+    Scores come in and Q goes out by ``unit``, so judges of 0 to 100 and of 0 to 0.01 are learned from alike.
 
     Input:  an observation with ``NEEDED_KEYS``, and ``score`` and ``candidate_scores`` if there.
     Output: (B, k), the mean of the heads.
@@ -219,6 +221,7 @@ class CandidateQNetwork(nn.Module):
     _language_model: LanguageModel | None
     _directions: Floats | None
     support: torch.Tensor | None  # (atoms,) the values that returns are spread over
+    unit: torch.Tensor  # reward units that the heads count in, a power of 4: to divide by it loses no digit
 
     def __init__(
         self,
@@ -254,6 +257,7 @@ class CandidateQNetwork(nn.Module):
             for _ in range(heads)
         )
         self.beta = beta
+        self.register_buffer("unit", torch.ones(()))
         self.register_buffer("support", torch.linspace(-1.0, 1.0, atoms) if atoms else None)
         self.float()  # whatever torch's default is: features are float32
         # Held outside module registration: shared by online and target network, never saved.
@@ -315,11 +319,16 @@ class CandidateQNetwork(nn.Module):
         self.train(mode)
 
     def start_at(self, returns: torch.Tensor) -> None:
-        """Set the output bias to the mean of the returns (n,). Softmax ignores shifts, so the policy is unchanged."""
+        """Count in the power of 4 that is nearest to the range of the returns (n,); set the output bias to their mean.
+
+        Softmax ignores shifts, so the policy is unchanged.
+        """
         with torch.no_grad():
-            bias = returns.mean()
+            low, high = returns.aminmax()
+            if high > low:
+                self.unit.fill_(4.0 ** math.ceil((math.log2(float(high - low)) - 1) / 2))
+            bias = returns.mean() / self.unit
             if self.support is not None:
-                low, high = returns.aminmax()
                 margin = (high - low).clamp(min=0.1) / 4
                 self.support.copy_(torch.linspace(float(low - margin), float(high + margin), len(self.support)))
                 bias = torch.log(self.atoms_of(returns).mean(0) + 1e-3)
@@ -405,7 +414,7 @@ class CandidateQNetwork(nn.Module):
     def _q(self, outputs: torch.Tensor, observations: Tensors) -> torch.Tensor:
         """Return Q, (heads, ..., k), from what the heads say, (heads, ..., k, n)."""
         if self.support is None:
-            return outputs.squeeze(-1) + self.known(observations)
+            return outputs.squeeze(-1) * self.unit + self.known(observations)
         tilted = outputs.log_softmax(-1) + self.support / self.beta
         return self.beta * tilted.logsumexp(-1) + self.known(observations)
 
@@ -419,11 +428,11 @@ class CandidateQNetwork(nn.Module):
     ) -> torch.Tensor:
         scalars = [observations["budget"].float()]
         if self.uses_score:
-            scalars.append(observations["score"].float())
+            scalars.append(observations["score"].float() / self.unit)
         scalars += [observations[key].float() * scale for key, scale in self.turn_scales.items()]
         candidate_scalars = [observations["logprobs"].float().clamp(min=-20.0) / 10.0]
         if self.uses_candidate_scores:
-            candidate_scalars.append(self.known(observations))
+            candidate_scalars.append(self.known(observations) / self.unit)
         outputs: torch.Tensor = head(
             observations["hidden"],
             torch.cat(scalars, -1),

@@ -71,7 +71,7 @@ SCORES = ("auto", "given", "learned", "judge", None)
 SETTINGS: Mapping[str, Range] = {
     "beta": Range(above=True, unit=NATS),
     "target_beta": Range(above=True, unit=NATS),
-    "beta_start": Range(above=True, unit=NATS),
+    "beta_start": Range(above=True, optional=True, unit=NATS),
     "exploration_fraction": Range(0, 1),
     "trace_lambda": Range(0, 1),
     "lm_share": Range(0, 1, optional=True),

@@ -132,7 +132,7 @@ def regression(
     # The loss reads Q of the taken candidates at_actions, so at_actions that is computed: a k-th of the work.
     observations, taken = at_actions(batch.observations, looked_up, batch.actions)
     values = online.episode_values(observations, taken).squeeze(-1)  # (heads, B, T)
-    return ((values - target) ** 2)[:, batch.acted].mean()
+    return (((values - target) / online.unit) ** 2)[:, batch.acted].mean()
 
 
 for _name in TRACES:
@@ -152,7 +152,8 @@ def residual(
     last = batch.acted.sum(-1) - 1
     cut_off = ~batch.ended.gather(-1, last.unsqueeze(-1)).squeeze(-1)  # its last state has a value of its own
     after = of_actions(value, (last + 1).clamp(max=value.shape[-1] - 1)) * cut_off
-    return ((value[..., 0] + advantage.sum(-1) - paid - after) ** 2).mean() / batch.acted.sum(-1).float().mean()
+    gap = (value[..., 0] + advantage.sum(-1) - paid - after) / online.unit
+    return (gap**2).mean() / batch.acted.sum(-1).float().mean()
 
 
 @OBJECTIVES.register("q_sharp")

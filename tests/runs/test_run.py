@@ -147,6 +147,15 @@ def test_a_report_says_what_the_agent_sees_of_the_reward():
     assert judged.seen_of_reward == "has learned a score from finished texts"
 
 
+@pytest.mark.parametrize(("worth", "advised"), [(1.0, None), (100.0, "--beta 10 or so")])
+def test_a_beta_that_is_next_to_nothing_beside_the_reward_is_told(worth, advised):
+    """About half of the texts have the word, so the standard deviation is near half of its worth."""
+    run = open_run(CONFIG, model=weather(), reward=lambda text: worth * ("rain" in text))
+    yardstick = run.yardstick()
+    told = [note for note in run.report(yardstick, [yardstick.samples]).notes if "next to no price" in note]
+    assert [advised in note for note in told] == ([] if advised is None else [True])
+
+
 def test_a_folder_that_holds_something_is_never_touched(run, tmp_path):
     folder, _ = run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

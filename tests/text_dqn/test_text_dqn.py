@@ -241,6 +241,20 @@ def test_the_same_seed_learns_the_same_agent():
     np.testing.assert_array_equal(learned(), learned())
 
 
+@pytest.mark.parametrize("score", [None, "learned"])
+@pytest.mark.parametrize("factor", [4.0**-5, 4.0**4])
+def test_a_reward_in_other_units_is_learned_from_alike(score, factor):
+    """Rewards and beta times a power of 4, which loses no digit: the same texts, and Q times as much."""
+    values = []
+    for unit in (1.0, factor):
+        env = make(reward=lambda text, unit=unit: unit * (text.count("a") - 0.5 * text.count("b")))
+        agent = small_agent(env, beta=0.5 * unit, score=score, policy_kwargs=SMALL).learn(1_600)
+        observation, _ = env.reset(seed=3)
+        values.append(agent.learner.q(observation) / unit)
+    assert np.ptp(values[0], axis=1).min() > 0.1  # something was learned
+    np.testing.assert_allclose(*values, rtol=0 if score is None else 1e-3)
+
+
 def test_single_environments_and_their_lists_are_taken_as_by_sb3():
     def one():
         return gym.make("TextGen-v0", model=letters(), prompts=PROMPTS, reward=Worth(), top_k=4, observation="full")
