@@ -404,5 +404,9 @@ class Learner:
         for key, tensor in part("optimizer.").items():
             index, _, name = key.partition(".")
             moments.setdefault(int(index), {})[name] = tensor.clone()
-        self.optimizer.load_state_dict({"state": moments, "param_groups": plain["optimizer"]["groups"]})
+        groups = [  # JSON makes lists of tuples
+            {name: tuple(value) if name == "betas" else value for name, value in group.items()}
+            for group in plain["optimizer"]["groups"]
+        ]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.load_counters(plain["counters"])
