@@ -14,7 +14,7 @@ It knows torch and numpy, and neither Stable-Baselines3 nor files: ``agent.TextD
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 from agents.text_dqn.echoes import Echoes
 from agents.text_dqn.networks import CandidateQNetwork, Tensors, prior
 from agents.text_dqn.outlook import Visited
-from agents.text_dqn.replay import EpisodeBatch, EpisodeReplay
+from agents.text_dqn.replay import Acted, EpisodeBatch, EpisodeReplay
 from agents.text_dqn.scorer import LEAST_TEXTS
 from agents.text_dqn.settings import COUNT, MANY, NATS, Range
 from agents.text_dqn.targets import OBJECTIVES, ObjectiveSettings, log_policy
@@ -45,16 +45,6 @@ LEAST_CARRIED = 0.7
 
 VISITED = 2_000
 """Texts from which the scorer takes what the language model adds on average; fewer where they are longer than 20."""
-
-
-@dataclass(frozen=True)
-class Acted:
-    """What N rows did at a step."""
-
-    actions: npt.NDArray[np.int64]  # (N,)
-    logprobs: Floats  # (N,) of the actions under the behaviour, nats
-    by_language_model: npt.NDArray[np.bool_]  # (N,) the language model itself chose
-    kl: float  # nats a token, behaviour against language model, mean over the rows
 
 
 class Learner:
@@ -216,17 +206,7 @@ class Learner:
         judged: Floats | None = None,
     ) -> None:
         """Remember one step of N rows; see ``EpisodeReplay.add``."""
-        self.replay.add(
-            observation,
-            next_observation,
-            acted.actions,
-            rewards,
-            done,
-            truncated,
-            acted.logprobs,
-            acted.by_language_model,
-            judged,
-        )
+        self.replay.add(observation, next_observation, acted, rewards, done, truncated, judged)
         self.judge_calls += int(done.sum()) + (0 if judged is None else int(np.isfinite(judged).sum()))
         self.steps += len(acted.actions)
 

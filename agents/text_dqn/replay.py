@@ -26,6 +26,7 @@ from gymnasium import spaces
 from agents.text_dqn.echoes import echoed
 from agents.text_dqn.scorer import FOLDS, JudgedTexts
 from textgen_env.errors import CapacityError, ConfigError
+from textgen_env.policies import Floats
 
 Array = npt.NDArray[Any]
 
@@ -53,6 +54,16 @@ STEP_FIELDS = {
     "judged": np.float32,
 }
 """What a step holds beside its observation."""
+
+
+@dataclass(frozen=True)
+class Acted:
+    """What N rows did at a step."""
+
+    actions: npt.NDArray[np.int64]  # (N,)
+    logprobs: Floats  # (N,) of the actions under the behaviour, nats
+    by_language_model: npt.NDArray[np.bool_]  # (N,) the language model itself chose
+    kl: float  # nats a token, behaviour against language model, mean over the rows
 
 
 @dataclass(frozen=True)
@@ -99,13 +110,12 @@ class EpisodeReplay:
         self.num_actions = _shape(observation_space, "candidates")[0]
         self.keys = [key for key in STORED if key in observation_space.spaces]
         self.ring = max(2, buffer_size // n_envs)
-        needed = self.ring * n_envs * self.bytes_per_step(observation_space)
         free = psutil.virtual_memory().available
+        needed = self.bytes = self.ring * n_envs * self.bytes_per_step(observation_space)
         if needed > free:
             raise CapacityError(
                 f"a replay of {buffer_size:,} steps needs {needed:,} bytes and {free:,} are free: lower buffer_size"
             )
-        self.bytes = needed
         shape = (n_envs, self.ring)
         self.store: dict[str, Array] = {
             key: np.zeros((*shape, *_shape(observation_space, key)), STORED[key]) for key in self.keys
@@ -139,12 +149,10 @@ class EpisodeReplay:
         self,
         observation: Mapping[str, Array],
         next_observation: Mapping[str, Array],
-        actions: Array,
+        acted: Acted,
         rewards: Array,
         done: Array,
         truncated: Array,
-        behaviour: Array,
-        by_language_model: Array,
         judged: Array | None = None,
     ) -> None:
         """Store one step of each environment.
@@ -152,10 +160,9 @@ class EpisodeReplay:
         Args:
             observation, next_observation: (N, ...) a key; ``next_observation`` holds the last
                 observation of ended rows.
-            actions, rewards, done: (N,).
+            acted: What they did.
+            rewards, done: (N,).
             truncated: (N,) True where an outside limit ended the episode, and not the text itself.
-            behaviour: (N,) log-probability of each action when it was taken; nats.
-            by_language_model: (N,) True where the language model itself chose.
             judged: (N,) what the text after the step would get if it ended here; NaN where nobody asked.
         """
         envs = np.arange(self.n_envs)
@@ -171,11 +178,11 @@ class EpisodeReplay:
             (envs, at),
             observation,
             echoes=echoed(observation, generated),
-            action=actions,
-            token=observation["candidates"][envs, actions],
+            action=acted.actions,
+            token=observation["candidates"][envs, acted.actions],
             reward=shaped,
-            behaviour=behaviour,
-            by_language_model=by_language_model,
+            behaviour=acted.logprobs,
+            by_language_model=acted.by_language_model,
             ended=ended,
             acted=True,
             judged=np.nan if judged is None else judged,
@@ -204,7 +211,7 @@ class EpisodeReplay:
         Args:
             observations: (L + 1, ...) a key, the last one after the last step. Without ``tokens`` nobody
                 knows what occurs in the prompt.
-            actions, rewards, behaviour, by_language_model: (L,); see ``add``.
+            actions, rewards, behaviour, by_language_model: (L,); see ``Acted``.
             ended: The text ended by itself, and not by an outside limit.
 
         Raises:
@@ -287,9 +294,7 @@ class EpisodeReplay:
             picks: The episodes.
             keys: Of the observations; all if not given.
         """
-        envs = np.array([env for env, _, _ in picks])[:, None]
-        first = np.array([start for _, start, _ in picks])[:, None]
-        lengths = np.array([length for _, _, length in picks])[:, None]
+        envs, first, lengths = np.array(picks).T[..., None]  # (B, 1) each
         offset = np.arange(lengths.max())[None]
         inside = offset < lengths
         at = (first + np.minimum(offset, lengths - 1)) % self.ring

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from stable_baselines3.common.logger import Logger
 
-from agents.text_dqn.learner import Acted, Learner
+from agents.text_dqn.learner import Learner
+from agents.text_dqn.replay import Acted
 
 
 @dataclass(frozen=True)

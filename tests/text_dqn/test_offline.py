@@ -19,7 +19,7 @@ from agents.runs.optimum import TextTree
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.networks import NEEDED_KEYS
 from agents.text_dqn.offline import BEHAVIOUR, BY_LANGUAGE_MODEL, fill_replay, open_dataset, record
-from agents.text_dqn.replay import EpisodeReplay
+from agents.text_dqn.replay import Acted, EpisodeReplay
 from textgen_env import TableModel
 from textgen_env.errors import CapacityError, ConfigError, DatasetError, RunFolderError
 from textgen_env.prompts import Prompt
@@ -112,9 +112,9 @@ def test_adding_a_whole_episode_equals_adding_its_steps(cut):
         whole.add_episode(observations, actions, rewards, behaviour, by_model, ended=not cut)
         for t in range(length):
             now, after = ({k: v[i : i + 1] for k, v in observations.items()} for i in (t, t + 1))
-            last = t == length - 1
-            taken = (actions[t : t + 1], rewards[t : t + 1], np.array([last]), np.array([cut and last]))
-            steps.add(now, after, *taken, behaviour[t : t + 1], by_model[t : t + 1])
+            last, here = t == length - 1, slice(t, t + 1)
+            acted = Acted(actions[here], behaviour[here], by_model[here], 0.0)
+            steps.add(now, after, acted, rewards[here], np.array([last]), np.array([cut and last]))
     assert whole.episodes == steps.episodes
     assert whole.store["ended"].any() != cut
     for name, values in steps.store.items():

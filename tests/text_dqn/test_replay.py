@@ -7,11 +7,18 @@ import pytest
 from gymnasium import spaces
 
 from agents.text_dqn.portable import read_replay, write_replay
-from agents.text_dqn.replay import EpisodeReplay
+from agents.text_dqn.replay import Acted, EpisodeReplay
 from textgen_env.errors import CapacityError, ConfigError
 
 K, D = 3, 4
 NO = np.array([False])  # for every row
+
+
+def acted(action: int) -> Acted:
+    """A single row takes an action for certain."""
+    return Acted(np.array([action]), np.zeros(1), NO, 0.0)
+
+
 SPACE = spaces.Dict(
     {
         "hidden": spaces.Box(-1, 1, (D,), np.float32),
@@ -50,7 +57,7 @@ def write(buffer: EpisodeReplay, lengths: list[int], seed: int = 0) -> list[list
             actions = rng.integers(0, K, buffer.n_envs)
             rewards, behaviour = rng.normal(size=(2, buffer.n_envs)).astype(np.float32)
             done = np.full(buffer.n_envs, step == length - 1)
-            buffer.add(obs, obs, actions, rewards, done, ~done & done, behaviour, ~done & done)
+            buffer.add(obs, obs, Acted(actions, behaviour, ~done & done, 0.0), rewards, done, ~done & done)
             for env in range(buffer.n_envs):
                 written[env].append(
                     {key: value[env] for key, value in obs.items()}
@@ -98,7 +105,7 @@ def test_an_open_episode_that_overwrites_an_old_one_forgets_it_at_once():
     write(buffer, [6, 4])
     rng = np.random.default_rng(1)
     obs = observation(rng, 1)
-    buffer.add(obs, obs, np.zeros(1, int), np.zeros(1), np.array([False]), NO, np.zeros(1), NO)
+    buffer.add(obs, obs, acted(0), np.zeros(1), np.array([False]), NO)
 
     assert list(buffer.episodes[0]) == [(6, 4)]
 
@@ -117,7 +124,7 @@ def test_shaped_rewards_are_the_increments_of_the_score_however_it_is_paid(paid)
             reward = total if last else 0.0
         else:
             reward = total - scores[t] if last else scores[t + 1] - scores[t]
-        buffer.add(obs, after, np.zeros(1, int), np.array([reward]), np.array([last]), NO, np.zeros(1), NO)
+        buffer.add(obs, after, acted(0), np.array([reward]), np.array([last]), NO)
 
     batch = buffer.sample(1)
 
@@ -129,7 +136,7 @@ def test_an_outside_time_limit_keeps_the_last_state_without_an_action():
     rng = np.random.default_rng(0)
     obs, after = observation(rng, 1), observation(rng, 1)
     cut = np.array([True])
-    buffer.add(obs, after, np.ones(1, int), np.ones(1), np.array([True]), cut, np.zeros(1), NO)
+    buffer.add(obs, after, acted(1), np.ones(1), np.array([True]), cut)
 
     batch = buffer.sample(1)
 

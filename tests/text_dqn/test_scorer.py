@@ -15,7 +15,7 @@ from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.echoes import Echoes, echoed
 from agents.text_dqn.networks import NEEDED_KEYS
 from agents.text_dqn.outlook import Visited
-from agents.text_dqn.replay import EpisodeReplay
+from agents.text_dqn.replay import Acted, EpisodeReplay
 from agents.text_dqn.ridge import Design, cross_fit, rising_curve, weigh_groups
 from agents.text_dqn.scorer import FOLDS, JudgedTexts, TextScorer
 from agents.text_dqn.validation import LANGUAGE_MODEL, best_supported
@@ -315,7 +315,8 @@ def test_scores_of_the_replay_are_those_of_acting():
         seen.append(observation)
         actions = np.random.default_rng(len(seen)).integers(0, 2, 8)
         observation, rewards, done, *_ = env.step(actions)
-        replay.add(seen[-1], observation, actions, rewards, done, np.zeros(8, bool), np.zeros(8), np.zeros(8, bool))
+        acted = Acted(actions, np.zeros(8), np.zeros(8, bool), 0.0)
+        replay.add(seen[-1], observation, acted, rewards, done, np.zeros(8, bool))
     batch = replace(replay.batch([(row, 0, 4) for row in range(8)]), folds=None)
     assert 0 < batch.echoes.float().mean() < 1
     scored = learner._scored(batch).observations
