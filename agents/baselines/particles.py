@@ -14,8 +14,14 @@ nothing happens before the end, which is best-of-n with weights in place of the 
 Z estimates E_mu[exp(R / beta)] without bias, so beta E[log Z] is at most J of the text that is
 drawn: a certified value, for which no KL is estimated.
 
+Few rows are better used by ``pick="best"``: they stay independent, and the text with the largest weight is
+taken. That is best-of-n of the tilted policy, by R - beta log(pi / mu). A choice among n independent texts
+has a KL of at most log n - (n - 1) / n, so
+
+    beta E[max_i log w_i] - beta (log n - (n - 1) / n)  <=  J.
+
 Sources: Zhao et al. 2024, arXiv:2404.17546 (twisted sequential Monte Carlo); Andrieu, Doucet and
-Holenstein 2010 (the bound, by their extended space).
+Holenstein 2010 (the first bound, by their extended space); Beirami et al. 2024, arXiv:2401.01879 (the second).
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ import numpy.typing as npt
 
 from agents.baselines.planning import PLANNING_AGENTS, ROWS, Ids
 from agents.baselines.values import Tilted, ValuePlanner
-from textgen_env.config import check_at_least
+from textgen_env.config import check_at_least, check_one_of
 from textgen_env.errors import ConfigError
 from textgen_env.models.base import Rows
 from textgen_env.policies import Floats, sample
@@ -43,10 +49,13 @@ TRUSTS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 THRESHOLDS = (0.5, 0.9, 0.25, 0.0)
 """Thresholds of resampling that ``temper`` tries."""
 
+PICKS = ("weight", "best")
+"""How one of the texts is picked: drawn by weight, or the one with the largest."""
+
 
 @dataclass(frozen=True)
 class WeightedTexts:
-    """The n texts that were written for one prompt, and the one of them that was drawn by weight."""
+    """The n texts that were written for one prompt, and the one of them that was picked."""
 
     prompt: str
     completions: tuple[str, ...]  # n
@@ -56,14 +65,14 @@ class WeightedTexts:
     logprobs: Floats  # (n,) nats, of the texts under the language model (whole vocabulary)
     chosen: int  # in 0..n-1
     log_z: float  # log of the estimate of E_mu[exp(R / beta)]
-    value_at_least: float | None  # beta log Z, whose mean bounds J from below; None where nothing was judged
+    value_at_least: float | None  # its mean bounds J from below, reward units; None where nothing was judged
     tokens: int  # generated, those of dropped rows included
     judge_calls: int  # finished texts that the reward was asked about
     resamplings: int
 
     @property
     def completion(self) -> str:
-        """The text that was drawn."""
+        """The text that was picked."""
         return self.completions[self.chosen]
 
     @property
@@ -76,13 +85,14 @@ class WeightedTexts:
 class Tempering:
     """A setting that was tried on validation prompts, and what it is worth there."""
 
+    pick: str
     trust: float
     threshold: float
-    values: Floats  # (repeats, prompts) beta log Z, reward units
+    values: Floats  # (repeats, prompts) lower bounds of J, reward units
 
     @property
     def value_at_least(self) -> float:
-        """beta E[log Z], reward units."""
+        """Their mean."""
         return float(self.values.mean())
 
 
@@ -119,6 +129,8 @@ class ParticlesAgent(ValuePlanner):
         values, beta, trust, rows: See ``ValuePlanner``.
         threshold: Unfinished rows are resampled where their effective number is below this share of them,
             in [0, 1]; 0: never.
+        pick: ``"weight"``: one of the texts is drawn by weight. ``"best"``: rows stay independent, whatever the
+            threshold, and the text with the largest weight is taken.
         judge: Ask the reward about finished texts. Without it the last weight is left out: the texts
             follow the values alone, and nothing is certified.
 
@@ -137,11 +149,14 @@ class ParticlesAgent(ValuePlanner):
         beta: float | None = None,
         threshold: float = 0.5,
         trust: float = 1.0,
+        pick: str = "weight",
         judge: bool = True,
         rows: int = ROWS,
     ) -> None:
         super().__init__(env, seed, n=n, values=values, beta=beta, trust=trust, rows=rows)
+        check_one_of("pick", pick, PICKS)
         self.threshold = threshold
+        self.pick = pick
         self.judge = judge
         if not judge:
             self._episodes.reward = _Unjudged()
@@ -158,7 +173,7 @@ class ParticlesAgent(ValuePlanner):
         self._threshold = float(threshold)
 
     def write(self, prompts: Sequence[str | Prompt]) -> list[WeightedTexts]:
-        """Return n weighted texts for each prompt, one of them drawn.
+        """Return n weighted texts for each prompt, one of them picked.
 
         Raises:
             PromptError: a prompt without tokens, or one that is too long.
@@ -167,11 +182,11 @@ class ParticlesAgent(ValuePlanner):
         return self._weigh([(as_prompt(prompt, f"prompts[{i}]"), ()) for i, prompt in enumerate(prompts)])
 
     def temper(self, prompts: Sequence[str | Prompt], repeats: int = 4, seed: int = 0) -> list[Tempering]:
-        """Set ``trust`` and ``threshold`` to those with the highest beta E[log Z] on ``prompts``.
+        """Set ``pick``, ``trust`` and ``threshold`` to those whose certified value is highest on ``prompts``.
 
-        First trust is chosen, then the threshold. Of settings that differ by less than two standard
-        errors the one is taken whose log Z varies least: E[log Z] falls short of log E[Z] by about half
-        its variance.
+        Trust is chosen for either pick, and then the threshold where texts are drawn by weight. Of settings that
+        differ by less than two standard errors the one is taken whose values vary least: E[log Z] falls short
+        of log E[Z] by about half its variance.
 
         Args:
             prompts: Others than those that the result is measured on.
@@ -188,25 +203,24 @@ class ParticlesAgent(ValuePlanner):
             raise ConfigError("tempering compares true rewards: it needs judge=True")
         check_at_least("repeats", repeats, 2)
         check_at_least("the number of prompts", len(prompts), 1)
-        trust, own, drawn = self.trust, self.threshold, self._rng
-        threshold, repeated = own, list(prompts) * repeats
-        try:
-            tried = [self._tempered(share, own, repeated, repeats, seed) for share in TRUSTS]
-            best = _best(tried)
-            others = [share for share in THRESHOLDS if share != own]
-            tried += [self._tempered(best.trust, share, repeated, repeats, seed) for share in others]
-            best = _best(tried)
-            trust, threshold = best.trust, best.threshold
-        finally:
-            self.trust, self.threshold, self._rng = trust, threshold, drawn
-        return [best, *(found for found in tried if found is not best)]
+        own, drawn, chosen = self.threshold, self._rng, (self.pick, self.trust, self.threshold)
+        repeated = list(prompts) * repeats
 
-    def _tempered(
-        self, trust: float, threshold: float, prompts: Sequence[str | Prompt], repeats: int, seed: int
-    ) -> Tempering:
-        self.trust, self.threshold, self._rng = trust, threshold, np.random.default_rng(seed)
-        found = self.beta * np.array([text.log_z for text in self.write(prompts)])
-        return Tempering(trust, threshold, found.reshape(repeats, -1))
+        def tried_with(pick: str, trust: float, threshold: float) -> Tempering:
+            self.pick, self.trust, self.threshold, self._rng = pick, trust, threshold, np.random.default_rng(seed)
+            values = np.array([text.value_at_least for text in self.write(repeated)])
+            return Tempering(pick, trust, threshold, values.reshape(repeats, -1))
+
+        try:
+            tried = [tried_with("weight", trust, own) for trust in TRUSTS]
+            trust = _best(tried).trust
+            tried += [tried_with("weight", trust, threshold) for threshold in THRESHOLDS if threshold != own]
+            tried += [tried_with("best", trust, own) for trust in TRUSTS]
+            best = _best(tried)
+            chosen = best.pick, best.trust, best.threshold
+        finally:
+            (self.pick, self.trust, self.threshold), self._rng = chosen, drawn
+        return [best, *(found for found in tried if found is not best)]
 
     def _plan(self, texts: Sequence[tuple[Prompt, Ids]]) -> list[Ids]:
         found = self._weigh(texts)
@@ -270,7 +284,11 @@ class ParticlesAgent(ValuePlanner):
 
     def _draw(self, cloud: _Cloud, live: Rows) -> npt.NDArray[np.int64]:
         """Return an action a row, and note which rows are alike after it."""
-        numbers = _spread(cloud.prefix[live], live // self.n, cloud.generators)
+        groups = live // self.n
+        if self.pick == "best":
+            numbers = np.array([cloud.generators[group].random() for group in groups.tolist()])
+        else:
+            numbers = _spread(cloud.prefix[live], groups, cloud.generators)
         actions = sample(np.exp(cloud.tilted.log_pi[live]), numbers)
         cloud.prefix[live] = np.unique(cloud.prefix[live] * self._episodes.k + actions, return_inverse=True)[1].ravel()
         return actions
@@ -281,6 +299,8 @@ class ParticlesAgent(ValuePlanner):
         Finished rows stay as they are: a value that is too low or too high would let one kind push out
         the other.
         """
+        if self.pick == "best":
+            return
         live = ~cloud.ended.reshape(cloud.log_weights.shape)
         count = live.sum(-1)
         with np.errstate(invalid="ignore"):  # of texts without unfinished rows
@@ -303,6 +323,10 @@ class ParticlesAgent(ValuePlanner):
     def _result(self, cloud: _Cloud, group: int, rows: Rows, weights: Floats, log_z: float) -> WeightedTexts:
         episodes, prompt = self._episodes, self._episodes.prompts_at(rows[:1])[0]
         assert prompt is not None
+        chosen, value = int(sample(weights[None], cloud.generators[group].random(1))[0]), log_z
+        if self.pick == "best":
+            chosen = int(weights.argmax())
+            value += math.log(weights[chosen]) + (self.n - 1) / self.n  # log max w - log n + (n - 1) / n
         return WeightedTexts(
             prompt=prompt.text,
             completions=tuple(episodes.text_of(row) for row in rows.tolist()),
@@ -310,9 +334,9 @@ class ParticlesAgent(ValuePlanner):
             rewards=cloud.worth[rows] if self.judge else np.full(len(rows), math.nan),
             weights=weights,
             logprobs=cloud.logprobs[rows],
-            chosen=int(sample(weights[None], cloud.generators[group].random(1))[0]),
+            chosen=chosen,
             log_z=log_z,
-            value_at_least=self.beta * log_z if self.judge else None,
+            value_at_least=self.beta * value if self.judge else None,
             tokens=int(cloud.tokens[group]),
             judge_calls=int(cloud.judge_calls[group]),
             resamplings=int(cloud.resamplings[group]),

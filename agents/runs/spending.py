@@ -3,9 +3,9 @@
     samples of the language model (P, m)  ->  best of n, weighted best of n    no further text is written
     values                                ->  guided best of n, particles      n rows a text
 
-Each way has a J that is certified: a lower bound whose mean is estimated without bias. Weighted ways
-have beta E[log Z] (see ``agents.baselines.particles``), a choice of the best has the largest KL that
-a choice among n can cost.
+Each way has a J that is certified: a lower bound whose mean is estimated without bias; see
+``agents.baselines.particles``. Weighted ways have beta E[log Z], a choice of the best has the largest KL
+that a choice among n can cost.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ SPENDING_NOTE = (
 )
 """Below ``spending_table``."""
 
+TEMPERED = ("pick", "trust", "threshold")
+"""Settings of the particles that are chosen on validation prompts."""
+
 BLOCKS = 4
 """Blocks that guided best-of-n cuts a text into."""
 
@@ -64,10 +67,11 @@ class Spending:
     value_high: float
     trust: float | None = None  # tempered on validation prompts; None: nothing to temper
     threshold: float | None = None
+    pick: str | None = None
 
     @classmethod
     def of(
-        cls, way: str, n: int, tokens: float, judge_calls: float, rewards: Floats, values: Floats, **tempered: float
+        cls, way: str, n: int, tokens: float, judge_calls: float, rewards: Floats, values: Floats, **tempered: Any
     ) -> Spending:
         """Return the point of texts with these rewards and bounds of J, each (prompts, texts)."""
         low, high = bootstrap_interval(rewards)
@@ -126,7 +130,7 @@ def spend(
         values: See ``agents.baselines.values.value_source``.
         env: Not used itself: its model, reward and settings are.
         prompts: To measure on.
-        validation: Others, on which trust and threshold of the particles are chosen.
+        validation: Others, on which pick, trust and threshold of the particles are chosen.
         n: Rows a text.
         beta: Reward units a nat.
         texts: All rows together; so many are written by each way, rounded up to two texts a prompt.
@@ -143,7 +147,7 @@ def spend(
     say(f"{n} {PARTICLES}: tempering")
     particles.temper(validation, repeats=2, seed=seed)
     say(f"{n} {PARTICLES}")
-    tempered = {"trust": particles.trust, "threshold": particles.threshold}
+    tempered = {name: getattr(particles, name) for name in TEMPERED}
     return [*points, _measured(PARTICLES, n, particles.write(repeated), repeats, beta, **tempered)]
 
 
@@ -178,8 +182,8 @@ def spend_each(
     return points
 
 
-def tempered_settings(summary: Path, n: int) -> dict[str, float]:
-    """Return trust and threshold of ``n`` particles as a stored evaluation chose them; nothing where it did not.
+def tempered_settings(summary: Path, n: int) -> dict[str, Any]:
+    """Return pick, trust and threshold of ``n`` particles as a stored evaluation chose them; nothing where it did not.
 
     Args:
         summary: The file of figures of ``textgen evaluate RUN --particles``.
@@ -194,13 +198,13 @@ def tempered_settings(summary: Path, n: int) -> dict[str, float]:
     for point in points:
         check_keys(point, [field.name for field in fields(Spending)], repr(str(summary)))
         if (point["way"], point["n"]) == (PARTICLES, n):
-            for name in ("trust", "threshold"):
-                check_type(name, point[name], int, float)
-            return {"trust": point["trust"], "threshold": point["threshold"]}
+            for name in TEMPERED:
+                check_type(name, point[name], *((str,) if name == "pick" else (int, float)))
+            return {name: point[name] for name in TEMPERED}
     return {}
 
 
-def _measured(way: str, n: int, found: Sequence[Any], repeats: int, beta: float, **tempered: float) -> Spending:
+def _measured(way: str, n: int, found: Sequence[Any], repeats: int, beta: float, **tempered: Any) -> Spending:
     rewards = np.array([text.reward for text in found])
     if way == GUIDED:
         bounds = rewards - beta * np.array([text.kl_at_most for text in found])

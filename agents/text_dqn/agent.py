@@ -222,7 +222,7 @@ class TextDQN(DQN):
             reward: What judges them. None: that of the agent's environment, or the stored one. Where it
                 was not stored the last weight is left out: the texts follow Q alone.
             seed: Of the random numbers. None: goes on with the agent's own.
-            settings: ``beta``, ``threshold``, ``trust``, ``judge`` and ``rows`` of ``ParticlesAgent``.
+            settings: ``beta``, ``pick``, ``trust``, ``threshold``, ``judge`` and ``rows`` of ``ParticlesAgent``.
 
         Raises:
             ConfigError: a value out of range, a task that the agent does not know, or scores that it needs

@@ -173,6 +173,38 @@ def test_beta_log_z_is_a_lower_bound_of_the_value_and_equal_to_it_with_one_row(n
             assert bound.mean() == pytest.approx(value, abs=error)
 
 
+def law_of_best(n, pi, weights):
+    """The law of the text with the largest weight among n independent ones, (texts,), equal ones sharing."""
+    at_most = np.array([pi[weights <= weight].sum() for weight in weights])
+    below = np.array([pi[weights < weight].sum() for weight in weights])
+    return pi * (at_most**n - below**n) / (at_most - below)
+
+
+@pytest.mark.parametrize("name", ["wrong", "very wrong", "zero"])
+def test_the_best_of_independent_rows_is_one_of_n_and_its_value_is_no_more_than_is_certified(name, tree, texts):
+    ids, mu, rewards = texts
+    values = values_of(name, tree)
+    tilted = tree.log_mu + (0.0 if name == "zero" else values.table) / BETA
+    policy = np.exp(tilted - np.logaddexp.reduce(tilted, axis=-1, keepdims=True))
+    pi = np.ones(len(ids))
+    for i, text in enumerate(ids):
+        for t, token in enumerate(text):
+            node = tree.prefixes.index(text[:t])
+            pi[i] *= policy[node, tree.observations["candidates"][node].tolist().index(token)]
+    for n, count in {1: 1000, 2: 1000, 8: 400}.items():
+        agent = ParticlesAgent(open_env(), seed=n, n=n, values=values, beta=BETA, pick="best", rows=4096)
+        found = agent.write(["a"] * count)
+        law = law_of_best(n, pi, np.round(rewards / BETA - np.log(pi / mu), 9))
+        picked = np.bincount([ids.index(text.ids[text.chosen]) for text in found], minlength=len(ids)) / count
+        assert np.abs(picked - law).sum() / 2 < np.sqrt(law * (1 - law) / count).sum()
+        bound, value = np.array([text.value_at_least for text in found]), value_of(law, mu, rewards)
+        error = 4 * bound.std() / count**0.5
+        assert value - 0.5 * BETA < bound.mean() < value + error
+        if n == 1:
+            assert bound.mean() == pytest.approx(value, abs=error)
+        assert not any(text.resamplings for text in found)
+
+
 def trained_agent(env):
     """A TextDQN whose Q depends on everything."""
     agent = TextDQN("CandidatePolicy", env, beta=0.3, seed=0)
@@ -320,7 +352,8 @@ def test_tempering_ignores_values_that_are_worthless_and_keeps_good_ones(tree):
     agent = ParticlesAgent(open_env(), seed=0, values=Planted(tree, 8.0), **settings)
     tried = agent.temper(["a"] * 10)
     assert agent.trust <= 0.2
-    assert (agent.trust, agent.threshold) == (tried[0].trust, tried[0].threshold)
+    assert (agent.pick, agent.trust, agent.threshold) == (tried[0].pick, tried[0].trust, tried[0].threshold)
+    assert {found.pick for found in tried} == {"weight", "best"}
     zero = ParticlesAgent(open_env(), seed=0, values="zero", **settings).write(["a"] * 60)
     error = 4 * BETA * np.std([text.log_z for text in zero]) / 60**0.5
     tempered = np.mean([text.value_at_least for text in agent.write(["a"] * 60)])

@@ -71,14 +71,17 @@ def test_ways_are_measured_tempered_and_shown(tmp_path):
         assert (tmp_path / f"{optimal}.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "summary.json").write_text(json.dumps({"spending": [asdict(point) for point in points]}))
     found = tempered_settings(tmp_path / "summary.json", 4)
-    assert found == {"trust": particles.trust, "threshold": particles.threshold}
+    assert found == {"pick": particles.pick, "trust": particles.trust, "threshold": particles.threshold}
     assert tempered_settings(tmp_path / "summary.json", 5) == {}
     assert tempered_settings(tmp_path / "none.json", 4) == {}
 
 
-@pytest.mark.parametrize(("change", "error"), [({"trust": "much"}, "trust must be"), ({"n": None}, None)])
+@pytest.mark.parametrize(
+    ("change", "error"), [({"trust": "much"}, "trust must be"), ({"pick": 1}, "pick must be"), ({"n": None}, None)]
+)
 def test_stored_settings_are_checked(change, error, tmp_path):
-    point = dict.fromkeys([field.name for field in fields(Spending)], 1.0) | {"way": PARTICLES, "n": 4} | change
+    point = dict.fromkeys([field.name for field in fields(Spending)], 1.0)
+    point |= {"way": PARTICLES, "n": 4, "pick": "best"} | change
     path = tmp_path / "summary.json"
     path.write_text(json.dumps({"spending": [point]}))
     if error is None:
