@@ -39,7 +39,7 @@ def agent_in(env, **settings):
 def test_the_learner_learns_in_a_loop_of_one_s_own_without_stable_baselines3():
     program = (
         f"import sys; sys.modules['stable_baselines3'] = None; sys.path.insert(0, {str(EXAMPLES)!r})\n"
-        "import learner; print(len(learner.main(4_000)))"
+        "import learner; print(len(learner.main(1_600)))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout.splitlines()[-1:] == ["10"], run.stderr
