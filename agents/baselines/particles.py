@@ -184,9 +184,9 @@ class ParticlesAgent(ValuePlanner):
     def temper(self, prompts: Sequence[str | Prompt], repeats: int = 4, seed: int = 0) -> list[Tempering]:
         """Set ``pick``, ``trust`` and ``threshold`` to those whose certified value is highest on ``prompts``.
 
-        Trust is chosen for either pick, and then the threshold where texts are drawn by weight. Of settings that
-        differ by less than two standard errors the one is taken whose values vary least: E[log Z] falls short
-        of log E[Z] by about half its variance.
+        Trust is chosen for either pick, and then the threshold where texts are drawn by weight. Of settings of a
+        pick that differ by less than two standard errors the one is taken whose values vary least: E[log Z] falls
+        short of log E[Z] by about half its variance. The pick is that of the higher mean.
 
         Args:
             prompts: Others than those that the result is measured on.
@@ -203,7 +203,7 @@ class ParticlesAgent(ValuePlanner):
             raise ConfigError("tempering compares true rewards: it needs judge=True")
         check_at_least("repeats", repeats, 2)
         check_at_least("the number of prompts", len(prompts), 1)
-        own, drawn, chosen = self.threshold, self._rng, (self.pick, self.trust, self.threshold)
+        own, rng, chosen = self.threshold, self._rng, (self.pick, self.trust, self.threshold)
         repeated = list(prompts) * repeats
 
         def tried_with(pick: str, trust: float, threshold: float) -> Tempering:
@@ -212,15 +212,15 @@ class ParticlesAgent(ValuePlanner):
             return Tempering(pick, trust, threshold, values.reshape(repeats, -1))
 
         try:
-            tried = [tried_with("weight", trust, own) for trust in TRUSTS]
-            trust = _best(tried).trust
-            tried += [tried_with("weight", trust, threshold) for threshold in THRESHOLDS if threshold != own]
-            tried += [tried_with("best", trust, own) for trust in TRUSTS]
-            best = _best(tried)
+            drawn = [tried_with("weight", trust, own) for trust in TRUSTS]
+            trust = _best(drawn).trust
+            drawn += [tried_with("weight", trust, threshold) for threshold in THRESHOLDS if threshold != own]
+            picked = [tried_with("best", trust, own) for trust in TRUSTS]
+            best = max(_best(drawn), _best(picked), key=lambda found: found.value_at_least)
             chosen = best.pick, best.trust, best.threshold
         finally:
-            (self.pick, self.trust, self.threshold), self._rng = chosen, drawn
-        return [best, *(found for found in tried if found is not best)]
+            (self.pick, self.trust, self.threshold), self._rng = chosen, rng
+        return [best, *(found for found in (*drawn, *picked) if found is not best)]
 
     def _plan(self, texts: Sequence[tuple[Prompt, Ids]]) -> list[Ids]:
         found = self._weigh(texts)
