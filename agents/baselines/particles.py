@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,9 @@ TRUSTS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 
 THRESHOLDS = (0.5, 0.9, 0.25, 0.0)
 """Thresholds of resampling that ``temper`` tries."""
+
+LEAD = 0.1
+"""Betas by which picking the best must be ahead: about what even spread and resampling give to drawing by weight."""
 
 PICKS = ("weight", "best")
 """How one of the texts is picked: drawn by weight, or the one with the largest."""
@@ -184,9 +188,10 @@ class ParticlesAgent(ValuePlanner):
     def temper(self, prompts: Sequence[str | Prompt], repeats: int = 4, seed: int = 0) -> list[Tempering]:
         """Set ``pick``, ``trust`` and ``threshold`` to those whose certified value is highest on ``prompts``.
 
-        Trust is chosen for either pick, and then the threshold where texts are drawn by weight. Of settings of a
-        pick that differ by less than two standard errors the one is taken whose values vary least: E[log Z] falls
-        short of log E[Z] by about half its variance. The pick is that of the higher mean.
+        The same independent rows show what each trust is worth with either pick. The best is picked where it leads by
+        ``LEAD``; else texts are drawn by weight, and the threshold is chosen after that. Of settings that differ by
+        less than two standard errors the one is taken whose values vary least: E[log Z] falls short of log E[Z]
+        by about half its variance.
 
         Args:
             prompts: Others than those that the result is measured on.
@@ -203,24 +208,28 @@ class ParticlesAgent(ValuePlanner):
             raise ConfigError("tempering compares true rewards: it needs judge=True")
         check_at_least("repeats", repeats, 2)
         check_at_least("the number of prompts", len(prompts), 1)
-        own, rng, chosen = self.threshold, self._rng, (self.pick, self.trust, self.threshold)
-        repeated = list(prompts) * repeats
+        chosen, rng, repeated = (self.pick, self.trust, self.threshold), self._rng, list(prompts) * repeats
 
-        def tried_with(pick: str, trust: float, threshold: float) -> Tempering:
-            self.pick, self.trust, self.threshold, self._rng = pick, trust, threshold, np.random.default_rng(seed)
-            values = np.array([text.value_at_least for text in self.write(repeated)])
-            return Tempering(pick, trust, threshold, values.reshape(repeats, -1))
+        def written(*setting: Any) -> list[WeightedTexts]:
+            (self.pick, self.trust, self.threshold), self._rng = setting, np.random.default_rng(seed)
+            return self.write(repeated)
+
+        def tried_with(pick: str, trust: float, threshold: float, found: Sequence[WeightedTexts]) -> Tempering:
+            values = [self.beta * text.log_z if pick == "weight" else text.value_at_least for text in found]
+            return Tempering(pick, trust, threshold, np.array(values, np.float64).reshape(repeats, -1))
 
         try:
-            drawn = [tried_with("weight", trust, own) for trust in TRUSTS]
-            trust = _best(drawn).trust
-            drawn += [tried_with("weight", trust, threshold) for threshold in THRESHOLDS if threshold != own]
-            picked = [tried_with("best", trust, own) for trust in TRUSTS]
-            best = max(_best(drawn), _best(picked), key=lambda found: found.value_at_least)
+            independent = [(trust, 0.0, written("best", trust, 0.0)) for trust in TRUSTS]
+            drawn, picked = ([tried_with(pick, *row) for row in independent] for pick in PICKS)
+            best, other, tried = _best(picked), _best(drawn), drawn + picked
+            if best.value_at_least < other.value_at_least + LEAD * self.beta:
+                settings = [("weight", other.trust, threshold) for threshold in THRESHOLDS]
+                resampled = [tried_with(*setting, written(*setting)) for setting in settings]
+                best, tried = _best(resampled), tried + resampled
             chosen = best.pick, best.trust, best.threshold
         finally:
             (self.pick, self.trust, self.threshold), self._rng = chosen, rng
-        return [best, *(found for found in (*drawn, *picked) if found is not best)]
+        return [best, *(found for found in tried if found is not best)]
 
     def _plan(self, texts: Sequence[tuple[Prompt, Ids]]) -> list[Ids]:
         found = self._weigh(texts)
