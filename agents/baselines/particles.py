@@ -188,10 +188,9 @@ class ParticlesAgent(ValuePlanner):
     def temper(self, prompts: Sequence[str | Prompt], repeats: int = 4, seed: int = 0) -> list[Tempering]:
         """Set ``pick``, ``trust`` and ``threshold`` to those whose certified value is highest on ``prompts``.
 
-        The same independent rows show what each trust is worth with either pick. The best is picked where it leads by
-        ``LEAD``; else texts are drawn by weight, and the threshold is chosen after that. Of settings that differ by
-        less than two standard errors the one is taken whose values vary least: E[log Z] falls short of log E[Z]
-        by about half its variance.
+        Trust is chosen for either pick, and then the threshold where texts are drawn by weight. Of settings that
+        differ by less than two standard errors the one is taken whose values vary least: E[log Z] falls short of
+        log E[Z] by about half its variance. The best is picked where it leads by ``LEAD`` on the same rows.
 
         Args:
             prompts: Others than those that the result is measured on.
@@ -209,6 +208,7 @@ class ParticlesAgent(ValuePlanner):
         check_at_least("repeats", repeats, 2)
         check_at_least("the number of prompts", len(prompts), 1)
         chosen, rng, repeated = (self.pick, self.trust, self.threshold), self._rng, list(prompts) * repeats
+        own = self.threshold
 
         def written(*setting: Any) -> list[WeightedTexts]:
             (self.pick, self.trust, self.threshold), self._rng = setting, np.random.default_rng(seed)
@@ -219,17 +219,19 @@ class ParticlesAgent(ValuePlanner):
             return Tempering(pick, trust, threshold, np.array(values, np.float64).reshape(repeats, -1))
 
         try:
-            independent = [(trust, 0.0, written("best", trust, 0.0)) for trust in TRUSTS]
-            drawn, picked = ([tried_with(pick, *row) for row in independent] for pick in PICKS)
-            best, other, tried = _best(picked), _best(drawn), drawn + picked
-            if best.value_at_least < other.value_at_least + LEAD * self.beta:
-                settings = [("weight", other.trust, threshold) for threshold in THRESHOLDS]
-                resampled = [tried_with(*setting, written(*setting)) for setting in settings]
-                best, tried = _best(resampled), tried + resampled
+            drawn = [tried_with("weight", trust, own, written("weight", trust, own)) for trust in TRUSTS]
+            trust = _best(drawn).trust
+            others = [("weight", trust, threshold) for threshold in THRESHOLDS if threshold != own]
+            drawn += [tried_with(*setting, written(*setting)) for setting in others]
+            independent = {share: written("best", share, own) for share in TRUSTS}
+            picked = [tried_with("best", share, own, found) for share, found in independent.items()]
+            best, same_rows = _best(picked), tried_with("weight", trust, own, independent[trust])
+            if best.value_at_least < same_rows.value_at_least + LEAD * self.beta:
+                best = _best(drawn)
             chosen = best.pick, best.trust, best.threshold
         finally:
             (self.pick, self.trust, self.threshold), self._rng = chosen, rng
-        return [best, *(found for found in tried if found is not best)]
+        return [best, *(found for found in (*drawn, *picked) if found is not best)]
 
     def _plan(self, texts: Sequence[tuple[Prompt, Ids]]) -> list[Ids]:
         found = self._weigh(texts)
