@@ -50,7 +50,7 @@ TRUSTS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 THRESHOLDS = (0.5, 0.9, 0.25, 0.0)
 """Thresholds of resampling that ``temper`` tries."""
 
-LEAD = 0.1
+LEAD = 0.05
 """Betas by which picking the best must be ahead: about what even spread and resampling give to drawing by weight."""
 
 PICKS = ("weight", "best")
