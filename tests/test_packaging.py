@@ -239,7 +239,7 @@ def test_the_lists_of_names_need_no_extra(hide):
 
 @pytest.mark.slow
 def test_a_run_needs_no_extra(tmp_path):
-    """It trains, reports and draws; without TensorBoard it writes no events."""
+    """It trains, reports and draws; without TensorBoard it writes no events, and says so once."""
     program = f"""
 import sys
 from test_packaging import Hiding
@@ -250,7 +250,8 @@ train(RunConfig(steps=64, envs=4, eval_prompts=2, eval_texts=4, eval_samples=2),
 """
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path}
-    run(sys.executable, "-c", program, cwd=tmp_path, env=environment)
+    said = run(sys.executable, "-c", program, cwd=tmp_path, env=environment)
+    assert said.count("textgen-env[tensorboard]") == 1
     assert (tmp_path / "run" / "metrics.csv").is_file()
     assert not (tmp_path / "run" / "tensorboard").exists()
 

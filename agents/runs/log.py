@@ -188,6 +188,8 @@ class RunLog(BaseCallback):
     def _event_writers(self) -> list[KVWriter]:
         """Return the writer of TensorBoard events, or none if TensorBoard is not installed."""
         if not is_installed("tensorboard"):
+            message = "no events for TensorBoard: pip install 'textgen-env[tensorboard]'"
+            say(self._console, message)
             return []
         events = TensorBoardOutputFormat(str(self._folder / EVENTS))
         if self._gathered is not None:  # events after the checkpoint are written again: hide the first ones
