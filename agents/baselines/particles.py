@@ -29,7 +29,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -210,19 +209,21 @@ class ParticlesAgent(ValuePlanner):
         chosen, rng, repeated = (self.pick, self.trust, self.threshold), self._rng, list(prompts) * repeats
         own = self.threshold
 
-        def written(*setting: Any) -> list[WeightedTexts]:
-            (self.pick, self.trust, self.threshold), self._rng = setting, np.random.default_rng(seed)
+        def written(pick: str, trust: float, threshold: float) -> list[WeightedTexts]:
+            self.pick, self.trust, self.threshold, self._rng = pick, trust, threshold, np.random.default_rng(seed)
             return self.write(repeated)
 
         def tried_with(pick: str, trust: float, threshold: float, found: Sequence[WeightedTexts]) -> Tempering:
             values = [self.beta * text.log_z if pick == "weight" else text.value_at_least for text in found]
             return Tempering(pick, trust, threshold, np.array(values, np.float64).reshape(repeats, -1))
 
+        def by_weight(trust: float, threshold: float) -> Tempering:
+            return tried_with("weight", trust, threshold, written("weight", trust, threshold))
+
         try:
-            drawn = [tried_with("weight", trust, own, written("weight", trust, own)) for trust in TRUSTS]
+            drawn = [by_weight(trust, own) for trust in TRUSTS]
             trust = _best(drawn).trust
-            others = [("weight", trust, threshold) for threshold in THRESHOLDS if threshold != own]
-            drawn += [tried_with(*setting, written(*setting)) for setting in others]
+            drawn += [by_weight(trust, threshold) for threshold in THRESHOLDS if threshold != own]
             independent = {share: written("best", share, own) for share in TRUSTS}
             picked = [tried_with("best", share, own, found) for share, found in independent.items()]
             best, same_rows = _best(picked), tried_with("weight", trust, own, independent[trust])
@@ -334,10 +335,11 @@ class ParticlesAgent(ValuePlanner):
     def _result(self, cloud: _Cloud, group: int, rows: Rows, weights: Floats, log_z: float) -> WeightedTexts:
         episodes, prompt = self._episodes, self._episodes.prompts_at(rows[:1])[0]
         assert prompt is not None
-        chosen, value = int(sample(weights[None], cloud.generators[group].random(1))[0]), log_z
         if self.pick == "best":
             chosen = int(weights.argmax())
-            value += math.log(weights[chosen]) + (self.n - 1) / self.n  # log max w - log n + (n - 1) / n
+            value = log_z + math.log(weights[chosen]) + (self.n - 1) / self.n  # log max w - log n + (n - 1) / n
+        else:
+            chosen, value = int(sample(weights[None], cloud.generators[group].random(1))[0]), log_z
         return WeightedTexts(
             prompt=prompt.text,
             completions=tuple(episodes.text_of(row) for row in rows.tolist()),
