@@ -26,6 +26,7 @@ from textgen_env.errors import PromptError
 from textgen_env.files import parse_json
 from textgen_env.openings import OPENINGS
 from textgen_env.registry import unknown_name
+from textgen_env.time_limit import time_limit
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,6 +37,9 @@ SPLITS = ("train", "validation", "test")
 
 CELLS_AT_A_TIME = 1000
 """Rows of a dataset that are read at a time when it is opened."""
+
+TEMPLATE_SECONDS = 10
+"""What a chat template may take for one text."""
 
 PROMPT_NAMES = ("openings", *OPENINGS)
 """Prompts in the box: all openings, or those of one topic."""
@@ -362,12 +366,13 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, 
     """Return messages in the tokenizer's chat template, with the assistant's turn opened behind them.
 
     Raises:
-        PromptError: the tokenizer has no chat template, or one that fails.
+        PromptError: the tokenizer has no chat template, or one that fails or takes long.
     """
     if not tokenizer.chat_template:
         raise PromptError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template")
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        with time_limit(TEMPLATE_SECONDS):
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # whatever the template does: it is a program of its author, in a sandbox
         raise PromptError(
             f"the chat template of tokenizer {tokenizer.name_or_path!r} fails: {type(error).__name__}: {error}"

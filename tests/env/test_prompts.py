@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import sys
 import tracemalloc
 
 import numpy as np
@@ -300,3 +301,12 @@ def test_security_a_hostile_chat_template_is_refused_when_it_is_opened(tiny_lm, 
     tokenizer.chat_template = template
     with pytest.raises(PromptError):
         chat(["the film"], tokenizer)
+
+
+def test_security_a_chat_template_that_never_ends_is_stopped(tiny_lm, monkeypatch):
+    monkeypatch.setattr("textgen_env.prompts.TEMPLATE_SECONDS", 0.1)
+    tokenizer, tracer = copy.deepcopy(tiny_lm[1]), sys.gettrace()
+    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(100) %}{% endfor %}{% endfor %}"
+    with pytest.raises(PromptError, match="TimeoutError"):
+        chat(["the film"], tokenizer)
+    assert sys.gettrace() is tracer
