@@ -32,7 +32,7 @@ from textgen_env.vector_env import TextGenVectorEnv
 
 WARM_UP = 0.3  # share of the steps until allocators, memo and tables of words have their size
 MEMO_BYTES = 2 << 20  # full within the warm-up
-NOTES = 400  # of the resident memory
+NOTES = 400  # of the resident memory, at most
 WORDS = ("the", "film", "was", "a", "good", "bad", "long", "story", "of", "old", "house", "and", "sea", "in", "winter")
 
 
@@ -60,11 +60,11 @@ def soak(model: HFModel, steps: int, rows: int = 2, seed: int = 0, stop: Callabl
     )
     env.reset(seed=seed)
     process, started = psutil.Process(), time.perf_counter()
-    every = max(1, steps // NOTES)
+    every = 1
     notes: list[tuple[int, int]] = []
     done = texts = forks = resets = restores = 0
     saved = env.episodes.save(0)
-    while done < steps:
+    while done < steps and not stop():
         legal = env.action_masks()
         _, _, ended, _, _ = env.step(np.argmax(rng.random(legal.shape) * legal, axis=-1))
         texts += int(ended.sum())
@@ -85,8 +85,8 @@ def soak(model: HFModel, steps: int, rows: int = 2, seed: int = 0, stop: Callabl
             restores += 1
         if done % every == 0:
             notes.append((done, process.memory_info().rss))
-            if stop():
-                break
+        if len(notes) > NOTES:
+            notes, every = notes[1::2], 2 * every
     warm = notes[int(WARM_UP * len(notes)) :]
     halves = (warm[: len(warm) // 2], warm[len(warm) // 2 :])
     return Soaked(
