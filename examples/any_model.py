@@ -18,7 +18,7 @@ from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedTokenizerFast, T
 
 import textgen_env  # noqa: F401  # registers the environment
 from agents import TextDQN
-from agents.train import OBSERVATION
+from agents.zoo import OBSERVATION
 
 WORDS = ["<pad>", "</s>", *(first + second for first in "bdgklmn" for second in ("a", "e", "i", "o", "u"))]
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import GRPOConfig, GRPOTrainer
 
 from agents import TextDQN
-from agents.train import OBSERVATION
+from agents.zoo import OBSERVATION
 from textgen_env.evaluation import evaluate
 from textgen_env.models import model_folder
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from agents.baselines.planning import PLANNING_AGENTS, ROWS, Ids
-from agents.baselines.values import ValuePlanner
+from agents.baselines.values import ValuePlanner, beginnings
 from textgen_env.config import check_at_least
 from textgen_env.models.base import Rows
 from textgen_env.policies import Floats, sample
-from textgen_env.prompts import Prompt, as_prompt
+from textgen_env.prompts import Prompt
 from textgen_env.vector_env import TextGenVectorEnv
 
 
@@ -90,7 +90,7 @@ class GuidedBestOfNAgent(ValuePlanner):
             PromptError: a prompt without tokens, or one that is too long.
             RewardError: the reward failed.
         """
-        return self._guide([(as_prompt(prompt, f"prompts[{i}]"), ()) for i, prompt in enumerate(prompts)])
+        return self._guide(beginnings(prompts))
 
     def _plan(self, texts: Sequence[tuple[Prompt, Ids]]) -> list[Ids]:
         return [found.ids[len(ids) :] for found, (_, ids) in zip(self._guide(texts), texts, strict=True)]

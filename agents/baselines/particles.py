@@ -29,17 +29,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from agents.baselines.planning import PLANNING_AGENTS, ROWS, Ids
-from agents.baselines.values import Tilted, ValuePlanner
+from agents.baselines.values import Tilted, ValuePlanner, beginnings
 from textgen_env.config import check_at_least, check_one_of
 from textgen_env.errors import ConfigError
 from textgen_env.models.base import Rows
 from textgen_env.policies import Floats, sample
-from textgen_env.prompts import Prompt, as_prompt
+from textgen_env.prompts import Prompt
 from textgen_env.rewards.base import Generation, Reward
 from textgen_env.vector_env import TextGenVectorEnv
 
@@ -52,8 +53,19 @@ THRESHOLDS = (0.5, 0.9, 0.25, 0.0)
 LEAD = 0.05
 """Betas by which picking the best must be ahead: about what even spread and resampling give to drawing by weight."""
 
+FEW = 4
+"""Rows of a text up to which the best of independent ones is picked, where nobody has tempered."""
+
 PICKS = ("weight", "best")
 """How one of the texts is picked: drawn by weight, or the one with the largest."""
+
+
+def untempered(n: int, judge: bool) -> dict[str, Any]:
+    """Return pick and trust of ``n`` rows where values are learned, and so rough, and ``temper`` has not chosen.
+
+    Texts that nobody judges are weighted by the values alone: then their noise would be picked.
+    """
+    return {"pick": "best" if n <= FEW else "weight", "trust": 0.7} if judge and n > 1 else {}
 
 
 @dataclass(frozen=True)
@@ -157,12 +169,21 @@ class ParticlesAgent(ValuePlanner):
         rows: int = ROWS,
     ) -> None:
         super().__init__(env, seed, n=n, values=values, beta=beta, trust=trust, rows=rows)
-        check_one_of("pick", pick, PICKS)
         self.threshold = threshold
         self.pick = pick
         self.judge = judge
         if not judge:
             self._episodes.reward = _Unjudged()
+
+    @property
+    def pick(self) -> str:
+        """How one of the texts is picked, one of ``PICKS``."""
+        return self._pick
+
+    @pick.setter
+    def pick(self, pick: str) -> None:
+        check_one_of("pick", pick, PICKS)
+        self._pick = pick
 
     @property
     def threshold(self) -> float:
@@ -182,7 +203,7 @@ class ParticlesAgent(ValuePlanner):
             PromptError: a prompt without tokens, or one that is too long.
             RewardError: the reward failed.
         """
-        return self._weigh([(as_prompt(prompt, f"prompts[{i}]"), ()) for i, prompt in enumerate(prompts)])
+        return self._weigh(beginnings(prompts))
 
     def temper(self, prompts: Sequence[str | Prompt], repeats: int = 4, seed: int = 0) -> list[Tempering]:
         """Set ``pick``, ``trust`` and ``threshold`` to those whose certified value is highest on ``prompts``.

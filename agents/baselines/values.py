@@ -21,10 +21,10 @@ import numpy.typing as npt
 from agents.baselines.planning import ROWS, Ids, TextPlanner
 from textgen_env.config import check_at_least
 from textgen_env.episode import Episodes
-from textgen_env.errors import ConfigError
+from textgen_env.errors import ConfigError, PromptError
 from textgen_env.models.base import Rows
 from textgen_env.policies import Floats
-from textgen_env.prompts import Prompt
+from textgen_env.prompts import Prompt, as_prompt
 from textgen_env.vector_env import TextGenVectorEnv
 
 DEFAULT_BETA = 0.1
@@ -73,7 +73,8 @@ class LearnedValues:
 
     def __init__(self, agent: Any, env: TextGenVectorEnv) -> None:
         self._agent = agent
-        self.needs = tuple(agent.observation_space.spaces)
+        unread = () if agent.learner.network.reads_given_scores else ("score", "candidate_scores")
+        self.needs = tuple(key for key in agent.observation_space.spaces if key not in unread)
         trained = {"top_k": int(agent.action_space.n), "max_new_tokens": agent.learner.network.max_new_tokens}
         found = {"top_k": env.episodes.k, "max_new_tokens": env.max_new_tokens}
         for name, expected in trained.items():
@@ -148,6 +149,17 @@ def tilt(log_mu: Floats, q: Floats, beta: float) -> tuple[Floats, Floats]:
     if not np.isfinite(log_sum).all():
         raise ConfigError(f"Q / beta is not finite at beta={beta:g}: raise beta, or look at where the values come from")
     return tilted - log_sum[:, None], beta * log_sum
+
+
+def beginnings(prompts: Sequence[str | Prompt]) -> list[tuple[Prompt, Ids]]:
+    """Return the texts that begin with ``prompts``, nothing written yet.
+
+    Raises:
+        PromptError: a prompt that is none, or a single text instead of several.
+    """
+    if isinstance(prompts, str):
+        raise PromptError(f"prompts must be several, got one text: give [{prompts!r}]")
+    return [(as_prompt(prompt, f"prompts[{i}]"), ()) for i, prompt in enumerate(prompts)]
 
 
 class ValuePlanner(TextPlanner):

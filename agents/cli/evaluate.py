@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 
 from agents.cli.options import (
-    LARGEST_SEED,
     AsJson,
     PartnerAgain,
     Prompts,
@@ -27,7 +26,8 @@ from agents.cli.options import (
 )
 from agents.tables import show_table
 from agents.terminal import json_text, open_console, say, table_of
-from textgen_env.errors import ConfigError
+from textgen_env.config import MOST_SEED
+from textgen_env.errors import ConfigError, RunFolderError
 from textgen_env.files import refuse_links, write_file
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def evaluate_command(
     samples: Samples = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Of the evaluation's random numbers.", min=0, max=LARGEST_SEED, show_default="the run's"),
+        typer.Option(help="Of the evaluation's random numbers.", min=0, max=MOST_SEED, show_default="the run's"),
     ] = None,
     particles: Annotated[
         str | None,
@@ -64,6 +64,7 @@ def evaluate_command(
     a second table, and the share of the optimal gain against tokens a text as a picture.
     """
     from agents.runs.run import load_run
+    from agents.runs.spending import check_counts
 
     counts = _counts(particles)
     console = open_console(stderr=as_json)
@@ -73,6 +74,7 @@ def evaluate_command(
     if counts and opened.env.episodes.partner is not None:
         raise ConfigError("--particles would ask the partner for its answers in advance: leave it out for this run")
     opened = replace(opened, config=change(opened.config, eval_texts=texts, eval_samples=samples, seed=seed))
+    check_counts(opened.agent, opened.env, counts, opened.config.eval_samples)
     if prompts is not None:
         opened = _on_prompts(opened, prompts)
     _measure(opened, counts, out or run / "evaluation", console, as_json)
@@ -105,8 +107,11 @@ def _measure(run: Run, counts: Sequence[int], folder: Path, console: Console, as
     from agents.runs.progress import JobProgress
     from agents.runs.report import report_notes, samples_page, table, text_metrics
     from agents.runs.run import PLANE_FILE, SAMPLES_FILE, SUMMARY_FILE, TOKENS_FILE
-    from agents.runs.spending import SPENDING_NOTE, draw_tokens, spend_each, spending_table
+    from agents.runs.spending import SPENDING_NOTE, draw_tokens, keep_tempered, spend_each, spending_table
 
+    refuse_links(folder)
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file: give --out a folder")
     with JobProgress(console, "texts") as progress:
         yardstick = run.yardstick(progress.measuring)
         evaluations = run.evaluate(progress.measuring)
@@ -129,12 +134,12 @@ def _measure(run: Run, counts: Sequence[int], folder: Path, console: Console, as
         run.agent_name: text_metrics(evaluations[0], references),
     }
     figures = report.as_dict() | {"metrics": metrics, "spending": [asdict(point) for point in spending]}
-    refuse_links(folder)
     write_file(folder / SUMMARY_FILE, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     write_file(folder / SAMPLES_FILE, samples_page(yardstick.samples, evaluations[0], run.notes))
     draw_plane(report, folder / PLANE_FILE)
     if spending:
         draw_tokens(spending, *bounds, folder / TOKENS_FILE)
+        keep_tempered(spending, folder)
     if as_json:
         typer.echo(json_text(figures))
         return

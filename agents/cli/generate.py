@@ -89,7 +89,7 @@ def generate_command(
     particles: Annotated[
         int | None,
         typer.Option(
-            help="Draw each text from so many, by weight: better texts, at so many times the tokens. Their values "
+            help="Pick each text from so many, by weight: better texts, at so many times the tokens. Their values "
             "come from RUN; without one from the reward's running score, if it has one.",
             min=1,
             show_default="1, unweighted",
@@ -110,16 +110,15 @@ def generate_command(
     """
     check_one_writer(run, model)
     if particles is not None and greedy:
-        raise ConfigError("--particles draws texts by weight, --greedy takes the likeliest tokens: leave one out")
+        raise ConfigError("--particles picks texts by weight, --greedy takes the likeliest tokens: leave one out")
     if particles is None and not judge:
         raise ConfigError("--no-judge is a setting of --particles; without them texts are always scored")
+    acting = None if particles is not None else beta  # with particles it is their price of KL
     if run is None:
-        tilts = None if particles is not None else beta
-        opened = _language_model(model, prompt, reward, partner, max_new_tokens or 32, tilts, rows=min(num, 64))
+        opened = _language_model(model, prompt, reward, partner, max_new_tokens or 32, acting, rows=min(num, 64))
     else:
         if max_new_tokens is not None:
             raise ConfigError("--max-new-tokens is that which the run was trained with; leave it out")
-        acting = None if particles is not None else beta
         opened = _opened(run, prompt, reward, partner, acting, trust)
         if opened.unscored:
             typer.echo(printable(f"warning: the texts are not scored: {opened.unscored}", one_line=True), err=True)
@@ -128,7 +127,7 @@ def generate_command(
     if particles is None:
         written = _plain(opened, prompts, seed, greedy)
     else:
-        source = {} if run is None else _of_run(run, opened.agent, particles)
+        source = {} if run is None else _of_run(run, opened.agent, particles, judge)
         written = _weighted(opened.env, prompts, seed, n=particles, beta=beta, judge=judge, **source)
     _show(written, as_json)
     if particles is not None and not as_json:
@@ -194,18 +193,18 @@ def _weighted(env: TextGenVectorEnv, prompts: Sequence[Prompt], seed: int, **set
     return written
 
 
-def _of_run(run: Path, agent: Agent, particles: int) -> dict[str, Any]:
+def _of_run(run: Path, agent: Agent, particles: int, judge: bool) -> dict[str, Any]:
     """Return the settings of a run's particles: tempered, if its evaluation has measured so many."""
-    from agents.runs.run import SUMMARY_FILE
+    from agents.baselines.particles import untempered
     from agents.runs.spending import tempered_settings
 
-    return {"values": agent, **tempered_settings(run / "evaluation" / SUMMARY_FILE, particles)}
+    return {"values": agent, **(tempered_settings(run / "evaluation", particles) or untempered(particles, judge))}
 
 
 def _cost(written: Sequence[Mapping[str, Any]], particles: int) -> str:
     """Return a line about what the texts cost and what they are worth."""
     tokens = sum(text["tokens"] for text in written) / len(written)
-    line = f"Each drawn from {particles} by weight, at {tokens:.0f} tokens"
+    line = f"Each picked from {particles} by weight, at {tokens:.0f} tokens"
     if written[0]["value_at_least"] is None:
         return f"{line}; no text was judged, so the last weight is left out."
     value = sum(text["value_at_least"] for text in written) / len(written)
@@ -249,7 +248,7 @@ def _shared(source: Path, starts: Sequence[Prompt], reward: str | None, beta: fl
     from agents.baselines.planning import ROWS
     from agents.text_dqn.agent import TextDQN
     from agents.text_dqn.networks import check_observation_space
-    from agents.text_dqn.portable import env_to_write_in
+    from agents.text_dqn.task import env_to_write_in
 
     agent = TextDQN.from_pretrained(source)
     space = check_observation_space(agent.observation_space)

@@ -45,8 +45,7 @@ Samples = Annotated[
     typer.Option(help="Samples a prompt to estimate the best possible policy from.", min=2, show_default="64"),
 ]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Take the most probable token at every step.")]
-LARGEST_SEED = MOST_SEED
-Seed = Annotated[int, typer.Option(help="Of the random numbers.", min=0, max=LARGEST_SEED)]
+Seed = Annotated[int, typer.Option(help="Of the random numbers.", min=0, max=MOST_SEED)]
 Trust = Annotated[
     bool,
     typer.Option(
@@ -79,11 +78,6 @@ def change(config: RunConfig, **options: Any) -> RunConfig:
     return replace(config, **changes)
 
 
-def parse_reward(text: str | None) -> Any:
-    """Return a reward's name, or its description given as JSON; see ``parse_spec``."""
-    return parse_spec("reward", text)
-
-
 def parse_spec(option: str, text: str | None) -> Any:
     """Return a name, or a description given as JSON.
 
@@ -100,7 +94,7 @@ def own_reward(text: str | None) -> Any:
     from agents.runs.parts import load_reward
     from agents.user_code import replace_references
 
-    return replace_references(parse_reward(text), load_reward)
+    return replace_references(parse_spec("reward", text), load_reward)
 
 
 def own_object(name: str, text: str | None) -> Any:

@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 
 from agents.cli.options import (
-    LARGEST_SEED,
     Address,
     AsJson,
     Engine,
@@ -21,12 +20,12 @@ from agents.cli.options import (
     Trust,
     change,
     given,
-    parse_reward,
     parse_spec,
     uses_ray,
 )
 from agents.tables import show_table
 from agents.terminal import json_text, open_console, say
+from textgen_env.config import MOST_SEED
 from textgen_env.errors import ConfigError
 from textgen_env.files import read_json
 
@@ -104,7 +103,7 @@ Envs = Annotated[
 RunSeed = Annotated[
     int | None,
     typer.Option(
-        help="Of prompts, agent and evaluation.", min=0, max=LARGEST_SEED, show_default="0", rich_help_panel=LEARNING
+        help="Of prompts, agent and evaluation.", min=0, max=MOST_SEED, show_default="0", rich_help_panel=LEARNING
     ),
 ]
 Beta = Annotated[
@@ -238,9 +237,10 @@ def train_command(
         resumed = runs.resume(resume, trust=trust, text_source=text_source, console=console, track=track)
         _show(resumed, console, as_json)
         return
-    changes = {"agent": agent, "model": model, "prune": prune, "prompts": prompts, "reward": parse_reward(reward)}
+    changes: dict[str, Any] = {"agent": agent, "model": model, "prune": prune, "prompts": prompts, "task": task}
+    changes |= {"reward": parse_spec("reward", reward), "partner": parse_spec("partner", partner)}
     changes |= {"steps": steps, "envs": envs, "seed": seed, "beta": beta, "checkpoint_every": checkpoint_every}
-    changes |= {"eval_texts": texts, "eval_samples": samples, "task": task, "partner": parse_spec("partner", partner)}
+    changes |= {"eval_texts": texts, "eval_samples": samples}
     env = {"top_k": top_k, "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
     env |= {"max_turns": max_turns, "max_turn_tokens": max_turn_tokens, "max_reply_tokens": max_reply_tokens}
     env["min_new_tokens"] = min_new_tokens
@@ -302,7 +302,8 @@ def _settings(
                 "the env settings that should not be the usual ones"
             )
     new = given(env_changes)
-    if "max_new_tokens" in new and config.task is None and not config.has_partner:
+    all_full = config.env.get("min_new_tokens") == config.env.get("max_new_tokens")
+    if "max_new_tokens" in new and all_full and config.task is None and not config.has_partner:
         new = {"min_new_tokens": new["max_new_tokens"], **new}
     if candidate_scores:
         new["observation"] = (*OBSERVATION, *(OF_CONVERSATIONS if config.has_partner else ()), "candidate_scores")

@@ -10,9 +10,10 @@ that a choice among n can cost.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,13 @@ import numpy as np
 
 from agents.baselines.guided import GuidedBestOfNAgent
 from agents.baselines.particles import ParticlesAgent
+from agents.baselines.values import value_source
 from agents.runs.optimum import share_of_optimal_gain
 from agents.runs.parts import validation_prompts
 from textgen_env.config import check_type
 from textgen_env.errors import ConfigError
 from textgen_env.evaluation import Evaluation, bootstrap_interval
-from textgen_env.files import check_keys, read_json, whole_file
+from textgen_env.files import read_json, whole_file, write_file
 from textgen_env.policies import Floats
 from textgen_env.prompts import Prompt
 from textgen_env.vector_env import TextGenVectorEnv
@@ -46,6 +48,9 @@ SPENDING_NOTE = (
 
 TEMPERED = ("pick", "trust", "threshold")
 """Settings of the particles that are chosen on validation prompts."""
+
+TEMPERED_FILE = "particles-{n}.json"
+"""Where an evaluation keeps them."""
 
 BLOCKS = 4
 """Blocks that guided best-of-n cuts a text into."""
@@ -151,6 +156,14 @@ def spend(
     return [*points, _measured(PARTICLES, n, particles.write(repeated), repeats, beta, **tempered)]
 
 
+def check_counts(values: Any, env: TextGenVectorEnv, counts: Sequence[int], samples: int) -> None:
+    """Raise ``ConfigError`` where ``spend_each`` would: an agent without Q, or more rows than ``samples`` a prompt."""
+    if counts:
+        value_source(values, env)
+        if max(counts) > samples:
+            raise ConfigError(f"particles must be at most {samples}, the samples of a prompt, got {max(counts)}")
+
+
 def spend_each(
     values: Any,
     env: TextGenVectorEnv,
@@ -182,26 +195,27 @@ def spend_each(
     return points
 
 
-def tempered_settings(summary: Path, n: int) -> dict[str, Any]:
-    """Return pick, trust and threshold of ``n`` particles as a stored evaluation chose them; nothing where it did not.
+def keep_tempered(points: Sequence[Spending], folder: Path) -> None:
+    """Write what tempering chose into ``folder``, a file for each number of particles."""
+    for point in points:
+        if point.way == PARTICLES:
+            write_file(folder / TEMPERED_FILE.format(n=point.n), json.dumps(asdict(point), indent=2) + "\n")
 
-    Args:
-        summary: The file of figures of ``textgen evaluate RUN --particles``.
+
+def tempered_settings(folder: Path, n: int) -> dict[str, Any]:
+    """Return pick, trust and threshold of ``n`` particles that ``keep_tempered`` wrote; nothing where it did not.
 
     Raises:
-        RunFolderError: no such figures in it.
-        ConfigError: a setting that is no number.
+        RunFolderError: the file is damaged.
+        ConfigError: a setting of another type.
     """
-    found = read_json(summary, allow_nan=True) if summary.is_file() else {}
-    points = found.get("spending", []) if isinstance(found, dict) else []
-    check_type("spending", points, list)
-    for point in points:
-        check_keys(point, [field.name for field in fields(Spending)], repr(str(summary)))
-        if (point["way"], point["n"]) == (PARTICLES, n):
-            for name in TEMPERED:
-                check_type(name, point[name], *((str,) if name == "pick" else (int, float)))
-            return {name: point[name] for name in TEMPERED}
-    return {}
+    path = folder / TEMPERED_FILE.format(n=n)
+    if not path.is_file():
+        return {}
+    found = read_json(path, TEMPERED, allow_nan=True)
+    for name in TEMPERED:
+        check_type(name, found[name], *((str,) if name == "pick" else (int, float)))
+    return {name: found[name] for name in TEMPERED}
 
 
 def _measured(way: str, n: int, found: Sequence[Any], repeats: int, beta: float, **tempered: Any) -> Spending:

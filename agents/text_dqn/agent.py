@@ -26,10 +26,9 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file, save_to_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
-from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.baselines.particles import ParticlesAgent, WeightedTexts
+from agents.baselines.particles import ParticlesAgent, WeightedTexts, untempered
 from agents.baselines.planning import ROWS
 from agents.hub import MOST_WEIGHT_BYTES, fetched, push
 from agents.sb3_vec import SB3VecEnv
@@ -41,6 +40,7 @@ from agents.text_dqn.replay import EpisodeReplay
 from agents.text_dqn.settings import check_settings
 from agents.text_dqn.sources import EpisodeSource, add_step
 from agents.text_dqn.steering import Steering
+from agents.text_dqn.task import check_fits, check_trained_on, env_to_write_in, task_of
 from agents.text_dqn.validation import Validated, validate
 from textgen_env.errors import ConfigError
 from textgen_env.files import MOST_BYTES
@@ -210,7 +210,7 @@ class TextDQN(DQN):
         seed: int | None = None,
         **settings: Any,
     ) -> list[WeightedTexts]:
-        """Write a text for each prompt, each drawn from ``particles`` weighted ones.
+        """Write a text for each prompt, each picked from ``particles`` weighted ones.
 
         It costs so many times the tokens of a text, and one call of the reward for each of them. With 1
         the texts are the policy's own; as there are more, they follow the best policy at ``target_beta``,
@@ -222,7 +222,8 @@ class TextDQN(DQN):
             reward: What judges them. None: that of the agent's environment, or the stored one. Where it
                 was not stored the last weight is left out: the texts follow Q alone.
             seed: Of the random numbers. None: goes on with the agent's own.
-            settings: ``beta``, ``pick``, ``trust``, ``threshold``, ``judge`` and ``rows`` of ``ParticlesAgent``.
+            settings: ``beta``, ``threshold``, ``judge`` and ``rows`` of ``ParticlesAgent``, and its ``pick`` and
+                ``trust`` instead of those of ``untempered``.
 
         Raises:
             ConfigError: a value out of range, a task that the agent does not know, or scores that it needs
@@ -232,10 +233,12 @@ class TextDQN(DQN):
         if seed is None:
             seed = int(self.learner.rng.integers(2**63))
         spaces = check_observation_space(self.observation_space).spaces
-        env, is_judged = portable.env_to_write_in(
+        env, is_judged = env_to_write_in(
             self.env, self.task, self.language_model, reward, sees_scores="score" in spaces
         )
-        settings = {"judge": is_judged, "rows": min(ROWS, particles * max(1, len(prompts))), **settings}
+        rows = min(ROWS, particles * max(1, len(prompts)))
+        settings = {"judge": is_judged, "rows": rows, **settings}
+        settings = {**untempered(particles, settings["judge"]), **settings}
         return ParticlesAgent(env, seed, n=particles, values=self, **settings).write(prompts)
 
     def logits_processor(self, model: Any, *, max_new_tokens: int | None = None, reward: Any = None) -> Steering:
@@ -268,7 +271,7 @@ class TextDQN(DQN):
     ) -> Self:
         """Train for ``total_timesteps`` environment steps; as in SB3."""
         if self.env is not None:
-            self.task = portable.task_of(self.env)
+            self.task = task_of(self.env)
         if self._vec_normalize_env is not None and self._vec_normalize_env.norm_obs:
             raise ConfigError(
                 "VecNormalize normalises observations, among them token ids and masks: give it norm_obs=False"
@@ -295,8 +298,7 @@ class TextDQN(DQN):
         callback.update_locals(
             {"actions": acted.actions, "new_obs": new_obs, "rewards": rewards, "dones": dones, "infos": infos}
         )
-        if not callback.on_step():
-            return RolloutReturn(env.num_envs, 0, continue_training=False)
+        goes_on = callback.on_step()  # if not, the step is still one of a text that a later ``learn`` goes on with
         self._update_info_buffer(infos, dones)
         if self._vec_normalize_env is not None:  # the replay keeps rewards as they are paid, as SB3's does
             rewards = self._vec_normalize_env.get_original_reward()
@@ -309,7 +311,7 @@ class TextDQN(DQN):
             if log_interval is not None and self._episode_num % log_interval == 0:
                 self.dump_logs()
         callback.on_rollout_end()
-        return RolloutReturn(env.num_envs, int(dones.sum()), continue_training=True)
+        return RolloutReturn(env.num_envs, int(dones.sum()), goes_on)
 
     def _judged(self, env: VecEnv, dones: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64] | None:
         """Return what the judge says of some prefixes, (N,), NaN where it is not asked; None if it never is."""
@@ -379,7 +381,7 @@ class TextDQN(DQN):
 
     @property
     def _progress(self) -> float:
-        """Share of the current ``learn`` that is done, in [0, 1]."""
+        """Share of the current ``learn`` that is done; a little above 1 in its last step."""
         return 1.0 - self._current_progress_remaining
 
     # --- SB3 asks for the parts
@@ -387,7 +389,7 @@ class TextDQN(DQN):
     def _setup_model(self) -> None:
         self.language_model = language_model = self._find_language_model()
         if self.task is None and self.env is not None:
-            self.task = portable.task_of(self.env)
+            self.task = task_of(self.env)
         space = check_observation_space(self.observation_space)
         if self.gamma != 1.0 and "score" in space.spaces:
             raise ConfigError(
@@ -397,7 +399,7 @@ class TextDQN(DQN):
         self.model_name = language_model.name
         self.policy_kwargs = self.policy_kwargs | {"q_net_kwargs": self._network_settings(language_model)}
         self.replay_buffer = EpisodeReplay(
-            self.buffer_size, space, device=self.device, n_envs=self.n_envs, seed=self.seed
+            self.buffer_size, space, self.device, self.n_envs, self.seed, shapes=not self._learns_scores()
         )
         super()._setup_model()
         for network in (self.q_net, self.q_net_target):
@@ -450,6 +452,17 @@ class TextDQN(DQN):
             raise ConfigError("TextDQN needs an environment: pass env=gym.make_vec('TextGen-v0', ...)")
         return load_language_model(self.model_name)
 
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        """Learn in ``env`` from now on; as in SB3.
+
+        Raises:
+            ModelError: it has another language model.
+            ConfigError: its sizes or spaces are others.
+        """
+        env = self._wrap_env(env, self.verbose)
+        check_fits(env, self.task, self.observation_space, self.action_space)
+        super().set_env(env, force_reset)
+
     def set_random_seed(self, seed: int | None = None) -> None:
         super().set_random_seed(seed)
         if seed is not None and hasattr(self, "learner"):
@@ -491,12 +504,15 @@ class TextDQN(DQN):
         """Read what ``save`` wrote; as in SB3, but nothing is unpickled.
 
         Args:
-            custom_objects, kwargs: Settings in place of the stored ones.
+            custom_objects: Settings in place of the stored ones; other names are passed over.
+            kwargs: The same, or another argument of the constructor.
 
         Raises:
             ConfigError: no zip of a ``TextDQN``, a damaged one, or pickled entries in it.
             ModelError: the environment has another language model or vocabulary.
         """
+        if unknown := sorted(kwargs.keys() - signature(cls).parameters):
+            raise ConfigError(f"TextDQN has no settings {', '.join(unknown)}: leave them out, or spell them as it does")
         given = {**(custom_objects or {}), **kwargs}
         agent = cls._restored(portable.read_zip(path), given, env, None, device, path)
         with portable.reporting_damage(path):
@@ -582,19 +598,19 @@ class TextDQN(DQN):
         found = portable.restored(stored, given, cls.policy_aliases, source)
         if env is not None:
             env = cls._wrap_env(env)
+            check_fits(env, found.task, found.observation_space, found.action_space)
             language_model = env.get_attr("language_model")[0]
         else:
             language_model = load_language_model(found.model_name if model is None else model)
-        portable.check_trained_on(found.task, language_model)
+            check_trained_on(found.task, language_model)
         with portable.reporting_damage(source):
             agent = cls(
                 found.policy_class, None, policy_kwargs=found.policy_kwargs, device=device, _init_setup_model=False,
-                **found.settings,
+                **found.settings, **{name: given[name] for name in ("tensorboard_log", "verbose") if name in given},
             )  # fmt: skip
             agent.observation_space, agent.action_space = found.observation_space, found.action_space
             agent.n_envs, agent.task, agent.language_model = found.n_envs, found.task, language_model
             if env is not None:
-                check_for_correct_spaces(env, agent.observation_space, agent.action_space)
                 agent.env, agent.n_envs = env, env.num_envs
             agent._setup_model()
             agent._load_counters(found.counters)
@@ -653,7 +669,7 @@ class TextDQN(DQN):
             ModelError: it was trained on another language model or vocabulary.
             KeyError, RuntimeError, TypeError, ValueError: it is of another agent, or damaged.
         """
-        portable.check_trained_on(plain["agent"]["task"], self.language_model)
+        check_trained_on(plain["agent"]["task"], self.language_model)
         counters = portable.checked_counters(plain["agent"]["counters"])
         self.learner.load_state_dict(tensors, plain["learner"])
         env = self._native_env()

@@ -108,7 +108,7 @@ class Learner:
         self.updates = 0
         self.offline_updates = 0  # updates that no environment step has paid for
         self.judge_calls = 0  # texts and prefixes that the reward has judged
-        self.held_out = 0.0  # R2 of the learned scorer on texts that were left out
+        self.scorer_r2 = 0.0  # on texts that were left out of its fit
         self._fit_at = LEAST_TEXTS  # finished texts at which the scorer is fitted next
         self._lm_takes_over_at: npt.NDArray[np.int64] = np.zeros(replay.n_envs, np.int64)  # step of each row's text
 
@@ -128,7 +128,7 @@ class Learner:
 
         Args:
             observation: (N, ...) a key.
-            progress: Share of the training that is done, in [0, 1].
+            progress: Share of the training that is done.
         """
         rows = np.arange(len(observation["logprobs"]))
         tensors = {key: torch.as_tensor(value, device=self.network.device) for key, value in observation.items()}
@@ -160,8 +160,8 @@ class Learner:
         seen: Tensors = {key: torch.as_tensor(value, device=self.network.device) for key, value in observation.items()}
         with torch.inference_mode():
             tensors = self.slow_network.scored(seen)
-            values = self.slow_network(tensors)
-            if tensors is not seen:  # its values count from the learned score
+            values = self.slow_network.head_values(tensors).mean(0)
+            if self.slow_network.scorer is not None:  # its values count from the learned score
                 values = values + tensors["score"]
         q: Floats = values.double().cpu().numpy()
         return q
@@ -228,7 +228,7 @@ class Learner:
 
         A score of the next candidates is a target without noise; a return has the noise of all that followed.
         """
-        carried = max(LEAST_CARRIED, 1.0 - max(0.0, self.held_out))
+        carried = max(LEAST_CARRIED, 1.0 - max(0.0, self.scorer_r2))
         return replace(self.objective, trace_lambda=self.objective.trace_lambda * carried)
 
     def update(self, count: int = 1, offline: bool = False) -> Floats:
@@ -248,10 +248,12 @@ class Learner:
             self.network.start_at(returns)
             self.slow_network.start_at(returns)
         self.network.train()
-        losses = np.array([self._update() for _ in range(count)])
+        losses = np.zeros(count)
+        for i in range(count):
+            losses[i] = self._update()
+            self.updates += 1
+            self.offline_updates += offline
         self.network.eval()
-        self.updates += count
-        self.offline_updates += count * offline
         return losses
 
     def _update(self) -> float:
@@ -289,7 +291,7 @@ class Learner:
         candidates = some.observations["candidates"].long()
         echoes = Echoes.among(candidates, some.echoes, some.tokens)
         visited = Visited(some.tokens, candidates, mu, some.acted, some.by_language_model, echoes, some.folds)
-        self.held_out = self.network.fit_scorer(texts, visited, self.objective.beta)
+        self.scorer_r2 = self.network.fit_scorer(texts, visited, self.objective.beta)
         self.slow_network.scorer.load_state_dict(self.network.scorer.state_dict())
         self._fit_at = max(seen + LEAST_TEXTS, int(seen * REFIT))
 
@@ -325,7 +327,7 @@ class Learner:
             "updates": self.updates,
             "offline_updates": self.offline_updates,
             "fit_at": self._fit_at,
-            "held_out": self.held_out,
+            "held_out": self.scorer_r2,
             "judge_calls": self.judge_calls,
             "lm_takes_over_at": self._lm_takes_over_at.tolist(),
             "rng": self.rng.bit_generator.state,
@@ -349,7 +351,7 @@ class Learner:
         self.steps, self.updates, self.offline_updates = steps, updates, offline
         self._fit_at = COUNT.check("fit_at", stored.get("fit_at", LEAST_TEXTS))
         self.judge_calls = COUNT.check("judge_calls", stored.get("judge_calls", 0))
-        self.held_out = Range(-MANY, 1).check("held_out", stored.get("held_out", 0.0))
+        self.scorer_r2 = Range(-MANY, 1).check("held_out", stored.get("held_out", 0.0))
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return tensors and plain data: networks, optimiser and counters. The replay has its own."""

@@ -89,7 +89,10 @@ def own_text(observations: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def near_the_end(left: torch.Tensor) -> torch.Tensor:
-    """Return the shares of all ``LAST_TOKENS`` but the last when so many tokens are left: (..., 1) to (..., m)."""
+    """Return how much each of ``LAST_TOKENS`` but the last counts with ``left`` (..., 1) tokens to come: (..., m).
+
+    1 at its own number of tokens, linear in between, all 0 from the last on.
+    """
     marks = torch.tensor(LAST_TOKENS, dtype=left.dtype, device=left.device)
     widths = functional.pad(marks.diff(), (1, 0), value=1.0)
     away = left - marks[:-1]
@@ -180,20 +183,20 @@ class CandidateHead(nn.Module):
         self,
         hidden: torch.Tensor,
         scalars: torch.Tensor,
-        left: torch.Tensor,
+        places: torch.Tensor,
         candidates: torch.Tensor,
         candidate_scalars: torch.Tensor,
         memory: torch.Tensor,
         last: torch.Tensor,
     ) -> torch.Tensor:
         hidden = functional.layer_norm(hidden.float(), hidden.shape[-1:])
-        state = self.from_hidden(self.dropout(hidden)) + self.from_scalars(scalars) + self.from_left(left)  # (..., h)
+        state = self.from_hidden(self.dropout(hidden)) + self.from_scalars(scalars) + self.from_left(places)  # (..., h)
         after = memory.unsqueeze(-2) + self.contributions(candidates, last.unsqueeze(-2))  # (..., k, m)
         x = state.unsqueeze(-2) + self.from_candidate(candidates) + self.from_memory(after)  # (..., k, h)
         x = self.dropout(functional.gelu(x + self.from_candidate_scalars(candidate_scalars)))
         x = x + functional.gelu(self.mix(x))
         by_place = self.value(x).unflatten(-1, (-1, self.outputs))  # (..., k, places, n)
-        weights = functional.pad(left, (1, 0), value=1.0)  # the first ones hold for all
+        weights = functional.pad(places, (1, 0), value=1.0)  # the first ones hold for all
         values: torch.Tensor = (by_place * weights[..., None, :, None]).sum(-2)  # (..., k, n)
         return values
 
@@ -299,8 +302,8 @@ class CandidateQNetwork(nn.Module):
         return self.scorer.fit(texts, known, visited, beta)
 
     def scored(self, observations: Tensors) -> Tensors:
-        """Return observations of single states (B, ...) with the learned scores, where there is a scorer."""
-        if self.scorer is None or "candidate_scores" in observations:
+        """Return observations of single states (B, ...) with the scores that are learned, if any are."""
+        if self.scorer is None:
             return observations
         tokens, length = own_text(observations)
         generated = self._generated(observations)
@@ -337,7 +340,7 @@ class CandidateQNetwork(nn.Module):
 
     def atoms_of(self, returns: torch.Tensor) -> torch.Tensor:
         """Return (..., atoms) probabilities whose mean is the return, on the two atoms next to it."""
-        assert self.support is not None  # at_actions asked of a network with atoms
+        assert self.support is not None  # only a network with atoms is asked
         step = self.support[1] - self.support[0]
         place = ((returns - self.support[0]) / step).clamp(0, len(self.support) - 1).unsqueeze(-1)
         return (1 - (place - torch.arange(len(self.support), device=place.device)).abs()).clamp(min=0)
@@ -354,11 +357,10 @@ class CandidateQNetwork(nn.Module):
 
     def forward(self, observations: Tensors) -> torch.Tensor:
         """Return Q of single states, (B, k)."""
-        return self.head_values(observations).mean(0)
+        return self.head_values(self.scored(observations)).mean(0)
 
     def head_values(self, observations: Tensors) -> torch.Tensor:
-        """Return Q of single states by each head, (heads, B, k)."""
-        observations = self.scored(observations)
+        """Return Q of single states by each head, (heads, B, k), from what ``scored`` returns."""
         tokens, length = own_text(observations)  # (B, T), (B, 1)
         generated = self._generated(observations)
         offset = torch.arange(-max(1, int(generated.max())), 0, device=tokens.device)  # (t,), right-aligned

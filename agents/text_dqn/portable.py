@@ -28,16 +28,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.save_util import open_path
-from stable_baselines3.common.vec_env import VecEnv
 
 from agents.text_dqn.replay import EpisodeReplay
 from agents.text_dqn.settings import COUNTERS, Range, check_settings
 from textgen_env.config import check_type
-from textgen_env.errors import ConfigError, ModelError, PromptError, TextGenError
+from textgen_env.errors import ConfigError, TextGenError
 from textgen_env.files import MOST_BYTES, parse_json, read_json, whole_file, write_file
-from textgen_env.models.base import LanguageModel
-from textgen_env.rewards import reward_spec
-from textgen_env.vector_env import TextGenVectorEnv
 
 SETTINGS_FILE = "agent.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -45,9 +41,6 @@ CARD_FILE = "README.md"
 
 SPACE_SIZE = Range(1, 2**24, whole=True)
 """Actions, rows, and numbers in a part of an observation."""
-
-PROBES = 32
-"""Tokens by which a language model is recognised."""
 
 
 # --- settings
@@ -245,124 +238,6 @@ def read_replay(replay: EpisodeReplay, path: Path) -> None:
         raise ConfigError(f"replay file {path}: {error}") from error
     except (OSError, OverflowError, RecursionError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is no replay file that save_replay_buffer wrote: {error}") from error
-
-
-# --- what an agent was trained on
-
-
-def task_of(env: VecEnv) -> dict[str, Any]:
-    """Return what an agent that learns in ``env`` should remember of it, as plain data."""
-    model: LanguageModel = env.get_attr("language_model")[0]
-    task: dict[str, Any] = {"model": model.name, "fingerprint": fingerprint(model)}
-    if not env.has_attr("episodes"):
-        return task
-    episodes = env.get_attr("episodes")[0]
-    config = episodes.config
-    try:
-        prompts = len(episodes.prompts)
-    except PromptError:
-        prompts = None  # a function makes them
-    return task | {
-        "reward": reward_spec(episodes.reward),
-        "reward_name": episodes.reward.name,
-        "scores": episodes.reward.running() is not None,
-        "prompts": prompts,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "min_new_tokens": config.min_new_tokens,
-        "max_new_tokens": config.max_new_tokens,
-        "stop": list(config.stop),
-        **({} if episodes.partner is None else {"partner": episodes.partner.name}),
-    }
-
-
-def env_to_write_in(
-    env: VecEnv | None, task: Mapping[str, Any] | None, model: LanguageModel, reward: Any, sees_scores: bool,
-    rows: int = 1, **changed: Any,
-) -> tuple[TextGenVectorEnv, bool]:  # fmt: skip
-    """Return an environment like the one that an agent was trained in, and True if its reward is known.
-
-    Args:
-        env: The agent's own. None, or of another make: ``task`` describes it.
-        task: From ``task_of``.
-        model: That the agent was trained on.
-        reward: See ``make_reward``. None: that of ``env`` or ``task``; where that was not stored every text gets 0.
-        sees_scores: The agent's observation has running scores.
-        rows: N.
-        changed: Keywords of ``TextGenVectorEnv`` that should have other values.
-
-    Raises:
-        ConfigError: the task is unknown, or the agent needs scores of a reward that was not stored.
-    """
-    if env is not None and env.has_attr("episodes"):
-        episodes = env.get_attr("episodes")[0]
-        settings = vars(episodes.config) | {"observation": "default", "render_mode": None}
-        settings["partner"] = episodes.partner
-        reward = episodes.reward if reward is None else reward
-    elif task is not None and "top_k" in task:
-        refuse_conversations(task)
-        names = ("top_k", "top_p", "min_new_tokens", "max_new_tokens", "stop")
-        settings = {name: task[name] for name in names if name in task}
-        settings["max_prompt_tokens"] = max(1, min(512, model.max_context - task["max_new_tokens"]))
-        reward = task["reward"] if reward is None else reward
-        if reward is None and task["scores"] and sees_scores:
-            raise ConfigError(
-                f"the agent sees running scores of reward {task['reward_name']!r}, a Python object that was not "
-                "stored: give it again, as reward=..."
-            )
-    else:
-        raise ConfigError("the agent does not know its task: it was trained in an environment of another make")
-    judge = (lambda text: 0.0) if reward is None else reward
-    return TextGenVectorEnv(rows, model, None, judge, **settings | changed), reward is not None
-
-
-def refuse_conversations(task: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` if an agent of this task has learned conversations, where no partner is at hand."""
-    if task.get("partner") is not None:
-        raise ConfigError(
-            f"the agent has learned conversations with partner {task['partner']!r}, which is not stored: let it act in "
-            "an environment with that partner"
-        )
-
-
-def fingerprint(model: LanguageModel) -> dict[str, Any]:
-    """Return a few numbers by which a model and its vocabulary are known, whatever the precision and name."""
-    ids = np.linspace(0, model.vocab_size - 1, min(PROBES, model.vocab_size)).astype(np.int64)
-    return {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "end_ids": list(model.end_ids),
-        "tokens": [model.decode([i]) for i in ids.tolist()],
-        "embeddings": np.round(model.embed(ids)[:, :4].astype(np.float64), 6).tolist(),
-    }
-
-
-def check_trained_on(task: Mapping[str, Any] | None, model: LanguageModel) -> None:
-    """Check that ``model`` is what the agent of ``task`` was trained on.
-
-    Raises:
-        ModelError: it is another one.
-        ConfigError: the task does not say, as it should.
-    """
-    if task is None:
-        return
-    found = fingerprint(model)
-    try:
-        name, known = task["model"], task["fingerprint"]
-        differs = [part for part in found if part != "embeddings" and found[part] != known[part]]
-        embeddings = np.array(known["embeddings"], np.float64)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"the agent's record of its language model is damaged: {error!r}") from error
-    same_shape = embeddings.shape == np.shape(found["embeddings"])
-    if not differs and not (same_shape and np.allclose(found["embeddings"], embeddings, rtol=0.02, atol=1e-3)):
-        differs = ["embeddings"]
-    if differs:
-        what = "vocabulary" if {"vocab_size", "tokens", "end_ids"} & set(differs) else "weights"
-        raise ModelError(
-            f"the agent was trained on model {name!r} ({known['vocab_size']} tokens), and {model.name!r} "
-            f"({found['vocab_size']} tokens) has another {what} (its {', '.join(differs)}): load it with the model "
-            "that it was trained on"
-        )
 
 
 # --- a folder to share

@@ -5,9 +5,9 @@ precision. Every environment writes into a ring of its own, which keeps episodes
 
     rings (N environments, L steps, ...)  ->  sample(B)  ->  EpisodeBatch (B, T, ...), padded
 
-Rewards are stored shaped by the running score where the observation has one: the potential is the
-part of the score that is not yet paid, 0 at the end. That keeps every optimum, and makes
-``reward_at="end"`` and ``"step"`` the same learning problem.
+Rewards are stored shaped by the running score where Q reads one: the potential is the part of the score
+that is not yet paid, 0 at the end. So a text's rewards sum to its reward less its first score, which no action
+changes: every optimum stays, and ``reward_at="end"`` and ``"step"`` are the same learning problem.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class EpisodeBatch:
 class EpisodeReplay:
     """A ring of steps for each environment, sampled by whole episodes.
 
-    Bytes: ``buffer_size`` times ``bytes_per_step(observation_space)``, allocated at once.
+    Bytes: ``buffer_size`` times ``bytes_per_step(observation_space)``, allocated at once. ``shapes``: shape
+    rewards by the observation's running score, where it has one.
 
     Raises:
         CapacityError: that is more than the memory that is free (says both).
@@ -103,12 +104,14 @@ class EpisodeReplay:
         device: torch.device | str = "cpu",
         n_envs: int = 1,
         seed: int | None = None,
+        shapes: bool = True,
     ) -> None:
         self.device = torch.device(device)
         self.n_envs = n_envs
         self.observation_space = observation_space
         self.num_actions = _shape(observation_space, "candidates")[0]
         self.keys = [key for key in STORED if key in observation_space.spaces]
+        self.shapes = shapes and "score" in self.keys
         self.ring = max(2, buffer_size // n_envs)
         free = psutil.virtual_memory().available
         needed = self.bytes = self.ring * n_envs * self.bytes_per_step(observation_space)
@@ -168,7 +171,7 @@ class EpisodeReplay:
         envs = np.arange(self.n_envs)
         ended = done & ~truncated
         shaped = rewards
-        if "score" in self.keys:
+        if self.shapes:
             score, next_score = observation["score"][:, 0], next_observation["score"][:, 0]
             unpaid = np.where(self.written == self.open, score, self.unpaid)
             shaped, self.unpaid = _shaped(rewards, score, next_score, unpaid, ended)
@@ -223,7 +226,7 @@ class EpisodeReplay:
         at = np.concatenate([self._next_rows(np.array([env])) for _ in range(steps)])
         last = np.arange(steps) == steps - 1
         shaped = np.array(rewards, np.float64)
-        if "score" in self.keys:
+        if self.shapes:
             scores = observations["score"][:, 0]
             unpaid = scores[0]
             for t in range(steps):
@@ -442,9 +445,6 @@ def _shape(observation_space: spaces.Dict, key: str) -> tuple[int, ...]:
 
 
 def _shaped(reward: Any, score: Any, next_score: Any, unpaid: Any, ended: Any) -> tuple[Any, Any]:
-    """Return rewards with the unpaid part of the running score as potential, and that part after the step.
-
-    The potential is 0 at the end of a text, so the sum over the text stays what it was.
-    """
+    """Return rewards with the unpaid part of the running score as potential, and that part after the step."""
     after = np.where(ended, 0.0, unpaid + (next_score - score) - reward)
     return reward + after - unpaid, after

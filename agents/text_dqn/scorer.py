@@ -203,11 +203,12 @@ class TextScorer(nn.Module):
         """Return z and length of the prefixes, (B, S), and what candidates add to both, (B, S, k)."""
         table = self._table(tokens, folds)
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        seen_from = _first_places(tokens)  # (B, RESIDUES)
-        own = self._added(table, tokens.unsqueeze(-1), echoes.own.unsqueeze(-1), places, tokens, seen_from).squeeze(-1)
+        first_places = _first_places(tokens)  # (B, RESIDUES)
+        of_own = (tokens.unsqueeze(-1), echoes.own.unsqueeze(-1), places, tokens, first_places)
+        own = self._added(table, *of_own).squeeze(-1)
         index = self.bias[table].unsqueeze(-1) + _of_prefixes(own, steps)
         length = _of_prefixes(_at(self.characters, tokens), steps)
-        more = self._added(table, candidates, echoes.candidates, steps, tokens, seen_from)
+        more = self._added(table, candidates, echoes.candidates, steps, tokens, first_places)
         return index, length, more, _at(self.characters, candidates)
 
     def _added(
@@ -217,18 +218,18 @@ class TextScorer(nn.Module):
         echoes: torch.Tensor,
         steps: torch.Tensor,
         tokens: torch.Tensor,
-        seen: torch.Tensor,
+        first_places: torch.Tensor,
     ) -> torch.Tensor:
         """Return what ids (B, S, c) add to z after prefixes of ``steps`` (B, S) tokens."""
         own = table.view(-1, 1, 1) * self.vocab_size + ids
         before = tokens.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1)
         pairs = _at(self.pair, table.view(-1, 1, 1) * PAIRS + pair_index(before, ids))
         pairs = torch.where(steps.unsqueeze(-1) > 0, pairs, 0.0)
-        places = seen.gather(1, (ids % RESIDUES).flatten(1)).view(ids.shape)
+        before_here = first_places.gather(1, (ids % RESIDUES).flatten(1)).view(ids.shape) < steps.unsqueeze(-1)
         echo = table.view(-1, 1, 1) * 2 * (LONGEST + 1) + _at(self.characters, ids).long().clamp(max=LONGEST)
         always = _at(self.token, own) + torch.where(echoes, _at(self.echo, echo), 0.0)
         first = _at(self.first, own) + torch.where(echoes, _at(self.echo, echo + LONGEST + 1), 0.0)
-        return always + torch.where(places < steps.unsqueeze(-1), 0.0, first) + pairs
+        return always + torch.where(before_here, 0.0, first) + pairs
 
     def _table(self, tokens: torch.Tensor, folds: torch.Tensor | None) -> torch.Tensor:
         return torch.full((len(tokens),), FOLDS, device=tokens.device) if folds is None else folds
@@ -383,10 +384,10 @@ class TextScorer(nn.Module):
         steps = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         last, candidates = tokens[:, :-1][there], visited.candidates[:, 1:][there]  # (n,), (n, k)
         mu, goes_on = visited.probabilities[:, 1:][there], 1.0 - _at(self.ends, candidates)
-        visits, seen = torch.bincount(last, minlength=self.vocab_size), _first_places(tokens)
+        visits, first_places = torch.bincount(last, minlength=self.vocab_size), _first_places(tokens)
         for fold in range(FOLDS + 1):
             table, echoes = torch.full_like(tokens[:, 0], fold), visited.echoes.candidates
-            more = self._added(table, visited.candidates, echoes, steps, tokens, seen)[:, 1:][there]
+            more = self._added(table, visited.candidates, echoes, steps, tokens, first_places)[:, 1:][there]
             value = torch.zeros_like(self.characters)
             for depth in range(AHEAD):
                 gain = (mu * (more + goes_on * _at(value, candidates))).sum(-1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from agents.text_dqn.targets import OBJECTIVES
+from agents.text_dqn.targets import OBJECTIVES, UNDISCOUNTED
 from textgen_env.errors import ConfigError
 
 MANY = 2**53
@@ -97,10 +97,10 @@ COUNTERS: Mapping[str, Range] = {
 
 
 def check_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of ``SETTINGS`` and ``target`` that are ``given``, each checked.
+    """Return the settings of ``SETTINGS``, ``target`` and ``score`` that are ``given``, each checked.
 
     Raises:
-        ConfigError: a value of another type, or out of range.
+        ConfigError: a value of another type or out of range, or a discount that the target does not know.
         UnknownName: no such target (with a suggestion).
     """
     checked = {
@@ -111,6 +111,8 @@ def check_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     if "target" in given:
         OBJECTIVES[given["target"]]
         checked["target"] = given["target"]
+        if given["target"] in UNDISCOUNTED and checked.get("gamma", 1.0) != 1.0:
+            raise ConfigError(f"target={given['target']!r} needs gamma=1, got {checked['gamma']}: it has no discount")
     if "score" in given:
         if given["score"] not in SCORES:
             raise ConfigError(f"score must be one of {SCORES}, got {given['score']!r}")

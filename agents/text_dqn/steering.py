@@ -23,8 +23,8 @@ from transformers import LogitsProcessor
 
 from agents.text_dqn.learner import Learner
 from agents.text_dqn.networks import prior
-from agents.text_dqn.portable import refuse_conversations
 from agents.text_dqn.targets import log_policy
+from agents.text_dqn.task import refuse_conversations
 from textgen_env.config import check_at_least
 from textgen_env.errors import ConfigError, ModelError
 from textgen_env.models.base import LanguageModel
@@ -82,6 +82,11 @@ class Steering(LogitsProcessor):
         self._learner = learner
         self.max_new_tokens = task["max_new_tokens"] if max_new_tokens is None else max_new_tokens
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        if learner.network.scorer is not None and self.max_new_tokens > task["max_new_tokens"]:
+            raise ConfigError(
+                f"max_new_tokens must be at most {task['max_new_tokens']}, as in training, got {self.max_new_tokens}: "
+                "scores are learned for so many places"
+            )
         self._task = task
         self._model = model
         self._language_model = language_model
@@ -105,11 +110,6 @@ class Steering(LogitsProcessor):
             "eos_token_id": list(self._language_model.end_ids) or None,
             "disable_compile": True,  # hooks are not compiled
         }
-
-    @property
-    def _hidden(self) -> torch.Tensor | None:
-        """Hidden states of the last tokens of this thread's last forward, (B, d), until a step has used them."""
-        return self._texts.hidden
 
     # --- the hooks
 
@@ -158,12 +158,12 @@ class Steering(LogitsProcessor):
                 than ``max_new_tokens`` steps, no cache, or a forward of another model.
         """
         texts, ids = self._texts, input_ids.cpu().numpy()
-        if self._hidden is None or len(self._hidden) != len(input_ids):
+        hidden, texts.hidden = texts.hidden, None  # used once
+        if hidden is None or len(hidden) != len(input_ids):
             raise ConfigError(
                 "the model that generates is not the one given to logits_processor, or outside its with, or it judges "
                 "several tokens a forward, as in assisted generation"
             )
-        hidden, texts.hidden = self._hidden, None
         pad = self._follow(ids)
         steps = ids.shape[1] - texts.width
         if steps < 0:

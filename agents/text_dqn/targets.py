@@ -1,4 +1,4 @@
-"""What Q learns from whole episodes: five objectives behind one switch, to be read side by side.
+"""What Q learns from whole episodes: six objectives behind one switch, to be read side by side.
 
 The trade is E[R] - beta KL(pi || mu). Its optimal policy is pi(a|s) proportional to
 mu(a|s) exp(Q(s, a) / beta), and the value of a state V(s) = beta log sum_a mu(a|s) exp(Q(s, a) / beta)
@@ -27,7 +27,7 @@ Two need no slow network::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,28 +38,13 @@ from agents.text_dqn.replay import EpisodeBatch
 from textgen_env.registry import Registry
 
 Traces = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-TRACES: Registry[Traces] = Registry("target")
+TRACES: Mapping[str, Traces] = {
+    "td": lambda ratio, q, v: (torch.zeros_like(q), q),
+    "retrace": lambda ratio, q, v: (ratio.clamp(max=1.0), q),
+    "path": lambda ratio, q, v: (torch.ones_like(q), q),
+    "peng": lambda ratio, q, v: (torch.ones_like(q), v),
+}
 """From (ratio pi/b, Q of the action, V), each (B, T), to trace c and baseline B."""
-
-
-@TRACES.register("td")
-def _td(ratio: torch.Tensor, q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.zeros_like(q), q
-
-
-@TRACES.register("retrace")
-def _retrace(ratio: torch.Tensor, q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return ratio.clamp(max=1.0), q
-
-
-@TRACES.register("path")
-def _path(ratio: torch.Tensor, q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ones_like(q), q
-
-
-@TRACES.register("peng")
-def _peng(ratio: torch.Tensor, q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ones_like(q), v
 
 
 def soft_value(log_mu: torch.Tensor, q: torch.Tensor, beta: float) -> torch.Tensor:
@@ -120,6 +105,9 @@ Objective = Callable[[CandidateQNetwork, CandidateQNetwork, EpisodeBatch, Object
 OBJECTIVES: Registry[Objective] = Registry("target")
 """From the online network, the slow one, whole episodes and the settings to a loss."""
 
+UNDISCOUNTED = ("residual", "q_sharp")
+"""Objectives that know no ``gamma`` but 1."""
+
 
 def regression(
     online: CandidateQNetwork, slow: CandidateQNetwork, batch: EpisodeBatch, settings: ObjectiveSettings, *, trace: str
@@ -129,7 +117,7 @@ def regression(
     with torch.no_grad():
         q = slow.episode_values(batch.observations, looked_up).mean(0)  # (B, T, k)
         target = lambda_targets(batch, q, settings, trace)
-    # The loss reads Q of the taken candidates at_actions, so at_actions that is computed: a k-th of the work.
+    # The loss reads Q of the taken candidates alone, so that alone is computed: a k-th of the work.
     observations, taken = at_actions(batch.observations, looked_up, batch.actions)
     values = online.episode_values(observations, taken).squeeze(-1)  # (heads, B, T)
     return (((values - target) / online.unit) ** 2)[:, batch.acted].mean()
@@ -166,8 +154,8 @@ def classification(
     logits = online.episode_outputs(observations, taken).squeeze(-2)  # (heads, B, T, atoms)
     returns = (batch.rewards * batch.acted).flip(-1).cumsum(-1).flip(-1)  # (B, T), what was still to come
     target = online.atoms_of(returns - online.known(observations).squeeze(-1))  # (B, T, atoms)
-    others = (batch.acted & ~batch.by_language_model).flip(-1).cumsum(-1).flip(-1)  # the agent's own, from t on
-    own = (batch.acted & ~batch.by_language_model).long()
-    by_model = batch.acted & (others - own == 0)  # whoever acted at t, the language model wrote the rest
+    own = (batch.acted & ~batch.by_language_model).long()  # written by the agent
+    own_later = own.flip(-1).cumsum(-1).flip(-1) - own
+    taught = batch.acted & (own_later == 0)  # whoever acted at t, the language model wrote the rest
     losses = -(target * logits.log_softmax(-1)).sum(-1)
-    return losses[:, by_model].mean() if by_model.any() else losses.sum() * 0.0
+    return losses[:, taught].mean() if taught.any() else losses.sum() * 0.0

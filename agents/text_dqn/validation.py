@@ -1,4 +1,4 @@
-"""The temperature to act at, chosen on prompts that were kept back: no trained agent is worse than the language model.
+"""The temperature to act at, chosen by texts: where learning has gained nothing, that of the language model.
 
 agent, environment with validation prompts  ->  texts at each temperature, on the same luck
                                             ->  the one with the most E[R] - target_beta KL
@@ -67,7 +67,7 @@ def validate(
 
     Args:
         agent: Acts by ``learner``.
-        env: With prompts that were not learned from.
+        env: Best with prompts that were not learned from.
         texts: To be written at each temperature, at least 1.
         seed: The same luck for all.
         prompts: Instead of the environment's own.
@@ -75,16 +75,20 @@ def validate(
     Raises:
         ConfigError: see ``evaluate``.
     """
-    price = learner.objective.beta
+    price, own = learner.objective.beta, learner.beta
     found: dict[float, Floats] = {}
-    for beta in (LANGUAGE_MODEL, *(multiple * price for multiple in MULTIPLES)):
-        learner.beta = beta
-        of_texts: Floats | None = evaluate(agent, env, texts, seed, prompts).values(price)
-        if of_texts is None:
-            raise ConfigError("temperatures are compared by KL, and this agent has no probabilities")
-        found[beta] = of_texts
+    try:
+        for beta in (LANGUAGE_MODEL, *(multiple * price for multiple in MULTIPLES)):
+            learner.beta = beta
+            of_texts: Floats | None = evaluate(agent, env, texts, seed, prompts).values(price)
+            if of_texts is None:
+                raise ConfigError("temperatures are compared by KL, and this agent has no probabilities")
+            found[beta] = of_texts
+    finally:
+        learner.beta = own
     learner.beta = best_supported(found, price)
-    return Validated(learner.beta, {beta: float(values.mean()) for beta, values in found.items()}, texts)
+    means = {beta: float(values.mean()) for beta, values in found.items()}
+    return Validated(learner.beta, means, len(found[price]))
 
 
 def best_supported(found: Mapping[float, Floats], learned_for: float) -> float:
@@ -93,6 +97,6 @@ def best_supported(found: Mapping[float, Floats], learned_for: float) -> float:
     chosen = max(means, key=lambda beta: means[beta])
     if chosen != LANGUAGE_MODEL:
         gains = found[chosen] - found[learned_for]
-        if gains.mean() <= LEAST_EVIDENCE * gains.std() / np.sqrt(len(gains)):
+        if len(gains) < 2 or gains.mean() <= LEAST_EVIDENCE * gains.std(ddof=1) / np.sqrt(len(gains)):
             chosen = learned_for
     return LANGUAGE_MODEL if means[LANGUAGE_MODEL] >= means[chosen] else chosen

@@ -246,7 +246,8 @@ def test_an_agent_writes_with_particles_in_its_environment_and_without(vector, t
     agent = trained_agent(made)
     agent.beta = 0.4
     found = agent.write(toys.PROMPTS, particles=4, seed=3, threshold=0.9)
-    expected = ParticlesAgent(env, 3, n=4, values=agent, threshold=0.9).write(toys.PROMPTS)
+    learned = {"pick": "best", "trust": 0.7}  # of four rows
+    expected = ParticlesAgent(env, 3, n=4, values=agent, threshold=0.9, **learned).write(toys.PROMPTS)
     assert [text.ids for text in found] == [text.ids for text in expected]
     assert all("b" not in text.completion[:-2] for text in found)  # "ab" is one token
     assert [text.value_at_least for text in found] == [text.value_at_least for text in expected]
@@ -256,6 +257,26 @@ def test_an_agent_writes_with_particles_in_its_environment_and_without(vector, t
     assert loaded.write(["a"], 4)[0].value_at_least is not None
     judged = loaded.write(["a"], 4, reward=lambda text: 5.0)[0]
     np.testing.assert_array_equal(judged.rewards, 5.0)
+    with pytest.raises(PromptError, match=r"got one text: give \['ab'\]"):
+        loaded.write("ab")
+
+
+def test_an_agent_picks_by_the_number_of_rows_unless_told_or_unjudged():
+    """As ``best`` of few rows and drawn from many; with one row, and where nobody judges, nothing is changed."""
+    env = open_env(observation=NEEDED_KEYS)
+    agent = trained_agent(env)
+    usual = {"pick": "weight", "trust": 1.0}
+    for given, settings in (
+        ({"particles": 2}, {"n": 2, "pick": "best", "trust": 0.7}),
+        ({"particles": 5}, {"n": 5, "pick": "weight", "trust": 0.7}),
+        ({"particles": 4, "pick": "weight", "trust": 0.2}, {"n": 4, "pick": "weight", "trust": 0.2}),
+        ({"particles": 1}, {"n": 1, **usual}),
+        ({"particles": 4, "judge": False}, {"n": 4, **usual, "judge": False}),
+    ):
+        expected = ParticlesAgent(env, 3, values=agent, **settings).write(toys.PROMPTS)
+        found = agent.write(toys.PROMPTS, seed=3, **given)
+        assert [text.ids for text in found] == [text.ids for text in expected]
+        assert [text.chosen for text in found] == [text.chosen for text in expected]
 
 
 def settings_like(env):

@@ -97,13 +97,13 @@ def test_generate_draws_each_text_from_weighted_ones(run, folder):
         assert text["logprob"] < 0
     value = sum(text["value_at_least"] for text in texts) / 3
     shown = textgen(*command)
-    assert "Each drawn from 5 by weight, at 20 tokens" in shown.stderr
+    assert "Each picked from 5 by weight, at 20 tokens" in shown.stderr
     assert f"at least J = {value:.3f}" in shown.stderr
     unjudged = textgen(*command, "--no-judge")
     assert unjudged.stdout.count("unjudged  the film|") == 3
     assert "the last weight is left out" in unjudged.stderr
     of_model = ("generate", "--model", folder / "model", "--max-new-tokens", 3, "--particles", 4, "--beta", 0.05)
-    assert "Each drawn from 4 by weight, at 12 tokens" in textgen(*of_model, "--prompt", "the film").stderr
+    assert "Each picked from 4 by weight, at 12 tokens" in textgen(*of_model, "--prompt", "the film").stderr
 
 
 @pytest.mark.parametrize(
@@ -236,6 +236,35 @@ def test_a_stored_configuration_is_a_start_for_another_run(run, folder):
     first, second = (json.loads((folder / name / "config.json").read_text()) for name in ("run", "other"))
     assert first["env"].pop("observation") == second["env"].pop("observation")[:-1]
     assert second == {**first, "prune": None, "steps": 40, "reward": "length"}
+
+
+@pytest.mark.parametrize(("fewest", "expected"), [(0, 0), (4, 5)])
+def test_a_longer_text_keeps_the_file_s_least_length_unless_all_texts_are_full(run, folder, fewest, expected):
+    stored = json.loads((folder / "run" / "config.json").read_text())
+    stored["env"]["min_new_tokens"], start = fewest, folder / "run" / "start.json"
+    start.write_text(json.dumps(stored))
+    out = folder / f"longer-{fewest}"
+    result = textgen("train", "--config", start, "--max-new-tokens", 5, "--steps", 8, "--out", out)
+    assert result.exit_code == 0, result.output
+    env = json.loads((out / "config.json").read_text())["env"]
+    assert (env["min_new_tokens"], env["max_new_tokens"]) == (expected, 5)
+
+
+def test_evaluations_keep_what_was_tempered_and_refuse_before_they_measure(run, folder):
+    command = ("evaluate", folder / "run", "--texts", 6, "--samples", 4)
+    assert textgen(*command, "--particles", "2").exit_code == 0
+    tempered = folder / "run" / "evaluation" / "particles-2.json"
+    chosen = tempered.read_text()
+    assert textgen(*command).exit_code == 0
+    assert tempered.read_text() == chosen
+    summary = (folder / "run" / "evaluation" / "summary.json").read_text()
+    for options, said in (
+        (("--particles", "2,64"), "particles must be at most 4, the samples of a prompt, got 64"),
+        (("--out", folder / "prompts.txt"), "is a file: give --out a folder"),
+    ):
+        result = textgen(*command, *options)
+        assert (result.exit_code, said in result.stderr) == (2, True), result.output
+    assert (folder / "run" / "evaluation" / "summary.json").read_text() == summary
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import asdict, fields
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +15,12 @@ from agents.runs.spending import (
     GUIDED,
     MAXIMUM,
     PARTICLES,
+    TEMPERED_FILE,
     WEIGHTED,
-    Spending,
+    check_counts,
     choices,
     draw_tokens,
+    keep_tempered,
     spend,
     spending_table,
     tempered_settings,
@@ -69,26 +71,31 @@ def test_ways_are_measured_tempered_and_shown(tmp_path):
     for optimal in (2.0, None):
         draw_tokens(points, 1.0, optimal, tmp_path / f"{optimal}.png")
         assert (tmp_path / f"{optimal}.png").read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "summary.json").write_text(json.dumps({"spending": [asdict(point) for point in points]}))
-    found = tempered_settings(tmp_path / "summary.json", 4)
-    assert found == {"pick": particles.pick, "trust": particles.trust, "threshold": particles.threshold}
-    assert tempered_settings(tmp_path / "summary.json", 5) == {}
-    assert tempered_settings(tmp_path / "none.json", 4) == {}
+    keep_tempered(points, tmp_path)
+    kept = {"pick": particles.pick, "trust": particles.trust, "threshold": particles.threshold}
+    assert tempered_settings(tmp_path, 4) == kept
+    assert tempered_settings(tmp_path, 5) == {}
+    keep_tempered([replace(particles, n=5, trust=0.4)], tmp_path)  # another evaluation leaves what it does not measure
+    assert tempered_settings(tmp_path, 5) == kept | {"trust": 0.4}
+    assert tempered_settings(tmp_path, 4) == kept
 
 
-@pytest.mark.parametrize(
-    ("change", "error"), [({"trust": "much"}, "trust must be"), ({"pick": 1}, "pick must be"), ({"n": None}, None)]
-)
+@pytest.mark.parametrize(("change", "error"), [({"trust": "much"}, "trust must be"), ({"pick": 1}, "pick must be")])
 def test_stored_settings_are_checked(change, error, tmp_path):
-    point = dict.fromkeys([field.name for field in fields(Spending)], 1.0)
-    point |= {"way": PARTICLES, "n": 4, "pick": "best"} | change
-    path = tmp_path / "summary.json"
-    path.write_text(json.dumps({"spending": [point]}))
-    if error is None:
-        assert tempered_settings(path, 4) == {}
-    else:
-        with pytest.raises(ConfigError, match=error):
-            tempered_settings(path, 4)
-    path.write_text(json.dumps({"spending": [3]}))
+    path = tmp_path / TEMPERED_FILE.format(n=4)
+    path.write_text(json.dumps({"pick": "best", "trust": 1.0, "threshold": 0.5} | change))
+    with pytest.raises(ConfigError, match=error):
+        tempered_settings(tmp_path, 4)
+    path.write_text("[3]")
     with pytest.raises(RunFolderError):
-        tempered_settings(path, 4)
+        tempered_settings(tmp_path, 4)
+
+
+def test_what_cannot_be_measured_is_told_before_anything_is():
+    env = TextGenVectorEnv(2, toys.letters(), toys.PROMPTS, toys.Worth(), top_k=3)
+    check_counts("zero", env, [1, 4], samples=4)
+    with pytest.raises(ConfigError, match="particles must be at most 4, the samples of a prompt, got 5"):
+        check_counts("zero", env, [1, 5], samples=4)
+    with pytest.raises(ConfigError, match="values must come from a TextDQN"):
+        check_counts(object(), env, [1], samples=4)
+    check_counts(object(), env, [], samples=4)

@@ -48,7 +48,7 @@ def test_the_learner_learns_in_a_loop_of_one_s_own_without_stable_baselines3():
 def test_returns_are_carried_back_less_far_where_learned_scores_explain_the_reward():
     learner = agent_in(make(), trace_lambda=0.9).learner
     for held_out, carried in ((0.0, 0.9), (-0.2, 0.9), (0.2, 0.72), (0.9, 0.63)):
-        learner.held_out = held_out
+        learner.scorer_r2 = held_out
         now = learner.objective_now
         assert now.trace_lambda == pytest.approx(carried)
         assert (now.beta, now.gamma) == (learner.objective.beta, learner.objective.gamma)

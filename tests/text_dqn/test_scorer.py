@@ -336,7 +336,7 @@ def test_before_the_first_update_the_policy_is_the_language_model():
 @pytest.mark.parametrize("score", ["learned", "judge"])
 def test_the_scorer_alone_leads_to_reward(score):
     learned = agent(worth, score=score, learning_rate=0.0).learn(4_000)
-    assert learned.learner.held_out > 0.8
+    assert learned.learner.scorer_r2 > 0.8
     observation = learned.env.reset()
     gains = learned.probabilities(observation) * (observation["candidates"] == letters().encode("b")[0])
     before = np.exp(observation["logprobs"]) * (observation["candidates"] == letters().encode("b")[0])

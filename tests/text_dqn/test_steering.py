@@ -296,6 +296,10 @@ def test_what_cannot_be_steered_is_refused_with_the_way_out(tiny_lm, tiny_gpt2):
         agent.logits_processor(torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="max_new_tokens must be"):
         agent.logits_processor(model, max_new_tokens=0)
+    scoring = TextDQN("CandidatePolicy", vector_env(tiny_lm, reward=len), buffer_size=64)
+    scoring.logits_processor(model, max_new_tokens=6)
+    with pytest.raises(ConfigError, match=r"max_new_tokens must be at most 6, as in training, got 7"):
+        scoring.logits_processor(model, max_new_tokens=7)
     with agent.logits_processor(model) as steer, pytest.raises(ConfigError, match="same max_new_tokens"):
         model.generate(
             **batch(tokenizer),

@@ -8,22 +8,25 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toys import PROMPTS, Worth, letters
+from toys import PROMPTS, TABLE, TOKENS, Counted, RunningWorth, Worth, letters, worth
 
 import textgen_env  # noqa: F401  (registers the environment)
 from agents.baselines.one_step import LookaheadAgent, SampleAgent
+from agents.baselines.values import LearnedValues
 from agents.runs.optimum import TextTree
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.networks import LAST_TOKENS, NEEDED_KEYS, near_the_end
 from agents.text_dqn.targets import OBJECTIVES, soft_value
+from agents.text_dqn.validation import LANGUAGE_MODEL
 from textgen_env import TableModel
-from textgen_env.errors import ConfigError, ModelError, UnknownName
+from textgen_env.errors import ConfigError, ModelError, RewardError, UnknownName
+from textgen_env.prompts import Prompt
 
 SCORES = ("score", "candidate_scores")
 
@@ -255,6 +258,113 @@ def test_a_reward_in_other_units_is_learned_from_alike(score, factor):
     np.testing.assert_allclose(*values, rtol=0 if score is None else 1e-3)
 
 
+@pytest.mark.parametrize("score", ["learned", "judge"])
+def test_scores_that_are_learned_replace_those_that_the_environment_shows(score):
+    """The agent acts, writes and values texts as one that is shown none; what the replay holds is the reward."""
+    env = make(keys=NEEDED_KEYS + SCORES, reward=FromThreeQuarters())
+    agent = small_agent(env, score=score).learn(2_400)
+    observation, _ = env.reset(seed=3)
+    blind = {key: value for key, value in observation.items() if key not in SCORES}
+    assert agent.learner.scorer_r2 > 0  # it has learned scores
+    np.testing.assert_array_equal(agent.probabilities(observation), agent.probabilities(blind))
+    np.testing.assert_array_equal(agent.learner.q(observation), agent.learner.q(blind))
+    assert not set(SCORES) & set(LearnedValues(agent, env).needs)
+    texts = agent.replay_buffer.texts()
+    ids = [tokens[:length] for tokens, length in zip(texts.tokens.tolist(), texts.lengths, strict=True)]
+    expected = [worth(letters().decode(text)) + 0.75 for text in ids]
+    np.testing.assert_allclose(texts.rewards, expected, atol=1e-6)
+
+
+class FromThreeQuarters(Worth):
+    """A reward whose running score begins above 0."""
+
+    def __call__(self, generations):
+        return super().__call__(generations) + 0.75
+
+    def running(self):
+        return RunningFromThreeQuarters()
+
+
+class RunningFromThreeQuarters(RunningWorth):
+    def start(self, prompt, reference, metadata):
+        return Counted("", 0.75)
+
+
+def test_a_callback_that_stops_leaves_the_texts_whole():
+    """The next ``learn`` goes on in the middle of the text, and nothing is lost or glued together."""
+    endless = TableModel(["a", "b", "c"], [0.5, 0.3, 0.2], end=None)
+    env = make(4, max_new_tokens=5, model=endless, prompts=["c"], top_k=3)
+    agent = small_agent(env, learning_starts=10**6)
+    agent.learn(10_000, StopsAt(28), reset_num_timesteps=True)
+    assert (agent.num_timesteps, agent.learner.steps) == (28, 28)
+    agent.learn(32, reset_num_timesteps=False)
+    assert (agent.num_timesteps, agent.learner.steps) == (60, 60)
+    for episodes in agent.replay_buffer.episodes:
+        assert list(episodes) == [(0, 5), (5, 5), (10, 5)]
+    texts = agent.replay_buffer.texts()
+    assert texts.rewards.tolist() == [worth(endless.decode(ids)) for ids in texts.tokens.tolist()]
+
+
+class StopsAt(BaseCallback):
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+
+    def _on_step(self):
+        return self.num_timesteps < self.steps
+
+
+def test_a_temperature_that_cannot_be_chosen_stays_what_it_was():
+    env = make()
+    agent = small_agent(env)
+
+    def broken(text):
+        raise ValueError("no quota left")
+
+    with pytest.raises(RewardError):
+        agent.choose_beta(make(reward=broken), texts=16)
+    assert agent.beta == 0.5
+    chosen = agent.choose_beta(env, texts=20, prompts=[Prompt(text) for text in PROMPTS[:3]])
+    assert chosen.texts == 21  # seven for each prompt
+    assert agent.choose_beta(env, texts=1, prompts=[Prompt("a")]).beta in (
+        0.5,
+        LANGUAGE_MODEL,
+    )  # one text is no evidence
+
+
+def test_an_agent_meets_only_environments_of_its_own_sizes_and_model(tmp_path):
+    agent = small_agent(make())
+    agent.save(tmp_path / "agent.zip")
+    agent.save_pretrained(tmp_path / "agent")
+    other = TableModel([*"cba", *TOKENS[3:]], TABLE)
+    shorter = {"max_new_tokens": 3, "max_prompt_tokens": 1 + make().unwrapped.episodes.config.max_prompt_tokens}
+    for settings, said in (
+        ({"top_k": 3}, "trained with top_k=4, the environment has 3: make it with top_k=4"),
+        ({"max_new_tokens": 3}, "trained with max_new_tokens=4, the environment has 3"),
+        (shorter, "trained with max_new_tokens=4, the environment has 3"),  # spaces of the same shape
+        ({"max_prompt_tokens": 3}, "does not fit the environment. Observation spaces do not match"),
+        ({"model": other}, "has another vocabulary"),
+    ):
+        env = make(**settings)
+        for meet in (
+            agent.set_env,
+            lambda env: TextDQN.load(tmp_path / "agent.zip", env),
+            lambda env: TextDQN.from_pretrained(tmp_path / "agent", env),
+        ):
+            with pytest.raises((ConfigError, ModelError), match=said):
+                meet(env)
+    agent.set_env(make())
+    assert agent.learn(16).num_timesteps == 16
+
+
+def test_what_load_is_given_is_set_or_refused(tmp_path):
+    small_agent(make()).save(tmp_path / "agent.zip")
+    loaded = TextDQN.load(tmp_path / "agent.zip", make(), verbose=1, tensorboard_log=str(tmp_path), batch_size=3)
+    assert (loaded.verbose, loaded.tensorboard_log, loaded.learner.batch_size) == (1, str(tmp_path), 3)
+    with pytest.raises(ConfigError, match="has no settings batchsize, colour"):
+        TextDQN.load(tmp_path / "agent.zip", make(), batchsize=3, colour="red")
+
+
 def test_single_environments_and_their_lists_are_taken_as_by_sb3():
     def one():
         return gym.make("TextGen-v0", model=letters(), prompts=PROMPTS, reward=Worth(), top_k=4, observation="full")
@@ -289,6 +399,9 @@ def test_what_cannot_work_is_refused_with_the_way_out():
         small_agent(make(), target="retraec")
     with pytest.raises(ConfigError, match="gamma must be 1"):
         small_agent(make(keys=NEEDED_KEYS + SCORES), gamma=0.99)
+    for target in ("residual", "q_sharp"):
+        with pytest.raises(ConfigError, match=rf"target='{target}' needs gamma=1, got 0.9"):
+            small_agent(make(), target=target, gamma=0.9)
     with pytest.raises(ConfigError, match="steps_per_update"):
         small_agent(make(), steps_per_update=0)
     with pytest.raises(ConfigError, match="needs an environment"):
