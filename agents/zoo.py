@@ -25,7 +25,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from agents.baselines.guided import GuidedBestOfNAgent
 from agents.baselines.one_step import SEARCH_AGENTS
-from agents.baselines.particles import ParticlesAgent, untempered
+from agents.baselines.particles import ParticlesAgent, usual_pick
 from agents.baselines.planning import PLANNING_AGENTS, BestOfNAgent
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
@@ -232,9 +232,8 @@ class LearnedParticlesAgent(ParticlesAgent):
         settings = {**tuned_settings("text_dqn", self._env), **self._settings}
         agent = make_agent("text_dqn", self._env, self._seed or 0, budget, settings).learn(steps)
         spent = self.tokens_used
-        super().__init__(
-            self._env, self._seed, n=self.n, values=agent, **untempered(self.n, judge=True)
-        )  # plans, luck: anew
+        pick = usual_pick(self.n, judge=True)
+        super().__init__(self._env, self._seed, n=self.n, values=agent, pick=pick)  # plans and luck begin anew
         self.tokens_used = spent
         return self
 

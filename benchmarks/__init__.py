@@ -1,5 +1,5 @@
 """Measurements: each module is run with ``python -m benchmarks.NAME``."""
 
-from textgen_env.models.device import wait_briefly
+from textgen_env.models.device import prepare_process
 
-wait_briefly()  # before torch loads
+prepare_process()  # before torch loads

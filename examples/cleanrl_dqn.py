@@ -9,9 +9,9 @@ A plain DQN learns a value of the i-th candidate, which is another token in ever
 the mean reward rises from about 0.12 to 0.20, and no further. ``TextDQN`` learns values of tokens.
 """
 
-from textgen_env.models.device import wait_briefly
+from textgen_env.models.device import prepare_process
 
-wait_briefly()  # before torch loads, which fixes how its threads wait
+prepare_process()  # before torch loads, which reads it then
 
 import argparse
 import time

@@ -7,9 +7,9 @@ Reward and KL of the texts that it writes while it learns, with the small model 
 
 from __future__ import annotations
 
-from textgen_env.models.device import wait_briefly
+from textgen_env.models.device import prepare_process
 
-wait_briefly()  # before torch loads, which fixes how its threads wait
+prepare_process()  # before torch loads, which reads it then
 
 import argparse
 

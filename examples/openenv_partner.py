@@ -10,9 +10,9 @@ episode anew, with the seed that came with the prompt, and repeats what the agen
 
 from __future__ import annotations
 
-from textgen_env.models.device import wait_briefly
+from textgen_env.models.device import prepare_process
 
-wait_briefly()  # before torch loads, which fixes how its threads wait
+prepare_process()  # before torch loads, which reads it then
 
 import socket
 import sys

@@ -6,9 +6,9 @@ The task is undiscounted, so gamma is 1 (SB3's default is 0.99). The features ar
 that the environment's own forward has computed.
 """
 
-from textgen_env.models.device import wait_briefly
+from textgen_env.models.device import prepare_process
 
-wait_briefly()  # before torch loads, which fixes how its threads wait
+prepare_process()  # before torch loads, which reads it then
 
 import gymnasium as gym
 from stable_baselines3 import DQN

@@ -8,9 +8,9 @@ as a folder of safetensors and JSON, loaded again without an environment, and st
 
 from __future__ import annotations
 
-from textgen_env.models.device import wait_briefly
+from textgen_env.models.device import prepare_process
 
-wait_briefly()  # before torch loads, which fixes how its threads wait
+prepare_process()  # before torch loads, which reads it then
 
 import tempfile
 

@@ -9,9 +9,9 @@ sees the reference, as training does; an agent must do without it.
 
 from __future__ import annotations
 
-from textgen_env.models.device import wait_briefly
+from textgen_env.models.device import prepare_process
 
-wait_briefly()  # before torch loads, which fixes how its threads wait
+prepare_process()  # before torch loads, which reads it then
 
 import gymnasium as gym
 import numpy as np

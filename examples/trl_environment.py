@@ -12,9 +12,9 @@ in its place, whose chat template and tool calls TRL knows, ``TaskTools`` stays 
 
 from __future__ import annotations
 
-from textgen_env.models.device import wait_briefly
+from textgen_env.models.device import prepare_process
 
-wait_briefly()  # before torch loads, which fixes how its threads wait
+prepare_process()  # before torch loads, which reads it then
 
 import sys
 import tempfile

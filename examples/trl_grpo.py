@@ -10,9 +10,9 @@ language model and draws from 16 candidates, and their prices of a nat (``beta``
 
 from __future__ import annotations
 
-from textgen_env.models.device import wait_briefly
+from textgen_env.models.device import prepare_process
 
-wait_briefly()  # before torch loads, which fixes how its threads wait
+prepare_process()  # before torch loads, which reads it then
 
 import sys
 import tempfile

@@ -9,9 +9,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # silences a warning in tests that fork
 import pytest
 
-from textgen_env.models.device import wait_briefly
+from textgen_env.models.device import prepare_process
 
-wait_briefly()  # before torch loads
+prepare_process()  # before torch loads
 
 WORDS = ("<end>", "<unk>", "the", "film", "was", "good", "bad", "and", "long", ".")
 

@@ -29,7 +29,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,12 +59,12 @@ PICKS = ("weight", "best")
 """How one of the texts is picked: drawn by weight, or the one with the largest."""
 
 
-def untempered(n: int, judge: bool) -> dict[str, Any]:
-    """Return pick and trust of ``n`` rows where values are learned, and so rough, and ``temper`` has not chosen.
+def usual_pick(n: int, judge: bool) -> str:
+    """Return how one of ``n`` texts is picked where values are learned, and so rough, and ``temper`` has not chosen.
 
-    Texts that nobody judges are weighted by the values alone: then their noise would be picked.
+    Texts that nobody judges are weighted by the values alone: the best of them would be that of their noise.
     """
-    return {"pick": "best" if n <= FEW else "weight", "trust": 0.7} if judge and n > 1 else {}
+    return "best" if judge and n <= FEW else "weight"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from agents.cli.record import record_command
 from agents.cli.train import train_command
 from agents.terminal import replace_what_cannot_be_encoded
 from textgen_env.errors import TextGenError
-from textgen_env.models.device import wait_briefly
+from textgen_env.models.device import prepare_process
 from textgen_env.terminal import printable
 
 
@@ -89,6 +89,6 @@ def textgen(
 
 def main() -> None:
     """Run the command line: the console script ``textgen``."""
-    wait_briefly()
+    prepare_process()
     replace_what_cannot_be_encoded()
     app()

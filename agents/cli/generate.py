@@ -195,10 +195,11 @@ def _weighted(env: TextGenVectorEnv, prompts: Sequence[Prompt], seed: int, **set
 
 def _of_run(run: Path, agent: Agent, particles: int, judge: bool) -> dict[str, Any]:
     """Return the settings of a run's particles: tempered, if its evaluation has measured so many."""
-    from agents.baselines.particles import untempered
+    from agents.baselines.particles import usual_pick
     from agents.runs.spending import tempered_settings
 
-    return {"values": agent, **(tempered_settings(run / "evaluation", particles) or untempered(particles, judge))}
+    tempered = tempered_settings(run / "evaluation", particles) or {"pick": usual_pick(particles, judge)}
+    return {"values": agent, **tempered}
 
 
 def _cost(written: Sequence[Mapping[str, Any]], particles: int) -> str:

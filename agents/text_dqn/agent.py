@@ -28,7 +28,7 @@ from stable_baselines3.common.save_util import load_from_zip_file, save_to_zip_f
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.baselines.particles import ParticlesAgent, WeightedTexts, untempered
+from agents.baselines.particles import ParticlesAgent, WeightedTexts, usual_pick
 from agents.baselines.planning import ROWS
 from agents.hub import MOST_WEIGHT_BYTES, fetched, push
 from agents.sb3_vec import SB3VecEnv
@@ -222,8 +222,8 @@ class TextDQN(DQN):
             reward: What judges them. None: that of the agent's environment, or the stored one. Where it
                 was not stored the last weight is left out: the texts follow Q alone.
             seed: Of the random numbers. None: goes on with the agent's own.
-            settings: ``beta``, ``threshold``, ``judge`` and ``rows`` of ``ParticlesAgent``, and its ``pick`` and
-                ``trust`` instead of those of ``untempered``.
+            settings: ``beta``, ``pick``, ``trust``, ``threshold``, ``judge`` and ``rows`` of ``ParticlesAgent``;
+                ``pick`` is that of ``usual_pick`` unless given.
 
         Raises:
             ConfigError: a value out of range, a task that the agent does not know, or scores that it needs
@@ -238,7 +238,7 @@ class TextDQN(DQN):
         )
         rows = min(ROWS, particles * max(1, len(prompts)))
         settings = {"judge": is_judged, "rows": rows, **settings}
-        settings = {**untempered(particles, settings["judge"]), **settings}
+        settings.setdefault("pick", usual_pick(particles, settings["judge"]))
         return ParticlesAgent(env, seed, n=particles, values=self, **settings).write(prompts)
 
     def logits_processor(self, model: Any, *, max_new_tokens: int | None = None, reward: Any = None) -> Steering:

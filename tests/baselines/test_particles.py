@@ -246,8 +246,7 @@ def test_an_agent_writes_with_particles_in_its_environment_and_without(vector, t
     agent = trained_agent(made)
     agent.beta = 0.4
     found = agent.write(toys.PROMPTS, particles=4, seed=3, threshold=0.9)
-    learned = {"pick": "best", "trust": 0.7}  # of four rows
-    expected = ParticlesAgent(env, 3, n=4, values=agent, threshold=0.9, **learned).write(toys.PROMPTS)
+    expected = ParticlesAgent(env, 3, n=4, values=agent, threshold=0.9, pick="best").write(toys.PROMPTS)
     assert [text.ids for text in found] == [text.ids for text in expected]
     assert all("b" not in text.completion[:-2] for text in found)  # "ab" is one token
     assert [text.value_at_least for text in found] == [text.value_at_least for text in expected]
@@ -262,16 +261,15 @@ def test_an_agent_writes_with_particles_in_its_environment_and_without(vector, t
 
 
 def test_an_agent_picks_by_the_number_of_rows_unless_told_or_unjudged():
-    """As ``best`` of few rows and drawn from many; with one row, and where nobody judges, nothing is changed."""
+    """As ``best`` of few rows and drawn from many; by weight also where nobody judges."""
     env = open_env(observation=NEEDED_KEYS)
     agent = trained_agent(env)
-    usual = {"pick": "weight", "trust": 1.0}
     for given, settings in (
-        ({"particles": 2}, {"n": 2, "pick": "best", "trust": 0.7}),
-        ({"particles": 5}, {"n": 5, "pick": "weight", "trust": 0.7}),
-        ({"particles": 4, "pick": "weight", "trust": 0.2}, {"n": 4, "pick": "weight", "trust": 0.2}),
-        ({"particles": 1}, {"n": 1, **usual}),
-        ({"particles": 4, "judge": False}, {"n": 4, **usual, "judge": False}),
+        ({"particles": 2}, {"n": 2, "pick": "best"}),
+        ({"particles": 5}, {"n": 5, "pick": "weight"}),
+        ({"particles": 4, "pick": "weight"}, {"n": 4, "pick": "weight"}),
+        ({"particles": 1}, {"n": 1, "pick": "best"}),
+        ({"particles": 4, "judge": False}, {"n": 4, "pick": "weight", "judge": False}),
     ):
         expected = ParticlesAgent(env, 3, values=agent, **settings).write(toys.PROMPTS)
         found = agent.write(toys.PROMPTS, seed=3, **given)

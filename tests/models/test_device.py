@@ -1,4 +1,4 @@
-"""How threads wait: those of our programs sleep soon, a library changes nothing, the user's own settings stay."""
+"""What our programs set before torch loads; a library changes nothing, the user's own settings stay."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from textgen_env.models.device import own_cores
+from textgen_env.models import device
 
-SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+SETTINGS = (*device.WAITING, *device.KEPT, "KMP_BLOCKTIME")
 AS_A_LIBRARY = f"""
 import os
 import textgen_env.models, agents.text_dqn
@@ -54,6 +54,14 @@ def test_threads_of_the_command_line_sleep_soon_unless_the_user_says_otherwise(o
     assert f"GOMP_SPINCOUNT = '{turns}'" in shown
 
 
+@pytest.mark.parametrize("own", [{}, {"LRU_CACHE_CAPACITY": "7"}, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}])
+def test_few_programs_of_products_are_kept_unless_the_user_says_otherwise(own, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(own))
+    device.prepare_process()
+    found = {name: value for name, value in os.environ.items() if name in device.KEPT}
+    assert found == (own or {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"})
+
+
 def test_to_import_the_library_and_load_a_model_leaves_the_settings_of_the_process():
     stderr_of(AS_A_LIBRARY)
 
@@ -62,4 +70,4 @@ def test_all_cores_are_ours_where_a_process_cannot_ask(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
     for known, expected in ((3, 3), (None, 1)):
         monkeypatch.setattr(os, "cpu_count", lambda known=known: known)
-        assert own_cores() == expected
+        assert device.own_cores() == expected

@@ -29,6 +29,9 @@ NARROW = 256  # hidden units
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 """How OpenMP's threads wait in our programs. GNU's reads the second: turns of a loop, some 100 a microsecond."""
 
+KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+"""How many programs for products oneDNN keeps, and torch above it: a forward has about five for each number of rows."""
+
 _locks: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
 _making_locks = threading.Lock()
 
@@ -53,16 +56,19 @@ def compute_alone_after_fork() -> None:
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
-def wait_briefly() -> None:
-    """Let OpenMP's waiting threads sleep after some 10 microseconds, unless the user has said how they wait.
+def prepare_process() -> None:
+    """Set up torch's libraries for a process of our own, before torch loads: it reads ``WAITING`` and ``KEPT`` then.
 
-    As OpenMP comes they spin for milliseconds, which takes the cores from whoever would end the wait: on a
-    busy machine two threads are several times slower for it. Threads that sleep at once must be woken for
-    every small operation, which takes longer than the operation. OpenMP reads the variables when torch loads,
-    so this is for the beginning of a program; a library leaves its host's threads alone.
+    As OpenMP comes its waiting threads spin for milliseconds, which takes the cores from whoever would end the
+    wait: on a busy machine two threads are several times slower for it. Threads that sleep at once must be
+    woken for every small operation, which takes longer than the operation. oneDNN keeps a program for each of the
+    last 1,024 shapes of a product, which with many rows is each number of rows several times: 600 MB.
+
+    What the user has set stays. A library leaves its host alone, so this is for the beginning of a program.
     """
-    if not os.environ.keys() & WAITING.keys():
-        os.environ.update(WAITING)
+    for settings in (WAITING, KEPT):
+        if not os.environ.keys() & settings.keys():
+            os.environ.update(settings)
 
 
 @cache
