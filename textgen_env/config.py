@@ -157,9 +157,9 @@ class EnvConfig:
                 conversations and there is no partner.
         """
         named = () if isinstance(self.observation, str) else self.observation
-        if not has_partner and (alone := set(OF_CONVERSATIONS).intersection(named)):
-            raise ConfigError(f"observation keys {sorted(alone)} need a partner: give partner=, or leave them out")
-        if not scores_prefixes and not isinstance(self.observation, str) and "candidate_scores" in self.observation:
+        if not has_partner and (of_partner := set(OF_CONVERSATIONS).intersection(named)):
+            raise ConfigError(f"observation keys {sorted(of_partner)} need a partner: give partner=, or leave them out")
+        if not scores_prefixes and "candidate_scores" in named:
             raise ConfigError(
                 "observation key 'candidate_scores' needs a reward that can score a prefix; this one "
                 "cannot: leave the key out, or give the reward a running() score"

@@ -232,9 +232,13 @@ def open_episodes(
 
 
 def _check_memory(model: LanguageModel, config: EnvConfig, rows: int) -> None:
-    """Raise ``CapacityError`` if the numbers that rows show would not fit into memory; the model's cache is apart."""
+    """Raise ``CapacityError`` if states and observations of the rows would not fit into memory.
+
+    Of each token, candidate and hidden unit a few numbers of 4 bytes are kept: in the state, the observation, and
+    the lower and upper bounds of its space. The model's cache is checked where it is made.
+    """
     k = config.num_actions(model.vocab_size)
-    needed = 4 * rows * (4 * config.max_length + 16 * k + 4 * model.hidden_size)  # the spaces' bounds included
+    needed = 4 * rows * (4 * config.max_length + 16 * k + 4 * model.hidden_size)
     free = psutil.virtual_memory().available
     if needed > free:
         raise CapacityError(

@@ -191,7 +191,7 @@ class Episodes:
             answered, (reasons, replied) = rows[reasons > 0], self._talk.go_on(rows, reasons, self.prompts_at(rows))
             if self._keeps_text:
                 for row in answered.tolist():
-                    self._tell(row, self.text_of(row))
+                    self._keep_text(row, self.text_of(row))
         rewards, infos = self._pay(rows, reasons)
         if self._talk is not None:
             rewards += replied
@@ -411,10 +411,10 @@ class Episodes:
         for row, action, token in zip(rows.tolist(), chosen.tolist(), tokens.tolist(), strict=True):
             known = state.continuations[row]
             completion = self.model.extended(state.completion[row], token) if known is None else known[action]
-            self._tell(row, self.text_of(row) if completion is None else completion)
+            self._keep_text(row, self.text_of(row) if completion is None else completion)
 
-    def _tell(self, row: int, completion: str) -> None:
-        """Keep the completion of a row as it is now, and its running score."""
+    def _keep_text(self, row: int, completion: str) -> None:
+        """Keep the completion of a row as it is now, and move its running score there."""
         state = self._state
         state.completion[row] = completion
         if self._running is not None:
@@ -457,23 +457,23 @@ class Episodes:
 
     def _finish_reasons(self, rows: Rows, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
         """Return the number in ``FINISH_REASONS`` of each row, (B,): 0 where the text, or the turn, goes on."""
-        full, number = self.steps(rows) >= self.config.max_new_tokens, FINISH_REASONS.index
+        full = self.steps(rows) >= self.config.max_new_tokens
         if self._talk is not None:
             full |= self._talk.is_full(rows)
-        reasons = np.where(full, number("length"), 0)
+        reasons = np.where(full, FINISH_REASONS.index("length"), 0)
         if self.config.stop:
             texts = self._state.completion[rows].tolist()
             if self._talk is not None:
                 texts = [self._talk.text_of_turn(row) for row in rows.tolist()]
-            reasons[[any(stop in text for stop in self.config.stop) for text in texts]] = number("stop")
-        reasons[self._is_end[tokens]] = number("eos")
+            reasons[[any(stop in text for stop in self.config.stop) for text in texts]] = FINISH_REASONS.index("stop")
+        reasons[self._is_end[tokens]] = FINISH_REASONS.index("eos")
         return reasons
 
     def _pay(self, rows: Rows, reasons: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], list[dict[str, Any]]]:
         """Return the rewards of a step, (B,), and an info a row."""
-        state, counts = self._state, self.config.on_illegal == "last_legal"
+        state = self._state
         infos: list[dict[str, Any]] = [{} for _ in range(len(rows))]
-        if counts:
+        if self.config.on_illegal == "last_legal":
             infos = [{"illegal_actions": float(count)} for count in state.illegal[rows].tolist()]
         rewards = np.zeros(len(rows), np.float64)
         if self.config.reward_at == "step":

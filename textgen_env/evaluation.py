@@ -15,7 +15,6 @@ candidates; along the text it is summed.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ from textgen_env.observation import flatten
 from textgen_env.policies import Agent, Floats, kl_to, sample
 from textgen_env.prompts import ListPrompts, Prompt, PromptSource
 from textgen_env.rewards.base import Generation, Turn
-from textgen_env.rewards.lexical import RepetitionReward, split_words
+from textgen_env.rewards.lexical import RepetitionReward, distinct_share
 from textgen_env.vector_env import TextGenVectorEnv
 
 DISTINCT_TEXTS = 256
@@ -80,9 +79,7 @@ class Evaluation:
 
     def distinct(self, n: int) -> float:
         """Return different word n-grams over all of them, in the first ``DISTINCT_TEXTS`` texts together."""
-        words = [split_words(completion) for completion in self.completions[:DISTINCT_TEXTS]]
-        ngrams = Counter(gram for text in words for gram in zip(*(text[i:] for i in range(n)), strict=False))
-        return len(ngrams) / ngrams.total() if ngrams else 0.0
+        return distinct_share(self.completions[:DISTINCT_TEXTS], n)
 
     def figures(self) -> dict[str, Any]:
         """Return everything but the texts as plain numbers: rewards, nats, tokens, shares."""
@@ -123,7 +120,7 @@ def evaluate(
         seed: Fixes the random numbers of the texts and the prompts drawn.
         prompts: Instead of the environment's own.
         deterministic: Ask ``predict(deterministic=True)``; its KL is that of a point mass.
-        watch: Called after each step with the texts that have ended, and their number.
+        watch: Called after each step with two numbers: how many texts have ended, and how many there are.
 
     Raises:
         ConfigError: ``episodes`` below 1, or probabilities that are none.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 """Parts of a source; they hold 80, 10 and 10% of its templates."""
 
-CELLS_AT_A_TIME = 1000
+ROWS_AT_A_TIME = 1000
 """Rows of a dataset that are read at a time when it is opened."""
 
 TEMPLATE_SECONDS = 10
@@ -66,6 +66,8 @@ class Prompt:
             raise PromptError(f"a prompt must not be empty, got {self.text!r}")
         if not isinstance(self.reference, str | None):
             raise PromptError(f"a reference must be a string or None, got {type(self.reference).__name__}")
+        if not isinstance(self.metadata, Mapping):
+            raise PromptError(f"metadata must be a mapping, got {type(self.metadata).__name__}")
         for name, value in (("prompt", self.text), ("reference", self.reference), ("metadata", self.metadata)):
             check_unicode(name, value, PromptError)
 
@@ -147,10 +149,12 @@ def make_prompts(spec: Any = None) -> PromptSource:
     if spec is None:
         return _openings("openings")
     if isinstance(spec, os.PathLike):
-        return _from_string(os.fspath(spec))
+        return FilePrompts(spec)
     if isinstance(spec, str):
         source, colon, part = spec.rpartition(":")
-        return _from_string(source).split(part) if colon and part in SPLITS else _from_string(spec)
+        if colon and part in SPLITS:
+            return make_prompts(source).split(part)
+        return _openings(spec) if spec in PROMPT_NAMES else FilePrompts(spec)
     if isinstance(spec, Mapping) and "dataset" in spec:
         settings = ("dataset", "split", "prompt", "reference")
         for name in spec:
@@ -276,8 +280,8 @@ class DatasetPrompts(PromptSource):
         """Read the texts once: an empty cell is found now and not in the middle of a run."""
         columns = [name for name in (self._prompt, self._reference) if name in self._dataset.column_names]
         texts = self._dataset.select_columns(columns)
-        for start in range(0, len(texts), CELLS_AT_A_TIME):
-            cells = texts[start : start + CELLS_AT_A_TIME]
+        for start in range(0, len(texts), ROWS_AT_A_TIME):
+            cells = texts[start : start + ROWS_AT_A_TIME]
             references = cells.get(self._reference) or [None] * len(cells[self._prompt])
             for index, pair in enumerate(zip(cells[self._prompt], references, strict=True), start):
                 as_prompt(dict(zip(("prompt", "reference"), pair, strict=True)), f"row {index} of the dataset")
@@ -411,10 +415,6 @@ class _Mapped(PromptSource):
 
     def split(self, part: str) -> PromptSource:
         return _Mapped(self._source.split(part), self._function)
-
-
-def _from_string(spec: str) -> PromptSource:
-    return _openings(spec) if spec in PROMPT_NAMES else FilePrompts(spec)
 
 
 def _openings(name: str) -> PromptSource:

@@ -78,19 +78,19 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         actions = np.asarray(actions)
         if actions.shape != (self.num_envs,):
             raise IllegalAction(f"actions must have shape ({self.num_envs},), got {actions.shape}")
-        restart = self._none()
+        restart = self._no_rows()
         if self.autoreset_mode == AutoresetMode.NEXT_STEP:
             restart = self.episodes.phases == Phase.ENDED
         acting = self._all[~restart]
         outcome = self.episodes.act(acting, actions[acting])
-        rewards, terminations = np.zeros(self.num_envs), self._none()
+        rewards, terminations = np.zeros(self.num_envs), self._no_rows()
         rewards[acting], terminations[acting] = outcome.rewards, outcome.ended
         infos = self._infos(acting, outcome)
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
             restart = terminations
         if restart.any():
             self._begin(self._all[restart], None)
-        return self._shown(), rewards, terminations, self._none(), infos
+        return self._shown(), rewards, terminations, self._no_rows(), infos
 
     def _infos(self, acting: Rows, outcome: Outcome) -> dict[str, Any]:
         """Return the infos of a step. Rows that end and restart within it give their last observation, too."""
@@ -117,7 +117,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
             ResetNeeded: a ``src`` that never began.
         """
         self.episodes.fork(np.atleast_1d(np.asarray(src)), np.atleast_1d(np.asarray(dst)))
-        return self._observation(self._all)
+        return self.observe()
 
     def state_dict(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return all rows and their generators as arrays and plain data; see ``Episodes.state_dict``."""
@@ -141,7 +141,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
 
     def observe(self) -> Any:
         """Return the observation of all rows as they are."""
-        return self._observation(self._all)
+        return flatten(self.episodes.config, self.episodes.observe(self._all))
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions are legal now, (N, k) bool."""
@@ -157,15 +157,12 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
 
     def _shown(self) -> Any:
         """Return the observation of all rows, after one forward for those that went on or restarted."""
-        observation = self._observation(self._all)
+        observation = self.observe()
         if self.render_mode == "human":
             print("\n\n".join(describe(self.episodes, row) for row in range(self.num_envs)), flush=True)
         return observation
 
-    def _observation(self, rows: Rows) -> Any:
-        return flatten(self.episodes.config, self.episodes.observe(rows))
-
-    def _none(self) -> npt.NDArray[np.bool_]:
+    def _no_rows(self) -> npt.NDArray[np.bool_]:
         return np.zeros(self.num_envs, np.bool_)
 
     def _begin(self, rows: Rows, given: Any) -> None:

@@ -285,7 +285,7 @@ def test_a_fork_out_of_range_is_named_and_changes_nothing(src, dst, words):
     before, _ = env.reset(seed=0)
     with pytest.raises(IndexError, match=words):
         env.fork(src, dst)
-    assert data_equivalence(env._observation(np.arange(N)), before, exact=True)
+    assert data_equivalence(env.observe(), before, exact=True)
 
 
 def test_a_row_that_never_began_cannot_be_forked():
@@ -320,7 +320,7 @@ def test_invalid_actions_raise_and_change_no_row(actions):
     before, _ = env.reset(seed=0)
     with pytest.raises(IllegalAction):
         env.step(actions)
-    assert data_equivalence(env._observation(np.arange(N)), before, exact=True)
+    assert data_equivalence(env.observe(), before, exact=True)
     env.step([0] * N)
 
 
@@ -329,7 +329,7 @@ def test_one_masked_action_stops_all_rows_before_any_has_moved():
     before, _ = env.reset(options={"prompt": "a"})
     with pytest.raises(IllegalAction, match=r"actions \[1\] of rows \[2\] are masked"):
         env.step(np.array([0, 0, 1]))
-    assert data_equivalence(env._observation(np.arange(3)), before, exact=True)
+    assert data_equivalence(env.observe(), before, exact=True)
 
 
 def test_a_reward_that_raises_leaves_no_row_with_half_a_step():

@@ -65,13 +65,13 @@ class CheckedModel(Protocol):
         """Return the logits (V,) of the token behind ``ids``, from the model's own forward over all of them."""
 
 
-def agreeing_decoder(model: CheckedModel, windows: Sequence[int], reach: Reach | None = None) -> Decoder:
+def agreeing_decoder(model: CheckedModel, windows: Sequence[int], reach: Reach = Reach.NEAR) -> Decoder:
     """Return the fastest decoder that agrees with the model's own uncached forward.
 
     Args:
         model: What is to be run.
         windows: Of layers that do not see the whole text, in tokens; texts of a check are longer than small ones.
-        reach: How far the texts go; ``Reach.NEAR`` unless said.
+        reach: How far the texts go.
 
     Raises:
         ModelError: none does, with the reason of each.
@@ -79,7 +79,7 @@ def agreeing_decoder(model: CheckedModel, windows: Sequence[int], reach: Reach |
     kind = type(model.model).__name__
     allowed = EXACT if model.model.dtype in (torch.float32, torch.float64) else HALF
     reasons = []
-    for make in model.candidate_decoders(reach or Reach.NEAR):
+    for make in model.candidate_decoders(reach):
         try:
             decoder = make()
             gap = _disagreement(model, decoder, windows)

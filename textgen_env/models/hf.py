@@ -214,7 +214,7 @@ class HFModel(LanguageModel):
         """Return the bytes that ``slots(rows, length, k)`` takes at most."""
         decoder = self.decoder_for(length)
         logits = rows * self.vocab_size * decoder.dtype.itemsize
-        return decoder.slots_bytes(rows, length) + logits + (8 << 20) + self.memo_bytes
+        return decoder.cache_bytes(rows, length) + logits + (8 << 20) + self.memo_bytes
 
 
 # --- properties of a model and a tokenizer

@@ -1,8 +1,8 @@
-"""Rewards that count words: keywords, length, repetition, variety, readability, and a classifier's words.
+"""Rewards that count words: keywords, length, repetition, variety, readability and metre.
 
 A word is a run of letters and digits of any script, combining marks and apostrophes inside it
-included, in lower case. Words never
-span whitespace, so all of these have running scores that cost only the open tail.
+included, in lower case. Words never span whitespace, so all of these have running scores that cost
+only the open tail.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +27,13 @@ def split_words(text: str) -> list[str]:
     """Return the words of ``text`` in lower case."""
     lower = text.lower()
     return _ASCII_WORD.findall(lower) if lower.isascii() else _word_of_any_script().findall(lower)
+
+
+def distinct_share(texts: Sequence[str], n: int) -> float:
+    """Return different word n-grams over all of them, in all texts together; 0 without any."""
+    words = map(split_words, texts)
+    ngrams = Counter(gram for text in words for gram in zip(*(text[i:] for i in range(n)), strict=False))
+    return len(ngrams) / ngrams.total() if ngrams else 0.0
 
 
 @cache
