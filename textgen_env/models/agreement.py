@@ -17,6 +17,7 @@ import torch
 
 from textgen_env.errors import ModelError
 from textgen_env.models.base import Slots
+from textgen_env.models.forward import without_dropout
 from textgen_env.models.generic import GenericDecoder
 from textgen_env.models.llama import LlamaDecoder
 from textgen_env.models.packing import Decoder, PackedDecoder
@@ -124,7 +125,8 @@ def _disagreement(model: CheckedModel, decoder: Decoder, windows: Sequence[int])
     if decoder.alone or not packed:
         courses.append((most,))
     ids = plain_ids(model, most + STEPS)
-    return max(_largest_gap(model, decoder, ids, lengths) for lengths in courses)
+    with without_dropout(model.model.modules()):
+        return max(_largest_gap(model, decoder, ids, lengths) for lengths in courses)
 
 
 def plain_ids(model: CheckedModel, count: int) -> list[int]:
