@@ -26,7 +26,7 @@ from textgen_env.models.base import LanguageModel, Proposals, Rows, read_only
 from textgen_env.observation import Observation, as_observation, budget_left, legal_candidates
 from textgen_env.policies import Floats, last_legal, renormalise
 from textgen_env.prompts import Prompt, PromptSource
-from textgen_env.rewards.base import Generation, Reward, ScoreState, Turn
+from textgen_env.rewards.base import CheckedScore, Generation, Reward, ScoreState, Turn
 from textgen_env.rows import FINISH_REASONS, Phase, RowStates, Snapshot
 
 
@@ -70,7 +70,7 @@ class Episodes:
         self._check_settings(scores_prefixes=running is not None)
         self.keys = config.keys(running is not None, partner is not None)
         sees_scores = config.reward_at == "step" or not {"score", "candidate_scores"}.isdisjoint(self.keys)
-        self._running = running if sees_scores else None
+        self._running = CheckedScore(reward.name, running) if sees_scores and running is not None else None
         self._keeps_text = self._running is not None or bool(config.stop)
         self.k = config.num_actions(model.vocab_size)
         self._is_end = np.zeros(model.vocab_size, np.bool_)
@@ -144,6 +144,7 @@ class Episodes:
         Raises:
             ResetNeeded: the model or the reward raised on a row.
             ModelError: the model cannot propose. The stale rows need a reset.
+            RewardError: the running score cannot look ahead. The stale rows need a reset.
         """
         self._propose_where_stale(rows)
         state = self._state
@@ -174,7 +175,7 @@ class Episodes:
         Raises:
             ResetNeeded: a row is not READY.
             IllegalAction: an action that is no integer, out of range, or masked. No row has changed.
-            RewardError: see ``Reward.scored``. The rows need a reset.
+            RewardError: see ``Reward.scored`` and ``CheckedScore``. The rows need a reset.
             PartnerError: see ``Talk.go_on``. The rows need a reset.
         """
         self._check_ready(rows)
@@ -190,8 +191,7 @@ class Episodes:
         if self._talk is not None:
             answered, (reasons, replied) = rows[reasons > 0], self._talk.go_on(rows, reasons, self.prompts_at(rows))
             if self._keeps_text:
-                for row in answered.tolist():
-                    self._keep_text(row, self.text_of(row))
+                self._keep_texts(answered, [self.text_of(row) for row in answered.tolist()])
         rewards, infos = self._pay(rows, reasons)
         if self._talk is not None:
             rewards += replied
@@ -244,12 +244,14 @@ class Episodes:
     def rebuild(self) -> None:
         """Forget memos, caches and running scores but the token ids and texts, as a resumed process must."""
         self.slots.rebuild()
-        for row in np.flatnonzero(self.phases != Phase.EMPTY):
-            score = self._start_score(self._state.prompt[row])
-            if score is not None and self._running is not None:
-                if self._state.completion[row]:
-                    score = self._running.extend(score, self._state.completion[row])
-                self._state.score_state[row], self._state.score[row] = score, score.value
+        if self._running is None:
+            return
+        state, begun = self._state, np.flatnonzero(self.phases != Phase.EMPTY)
+        for row in begun.tolist():
+            score: Any = self._start_score(state.prompt[row])
+            state.score_state[row], state.score[row] = score, score.value
+        written = begun[state.completion[begun] != ""]
+        self._keep_texts(written, state.completion[written].tolist())
 
     def state_dict(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return all rows as arrays and plain data, and ``rebuild``: who goes on and who resumes are alike."""
@@ -407,29 +409,29 @@ class Episodes:
         return None if self._running is None else self._running.start(prompt.text, prompt.reference, prompt.metadata)
 
     def _extend_texts(self, rows: Rows, chosen: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> None:
-        state = self._state
+        state, completions = self._state, []
         for row, action, token in zip(rows.tolist(), chosen.tolist(), tokens.tolist(), strict=True):
             known = state.continuations[row]
             completion = self.model.extended(state.completion[row], token) if known is None else known[action]
-            self._keep_text(row, self.text_of(row) if completion is None else completion)
+            completions.append(self.text_of(row) if completion is None else completion)
+        self._keep_texts(rows, completions)
 
-    def _keep_text(self, row: int, completion: str) -> None:
-        """Keep the completion of a row as it is now, and move its running score there."""
+    def _keep_texts(self, rows: Rows, completions: Sequence[str]) -> None:
+        """Keep the completions of rows as they are now, and move their running scores there."""
         state = self._state
-        state.completion[row] = completion
+        state.completion[rows] = completions
         if self._running is not None:
-            state.score_state[row] = self._running.extend(state.score_state[row], completion)
-            state.score[row] = state.score_state[row].value
+            state.score_state[rows], state.score[rows] = self._running.extend(state.score_state[rows], completions)
 
     def _look_ahead(self, rows: Rows) -> None:
         if self._running is None:
             return
-        state = self._state
-        for row in rows:
+        state, texts = self._state, []
+        for row in rows.tolist():
             prompt, new = self.ids_of(row)
-            texts = self.model.continuations(prompt, new, state.candidates[row].tolist())
-            state.continuations[row] = texts
-            state.candidate_scores[row] = self._running.lookahead(state.score_state[row], texts)
+            texts.append(self.model.continuations(prompt, new, state.candidates[row].tolist()))
+            state.continuations[row] = texts[-1]
+        state.candidate_scores[rows] = self._running.lookahead(state.score_state[rows], texts)
 
     # --- steps
 

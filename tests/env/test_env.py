@@ -531,8 +531,11 @@ def test_a_running_score_that_raises_leaves_no_half_made_step():
 
     env = make(reward=Broken()).unwrapped
     env.reset(seed=0)
-    with pytest.raises(KeyError):
+    with pytest.raises(
+        RewardError, match=r"running score of reward 'worth' raised KeyError.*the completion 'a'"
+    ) as raised:
         env.step(0)
+    assert isinstance(raised.value.__cause__, KeyError)
     with pytest.raises(ResetNeeded):
         env.step(0)
 
