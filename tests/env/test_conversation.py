@@ -263,6 +263,17 @@ def test_rewards_are_told_who_said_what():
 
 
 # --- rows that branch, batches, and rows that are stored
+@pytest.mark.parametrize("reply", ["", "a", "a b a "])
+def test_fluency_is_of_the_agent_s_tokens_however_long_the_partner_talks(reply):
+    given = {"max_turns": 2, "max_turn_tokens": 1, "max_new_tokens": 2, "max_reply_tokens": 6}
+    env = talk(lambda conversation: reply, model=letters(), reward="fluency", **given)
+    env.reset()
+    say(env, "a")
+    reward = say(env, "b")[1]
+    before = TOKENS.index(reply[-1]) if reply else 0  # the token before the agent's second one
+    assert reward == pytest.approx((np.log(TABLE[0, 0]) + np.log(TABLE[before, 1])) / 2, rel=1e-6)
+
+
 
 
 def rows_of(count=3, partner=None, **settings):

@@ -43,7 +43,7 @@ class Generation:
     ``text`` is prompt plus completion; ``ids`` and ``logprobs`` (nats, full vocabulary) are those
     of the completion; ``reference`` and ``metadata`` come with the prompt. In a conversation the
     completion is everything behind the prompt, replies included (their tokens have log-probability 0),
-    and ``turns`` tells who said what.
+    ``replied`` of its tokens are theirs, and ``turns`` tells who said what.
     """
 
     prompt: str
@@ -55,6 +55,7 @@ class Generation:
     reference: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     turns: tuple[Turn, ...] = ()
+    replied: int = 0
 
     @property
     def text(self) -> str:
