@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from threading import Event, Thread
+from threading import TIMEOUT_MAX, Event, Thread
 from typing import Any
 
 import numpy as np
@@ -306,29 +306,29 @@ class Talk:
         def ask() -> None:
             for heard in conversations:
                 if not given_up.is_set():
-                    answers.put(self._answer(heard))
+                    answers.put(self._answer(heard, BaseException))  # in a thread, nobody else hears of SystemExit
 
         Thread(target=ask, name="partner", daemon=True).start()
-        for heard in conversations:
-            try:
-                answer = answers.get(timeout=seconds)
-            except Empty:
-                given_up.set()
-                raise PartnerError(
-                    f"partner {self.partner.name!r} took more than {seconds:g} seconds to answer {shorten(heard.last)}"
-                    ": raise reply_seconds, or set it to None to wait as long as it takes"
-                ) from None
-            yield self._checked(answer, heard)
+        try:
+            for heard in conversations:
+                yield self._checked(answers.get(timeout=min(seconds, TIMEOUT_MAX)), heard)
+        except Empty:
+            raise PartnerError(
+                f"partner {self.partner.name!r} took more than {seconds:g} seconds to answer {shorten(heard.last)}: "
+                "raise reply_seconds, or set it to None to wait as long as it takes"
+            ) from None
+        finally:
+            given_up.set()  # after an error, the other rows need no answers
 
-    def _answer(self, heard: Conversation) -> Any:
+    def _answer(self, heard: Conversation, caught: type[BaseException] = Exception) -> Any:
         """Return what the partner answers, or the error that it raises."""
         try:
             return self.partner.reply(heard)
-        except Exception as error:
+        except caught as error:
             return error
 
     def _checked(self, answer: Any, heard: Conversation) -> Reply:
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise PartnerError(
                 f"partner {self.partner.name!r} raised {type(answer).__name__}: {answer} (when it was to answer "
                 f"{shorten(heard.last)})"
