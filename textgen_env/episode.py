@@ -211,10 +211,15 @@ class Episodes:
             ResetNeeded: a ``src`` without an episode.
         """
         for name, rows in (("src", src), ("dst", dst)):
-            if rows.dtype.kind not in "iu" or rows.ndim != 1 or not ((rows >= 0) & (rows < self.rows)).all():
+            if (
+                (rows.size and rows.dtype.kind not in "iu")
+                or rows.ndim != 1
+                or not ((rows >= 0) & (rows < self.rows)).all()
+            ):
                 raise IndexError(f"{name} must be rows in 0..{self.rows - 1}, got {rows.tolist()}")
         if len(src) != len(dst) or len(set(dst.tolist())) != len(dst):
             raise IndexError(f"each src needs one dst, each dst named once; got src={src.tolist()}, dst={dst.tolist()}")
+        src, dst = src.astype(np.int64), dst.astype(np.int64)  # torch takes uint8 for a mask
         self._check_begun(src)
         self.slots.fork(src, dst)
         self._state.copy_rows(src, dst)

@@ -12,6 +12,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from numpy.testing import assert_array_equal
 from toys import PROMPTS, CountingModel, PlainEpisode, Worth, assert_same, by_sum, letters, worth
 
 from textgen_env.errors import ConfigError, IllegalAction, PromptError, ResetNeeded, RewardError, SpecError
@@ -313,6 +314,27 @@ def test_without_autoreset_an_ended_row_must_be_reset_first():
 
 
 @pytest.mark.parametrize(
+@pytest.mark.parametrize("nothing", [[], (), np.array([]), np.array([], np.int64)], ids=repr)
+def test_a_fork_of_no_rows_changes_nothing(nothing):
+    env = make().unwrapped
+    before, _ = env.reset(seed=0)
+    assert data_equivalence(env.fork(nothing, nothing), before, exact=True)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint64])
+@pytest.mark.parametrize("model", ["letters", "tiny"])
+def test_rows_of_any_integers_are_forked(model, dtype):
+    env = TextGenVectorEnv(3, letters() if model == "letters" else model, ["a", "b a", "ab"], Worth(), top_k=4)
+    env.reset(options={"prompt": ["a", "b a", "ab"]})
+    before, *_ = env.step(np.zeros(3, np.int64))
+    forked = env.fork(np.array([0, 2], dtype), np.array([1, 0], dtype))
+    for key, value in forked.items():
+        assert_array_equal(value, before[key][[2, 0, 2]], key)
+    together, *_ = env.step(np.array([1, 1, 1]))
+    assert_array_equal(together["tokens"][0], together["tokens"][2])
+    np.testing.assert_allclose(together["logprobs"][0], together["logprobs"][2], atol=1e-5)
+
+
     "actions", [[0, 0, 0, 5], [0, -1, 0, 0], [0, 0, 0], [[0], [0], [0], [0]], 0, np.zeros(N), ["0"] * N, None], ids=str
 )
 def test_invalid_actions_raise_and_change_no_row(actions):
