@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 from textgen_env.errors import ConfigError, TextGenError, UnknownArgument
 from textgen_env.registry import unknown_name
 
@@ -72,6 +74,9 @@ class EnvConfig:
     render_mode: str | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), np.generic):
+                object.__setattr__(self, field.name, value.item())  # sums of numpy's small integers wrap around
         check_one_of("reward_at", self.reward_at, ("end", "step"))
         check_one_of("on_illegal", self.on_illegal, ("raise", "last_legal"))
         check_one_of("dtype", self.dtype, DTYPES)

@@ -227,8 +227,8 @@ def open_episodes(
     if answering is not None and reward is None:
         reward = FunctionReward(lambda completion: 0.0, "none")
     language_model = load_language_model(model, config.dtype, trust_remote_code=config.trust_remote_code)
-    _check_memory(language_model, config, rows)
-    return Episodes(language_model, make_prompts(prompts), make_reward(reward), config, rows, answering)
+    _check_memory(language_model, config, int(rows))
+    return Episodes(language_model, make_prompts(prompts), make_reward(reward), config, int(rows), answering)
 
 
 def _check_memory(model: LanguageModel, config: EnvConfig, rows: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from textgen_env.errors import SpecError
@@ -75,6 +76,8 @@ def wrap_objects(spec: EnvSpec | None) -> EnvSpec | None:
     wrapped = object.__new__(TextGenSpec)  # not made anew: that would look the id up once more
     vars(wrapped).update(vars(spec))
     for name, value in spec.kwargs.items():
-        if not is_plain(value) and not isinstance(value, Uncopied):
+        if isinstance(value, np.generic):
+            wrapped.kwargs[name] = value.item()
+        elif not is_plain(value) and not isinstance(value, Uncopied):
             wrapped.kwargs[name] = Uncopied(value)
     return wrapped

@@ -54,7 +54,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = TextGenEnv.metadata | {"autoreset_mode": self.autoreset_mode}
         self.episodes = open_episodes(model, prompts, reward, settings, rows=num_envs, partner=partner)
-        self.num_envs = num_envs
+        num_envs = self.num_envs = self.episodes.rows
         self.render_mode = self.episodes.config.render_mode
         self.single_observation_space = observation_space(self.episodes.config, self.episodes.keys, self.language_model)
         self.single_action_space = spaces.Discrete(self.episodes.k)
