@@ -156,7 +156,7 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start a text. See the class docstring for ``options``."""
         check_reset_seed(seed)
-        super().reset(seed=seed)
+        super().reset(seed=None if seed is None else int(seed))
         given = chosen_prompt(options)
         prompt = self.episodes.prompts.draw(self.np_random) if given is None else as_prompt(given, "options['prompt']")
         self.episodes.begin(FIRST_ROW, [prompt])

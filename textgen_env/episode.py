@@ -513,11 +513,11 @@ class Episodes:
             reference=prompt.reference,
             metadata=prompt.metadata,
             turns=() if self._talk is None else self._talk.state.turns[row],
+            replied=0 if self._talk is None else int(self._talk.state.replied[row]),
         )
 
     def _numbers(self) -> dict[str, npt.NDArray[Any]]:
         """Return the arrays of all rows that hold numbers, by their stored names."""
         slots = self.slots
-            replied=0 if self._talk is None else int(self._talk.state.replied[row]),
         numbers = {name: array for name, array in vars(self._state).items() if array.dtype != object}
         return {"tokens": slots.tokens, "length": slots.lengths, "prompt_length": slots.prompt_lengths, **numbers}

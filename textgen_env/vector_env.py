@@ -61,10 +61,23 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._all = np.arange(num_envs)
-        self._generators: list[np.random.Generator | None] = [None] * num_envs
+        self._seeded: list[tuple[np.random.Generator, int] | None] = [None] * self.num_envs
+
+    @property
+    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override, misc]
+        """The generators of the rows, which draw their prompts."""
+        return tuple(self._generator(row) for row in range(self.num_envs))
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The seeds of the rows' generators, -1 where a stored state took the place of one."""
+        return tuple(seeded[1] for _, seeded in zip(self.np_random, self._seeded, strict=True) if seeded)
 
     def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+        self,
+        *,
+        seed: int | Sequence[int | None] | npt.NDArray[np.integer] | None = None,
+        options: dict[str, Any] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
         """Start a text in every row, or in the rows of ``options["reset_mask"]``."""
         options = dict(options or {})
@@ -122,7 +135,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
     def state_dict(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return all rows and their generators as arrays and plain data; see ``Episodes.state_dict``."""
         arrays, plain = self.episodes.state_dict()
-        generators = [None if rng is None else rng.bit_generator.state for rng in self._generators]
+        generators = [None if seeded is None else seeded[0].bit_generator.state for seeded in self._seeded]
         return arrays, plain | {"generators": generators}
 
     def load_state_dict(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
@@ -133,11 +146,10 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         """
         self.episodes.load_state_dict(arrays, plain)
         for row, state in enumerate(plain["generators"]):
-            if state is None:
-                self._generators[row] = None
-            else:
-                self._seed(self._all[row : row + 1], [0] * self.num_envs)
+            self._seeded[row] = None
+            if state is not None:
                 self._generator(row).bit_generator.state = state
+                self._seeded[row] = self._generator(row), -1
 
     def observe(self) -> Any:
         """Return the observation of all rows as they are."""
@@ -183,23 +195,24 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         return as_prompt(given, f"options['prompt'][{row}]")
 
     def _generator(self, row: int) -> np.random.Generator:
-        generator = self._generators[row]
-        if generator is None:
-            generator, _ = seeding.np_random(None)
-            self._generators[row] = generator
-        return generator
+        seeded = self._seeded[row] = self._seeded[row] or seeding.np_random(None)
+        return seeded[0]
 
-    def _seed(self, rows: Rows, seed: int | Sequence[int | None] | None) -> None:
+    def _seed(self, rows: Rows, seed: int | Sequence[int | None] | npt.NDArray[np.integer] | None) -> None:
         if seed is None:
             return
-        seeds = [int(seed) + i for i in range(self.num_envs)] if isinstance(seed, int | np.integer) else list(seed)
+        given: Any = seed.tolist() if isinstance(seed, np.ndarray) else seed
+        if not isinstance(given, Sequence):
+            check_reset_seed(given)
+            given = range(int(given), int(given) + self.num_envs)
+        seeds = list(given)
         if len(seeds) != self.num_envs:
             raise ConfigError(f"seed must be one number or {self.num_envs} of them, got {len(seeds)}")
         for value in seeds:
             check_reset_seed(value)
         for row in rows:
             if seeds[row] is not None:
-                self._generators[row], _ = seeding.np_random(seeds[row])
+                self._seeded[row] = seeding.np_random(int(seeds[row]))
 
     def _masked_rows(self, mask: Any) -> Rows:
         if mask is None:
