@@ -47,7 +47,7 @@ def make_reward(spec: Any) -> Reward:
         return spec
     check_unicode("the settings of a reward", spec)
     if isinstance(spec, str):
-        return REWARDS[spec]()
+        return build(REWARDS, spec)
     if isinstance(spec, Mapping):
         return build(REWARDS, **spec) if "name" in spec else Mix.of(list(spec.items()))
     if isinstance(spec, list):

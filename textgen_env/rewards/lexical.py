@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+from textgen_env.config import check_at_least
 from textgen_env.errors import ConfigError, RewardError
 from textgen_env.rewards.base import REWARDS, shorten
 from textgen_env.rewards.incremental import IncrementalReward, IncrementalScore
@@ -123,8 +124,8 @@ class Length(IncrementalReward):
     name = "length"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.target, int) or self.target < 1:
-            raise ConfigError(f"the target length must be a whole number of words from 1, got {self.target!r}")
+        check_at_least("target", self.target, 1)
+        object.__setattr__(self, "target", int(self.target))
 
     def running(self) -> IncrementalScore[Any]:
         return _LengthScore(self.target)
@@ -164,7 +165,8 @@ class RepetitionReward(IncrementalReward):
     name = "repetition"
 
     def __post_init__(self) -> None:
-        _check_n(self.n)
+        check_at_least("n", self.n, 1)
+        object.__setattr__(self, "n", int(self.n))
 
     def running(self) -> IncrementalScore[Any]:
         return _RepetitionScore(self.n)
@@ -190,7 +192,8 @@ class DistinctReward(IncrementalReward):
     name = "distinct"
 
     def __post_init__(self) -> None:
-        _check_n(self.n)
+        check_at_least("n", self.n, 1)
+        object.__setattr__(self, "n", int(self.n))
 
     def running(self) -> IncrementalScore[Any]:
         return _DistinctScore(self.n)
@@ -234,11 +237,6 @@ class _DistinctScore(_NGramScore):
     def value(self, acc: _NGrams, tail: str) -> float:
         total, different = self.counts(acc, tail)
         return different / total if total else 0.0
-
-
-def _check_n(n: Any) -> None:
-    if not isinstance(n, int) or n < 1:
-        raise ConfigError(f"n must be a whole number from 1, got {n!r}")
 
 
 @REWARDS.register("readability")
@@ -296,8 +294,8 @@ class Metre(IncrementalReward):
     name = "metre"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.syllables, int) or self.syllables < 1:
-            raise ConfigError(f"a metre is a whole number of syllables from 1, got {self.syllables!r}")
+        check_at_least("syllables", self.syllables, 1)
+        object.__setattr__(self, "syllables", int(self.syllables))
 
     def running(self) -> IncrementalScore[Any]:
         return _MetreScore(self.syllables)
