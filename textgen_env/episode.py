@@ -382,8 +382,8 @@ class Episodes:
         legal, logprobs = legal_candidates(found.logprobs, self.config.top_k, self.config.top_p)
         state.candidates[rows], state.hidden[rows] = found.candidates, found.hidden
         state.legal[rows], state.logprobs[rows] = legal, logprobs
-        if "candidate_scores" in self.keys:
-            self._look_ahead(rows)
+        if self._running is not None and "candidate_scores" in self.keys:
+            self._look_ahead(rows, self._running)
         state.phase[rows] = Phase.READY
 
     def _end(self, rows: Rows) -> None:
@@ -428,15 +428,13 @@ class Episodes:
         if self._running is not None:
             state.score_state[rows], state.score[rows] = self._running.extend(state.score_state[rows], completions)
 
-    def _look_ahead(self, rows: Rows) -> None:
-        if self._running is None:
-            return
+    def _look_ahead(self, rows: Rows, running: CheckedScore) -> None:
         state, texts = self._state, []
         for row in rows.tolist():
             prompt, new = self.ids_of(row)
             texts.append(self.model.continuations(prompt, new, state.candidates[row].tolist()))
             state.continuations[row] = texts[-1]
-        state.candidate_scores[rows] = self._running.lookahead(state.score_state[rows], texts)
+        state.candidate_scores[rows] = running.lookahead(state.score_state[rows], texts)
 
     # --- steps
 

@@ -76,8 +76,6 @@ def wrap_objects(spec: EnvSpec | None) -> EnvSpec | None:
     wrapped = object.__new__(TextGenSpec)  # not made anew: that would look the id up once more
     vars(wrapped).update(vars(spec))
     for name, value in spec.kwargs.items():
-        if isinstance(value, np.generic):
-            wrapped.kwargs[name] = value.item()
-        elif not is_plain(value) and not isinstance(value, Uncopied):
-            wrapped.kwargs[name] = Uncopied(value)
+        value = value.item() if isinstance(value, np.generic) else value
+        wrapped.kwargs[name] = value if is_plain(value) or isinstance(value, Uncopied) else Uncopied(value)
     return wrapped

@@ -61,17 +61,17 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._all = np.arange(num_envs)
-        self._seeded: list[tuple[np.random.Generator, int] | None] = [None] * self.num_envs
+        self._seeded = [seeding.np_random(None) for _ in range(num_envs)]
 
-    @property
-    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override, misc]
+    @property  # type: ignore[misc]
+    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
         """The generators of the rows, which draw their prompts."""
-        return tuple(self._generator(row) for row in range(self.num_envs))
+        return tuple(generator for generator, _ in self._seeded)
 
     @property
     def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
         """The seeds of the rows' generators, -1 where a stored state took the place of one."""
-        return tuple(seeded[1] for _, seeded in zip(self.np_random, self._seeded, strict=True) if seeded)
+        return tuple(seed for _, seed in self._seeded)
 
     def reset(
         self,
@@ -135,8 +135,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
     def state_dict(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return all rows and their generators as arrays and plain data; see ``Episodes.state_dict``."""
         arrays, plain = self.episodes.state_dict()
-        generators = [None if seeded is None else seeded[0].bit_generator.state for seeded in self._seeded]
-        return arrays, plain | {"generators": generators}
+        return arrays, plain | {"generators": [generator.bit_generator.state for generator in self.np_random]}
 
     def load_state_dict(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
         """Restore the rows and generators of a ``state_dict``; ``observe`` shows them.
@@ -146,10 +145,8 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         """
         self.episodes.load_state_dict(arrays, plain)
         for row, state in enumerate(plain["generators"]):
-            self._seeded[row] = None
-            if state is not None:
-                self._generator(row).bit_generator.state = state
-                self._seeded[row] = self._generator(row), -1
+            generator, _ = self._seeded[row]
+            generator.bit_generator.state, self._seeded[row] = state, (generator, -1)
 
     def observe(self) -> Any:
         """Return the observation of all rows as they are."""
@@ -191,12 +188,8 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
     def _one_prompt(self, row: int, given: Any) -> Prompt:
         """Return the prompt ``given`` to a row, or the one that it draws."""
         if given is None:
-            return self.episodes.prompts.draw(self._generator(row))
+            return self.episodes.prompts.draw(self._seeded[row][0])
         return as_prompt(given, f"options['prompt'][{row}]")
-
-    def _generator(self, row: int) -> np.random.Generator:
-        seeded = self._seeded[row] = self._seeded[row] or seeding.np_random(None)
-        return seeded[0]
 
     def _seed(self, rows: Rows, seed: int | Sequence[int | None] | npt.NDArray[np.integer] | None) -> None:
         if seed is None:
