@@ -211,11 +211,8 @@ class Episodes:
             ResetNeeded: a ``src`` without an episode.
         """
         for name, rows in (("src", src), ("dst", dst)):
-            if (
-                (rows.size and rows.dtype.kind not in "iu")
-                or rows.ndim != 1
-                or not ((rows >= 0) & (rows < self.rows)).all()
-            ):
+            whole = rows.dtype.kind in "iu" or not rows.size
+            if not whole or rows.ndim != 1 or not ((rows >= 0) & (rows < self.rows)).all():
                 raise IndexError(f"{name} must be rows in 0..{self.rows - 1}, got {rows.tolist()}")
         if len(src) != len(dst) or len(set(dst.tolist())) != len(dst):
             raise IndexError(f"each src needs one dst, each dst named once; got src={src.tolist()}, dst={dst.tolist()}")

@@ -76,10 +76,9 @@ def flatten(config: EnvConfig, observation: Observation) -> Any:
 def as_observation(columns: Mapping[str, npt.NDArray[Any]]) -> Observation:
     """Return the arrays of an observation: (B,) becomes (B, 1), each in its key's dtype; scores within ``LARGE``."""
     scores = {key: columns[key].clip(-LARGE, LARGE) for key in columns.keys() & {"score", "candidate_scores"}}
-    columns = {**columns, **scores}
     return {
         key: (values[:, None] if values.ndim == 1 else values).astype(_DTYPES.get(key, np.float32), copy=False)
-        for key, values in columns.items()
+        for key, values in {**columns, **scores}.items()
     }
 
 

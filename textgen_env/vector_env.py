@@ -26,6 +26,9 @@ from textgen_env.render import describe, draw
 from textgen_env.rows import Phase
 from textgen_env.spec import unwrap
 
+RowSeeds = int | Sequence[int | None] | npt.NDArray[np.integer] | None
+"""One for all rows (row ``i`` gets ``seed + i``), or one a row, None to leave its generator alone."""
+
 
 class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
     """N texts at a time. Arguments, spaces and rewards are those of ``TextGenEnv``.
@@ -73,12 +76,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         """The seeds of the rows' generators, -1 where a stored state took the place of one."""
         return tuple(seed for _, seed in self._seeded)
 
-    def reset(
-        self,
-        *,
-        seed: int | Sequence[int | None] | npt.NDArray[np.integer] | None = None,
-        options: dict[str, Any] | None = None,
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: RowSeeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start a text in every row, or in the rows of ``options["reset_mask"]``."""
         options = dict(options or {})
         rows = self._masked_rows(options.pop("reset_mask", None))
@@ -191,7 +189,7 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
             return self.episodes.prompts.draw(self._seeded[row][0])
         return as_prompt(given, f"options['prompt'][{row}]")
 
-    def _seed(self, rows: Rows, seed: int | Sequence[int | None] | npt.NDArray[np.integer] | None) -> None:
+    def _seed(self, rows: Rows, seed: RowSeeds) -> None:
         if seed is None:
             return
         given: Any = seed.tolist() if isinstance(seed, np.ndarray) else seed
