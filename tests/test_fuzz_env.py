@@ -317,7 +317,7 @@ class VectorMachine(Machine):
         snapshot, plain, self.mapped[row] = saved
         self.rows[row] = copy.deepcopy(plain)
         self.env.episodes.load(row, snapshot)
-        self.seen = self.env._observation(np.arange(ROWS))
+        self.seen = self.env.observe()
         tried["operations"] += 1
 
     @rule()

@@ -51,9 +51,8 @@ class ChatPartner(Partner):
         for probe in SAID:
             self._probe(probe)
 
-    def reply(self, conversation: Conversation) -> Reply:
-        plain: Reply = self.partner.reply(replace(conversation, prompt=self._prompt(conversation)))
-        return plain
+    def reply(self, conversation: Conversation) -> Reply | str:
+        return self.partner.reply(replace(conversation, prompt=self._prompt(conversation)))
 
     def written(self, conversation: Conversation, reply: Reply, end: int | None) -> str:
         """Return the rest of the assistant's turn, a user's turn with the reply, and the beginning of the next one."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 from textgen_env.errors import ConfigError, TextGenError, UnknownArgument
 from textgen_env.registry import unknown_name
 
@@ -72,6 +74,9 @@ class EnvConfig:
     render_mode: str | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), np.generic):
+                object.__setattr__(self, field.name, value.item())  # sums of numpy's small integers wrap around
         check_one_of("reward_at", self.reward_at, ("end", "step"))
         check_one_of("on_illegal", self.on_illegal, ("raise", "last_legal"))
         check_one_of("dtype", self.dtype, DTYPES)
@@ -157,9 +162,9 @@ class EnvConfig:
                 conversations and there is no partner.
         """
         named = () if isinstance(self.observation, str) else self.observation
-        if not has_partner and (alone := set(OF_CONVERSATIONS).intersection(named)):
-            raise ConfigError(f"observation keys {sorted(alone)} need a partner: give partner=, or leave them out")
-        if not scores_prefixes and not isinstance(self.observation, str) and "candidate_scores" in self.observation:
+        if not has_partner and (of_partner := set(OF_CONVERSATIONS).intersection(named)):
+            raise ConfigError(f"observation keys {sorted(of_partner)} need a partner: give partner=, or leave them out")
+        if not scores_prefixes and "candidate_scores" in named:
             raise ConfigError(
                 "observation key 'candidate_scores' needs a reward that can score a prefix; this one "
                 "cannot: leave the key out, or give the reward a running() score"

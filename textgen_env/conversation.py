@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from threading import Event, Thread
+from threading import TIMEOUT_MAX, Event, Thread
 from typing import Any
 
 import numpy as np
@@ -74,8 +74,8 @@ class Partner(ABC):
     name: str
 
     @abstractmethod
-    def reply(self, conversation: Conversation) -> Reply:
-        """Return the answer to the agent's last turn."""
+    def reply(self, conversation: Conversation) -> Reply | str:
+        """Return the answer to the agent's last turn, or its text alone."""
 
     def written(self, conversation: Conversation, reply: Reply, end: int | None) -> str:
         """Return what is appended to the text for a reply; ``end`` is the end token of the agent's turn, if it has one.
@@ -96,8 +96,8 @@ class FunctionPartner(Partner):
         self.function = function
         self.name = str(name or getattr(function, "__name__", type(function).__name__))
 
-    def reply(self, conversation: Conversation) -> Reply:
-        answer: Reply = self.function(conversation)
+    def reply(self, conversation: Conversation) -> Reply | str:
+        answer: Reply | str = self.function(conversation)
         return answer
 
 
@@ -235,7 +235,7 @@ class Talk:
         if not which.size:
             return ended, rewards
         asking = rows[which]
-        heard = [
+        conversations = [
             Conversation(
                 prompts[i].text,
                 (*state.turns[row], Turn("agent", self.text_of_turn(row))),
@@ -244,13 +244,14 @@ class Talk:
             )
             for i, row in zip(which.tolist(), asking.tolist(), strict=True)
         ]
-        replies = list(self._replies(heard))
+        replies = list(self._replies(conversations))
         last = slots.tokens[asking, slots.lengths[asking] - 1].tolist()
-        ends = [token if reason == 1 else None for token, reason in zip(last, reasons[which], strict=True)]
-        self._append(asking, [self._encoded(*told) for told in zip(replies, heard, ends, strict=True)])
+        eos = FINISH_REASONS.index("eos")
+        ends = [token if reason == eos else None for token, reason in zip(last, reasons[which], strict=True)]
+        self._append(asking, [self._encoded(*told) for told in zip(replies, conversations, ends, strict=True)])
         state.turn[asking] += 1
-        for row, to, reply in zip(asking.tolist(), heard, replies, strict=True):
-            state.turns[row] = (*to.turns, Turn("partner", reply.text, float(reply.reward)))
+        for row, heard, reply in zip(asking.tolist(), conversations, replies, strict=True):
+            state.turns[row] = (*heard.turns, Turn("partner", reply.text, float(reply.reward)))
         generated = slots.lengths[asking] - slots.prompt_lengths[asking] - state.replied[asking]
         done = np.array([reply.done for reply in replies])
         for over, reason in (
@@ -293,41 +294,41 @@ class Talk:
             )
         return ids
 
-    def _replies(self, heard: Sequence[Conversation]) -> Iterator[Reply]:
+    def _replies(self, conversations: Sequence[Conversation]) -> Iterator[Reply]:
         """Yield the partner's checked answers; with a time limit it is asked in a thread, which can be left behind."""
         seconds = self.config.reply_seconds
         if seconds is None:
-            yield from (self._checked(self._answer(to), to) for to in heard)
+            yield from (self._checked(self._answer(heard), heard) for heard in conversations)
             return
         answers: SimpleQueue[Any] = SimpleQueue()
         given_up = Event()
 
         def ask() -> None:
-            for to in heard:
+            for heard in conversations:
                 if not given_up.is_set():
-                    answers.put(self._answer(to))
+                    answers.put(self._answer(heard, BaseException))  # in a thread, nobody else hears of SystemExit
 
         Thread(target=ask, name="partner", daemon=True).start()
-        for to in heard:
-            try:
-                answer = answers.get(timeout=seconds)
-            except Empty:
-                given_up.set()
-                raise PartnerError(
-                    f"partner {self.partner.name!r} took more than {seconds:g} seconds to answer {shorten(to.last)}: "
-                    "raise reply_seconds, or set it to None to wait as long as it takes"
-                ) from None
-            yield self._checked(answer, to)
+        try:
+            for heard in conversations:
+                yield self._checked(answers.get(timeout=min(seconds, TIMEOUT_MAX)), heard)
+        except Empty:
+            raise PartnerError(
+                f"partner {self.partner.name!r} took more than {seconds:g} seconds to answer {shorten(heard.last)}: "
+                "raise reply_seconds, or set it to None to wait as long as it takes"
+            ) from None
+        finally:
+            given_up.set()  # after an error, the other rows need no answers
 
-    def _answer(self, heard: Conversation) -> Any:
+    def _answer(self, heard: Conversation, caught: type[BaseException] = Exception) -> Any:
         """Return what the partner answers, or the error that it raises."""
         try:
             return self.partner.reply(heard)
-        except Exception as error:
+        except caught as error:
             return error
 
     def _checked(self, answer: Any, heard: Conversation) -> Reply:
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise PartnerError(
                 f"partner {self.partner.name!r} raised {type(answer).__name__}: {answer} (when it was to answer "
                 f"{shorten(heard.last)})"

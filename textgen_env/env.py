@@ -156,7 +156,7 @@ class TextGenEnv(EpisodesMixin, gym.Env[Any, Any]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start a text. See the class docstring for ``options``."""
         check_reset_seed(seed)
-        super().reset(seed=seed)
+        super().reset(seed=None if seed is None else int(seed))
         given = chosen_prompt(options)
         prompt = self.episodes.prompts.draw(self.np_random) if given is None else as_prompt(given, "options['prompt']")
         self.episodes.begin(FIRST_ROW, [prompt])
@@ -227,14 +227,18 @@ def open_episodes(
     if answering is not None and reward is None:
         reward = FunctionReward(lambda completion: 0.0, "none")
     language_model = load_language_model(model, config.dtype, trust_remote_code=config.trust_remote_code)
-    _check_memory(language_model, config, rows)
-    return Episodes(language_model, make_prompts(prompts), make_reward(reward), config, rows, answering)
+    _check_memory(language_model, config, int(rows))
+    return Episodes(language_model, make_prompts(prompts), make_reward(reward), config, int(rows), answering)
 
 
 def _check_memory(model: LanguageModel, config: EnvConfig, rows: int) -> None:
-    """Raise ``CapacityError`` if the numbers that rows show would not fit into memory; the model's cache is apart."""
+    """Raise ``CapacityError`` if states and observations of the rows would not fit into memory.
+
+    Of each token, candidate and hidden unit a few numbers of 4 bytes are kept: in the state, the observation, and
+    the lower and upper bounds of its space. The model's cache is checked where it is made.
+    """
     k = config.num_actions(model.vocab_size)
-    needed = 4 * rows * (4 * config.max_length + 16 * k + 4 * model.hidden_size)  # the spaces' bounds included
+    needed = 4 * rows * (4 * config.max_length + 16 * k + 4 * model.hidden_size)
     free = psutil.virtual_memory().available
     if needed > free:
         raise CapacityError(

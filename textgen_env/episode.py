@@ -26,7 +26,7 @@ from textgen_env.models.base import LanguageModel, Proposals, Rows, read_only
 from textgen_env.observation import Observation, as_observation, budget_left, legal_candidates
 from textgen_env.policies import Floats, last_legal, renormalise
 from textgen_env.prompts import Prompt, PromptSource
-from textgen_env.rewards.base import Generation, Reward, ScoreState, Turn
+from textgen_env.rewards.base import CheckedScore, Generation, Reward, ScoreState, Turn
 from textgen_env.rows import FINISH_REASONS, Phase, RowStates, Snapshot
 
 
@@ -70,7 +70,7 @@ class Episodes:
         self._check_settings(scores_prefixes=running is not None)
         self.keys = config.keys(running is not None, partner is not None)
         sees_scores = config.reward_at == "step" or not {"score", "candidate_scores"}.isdisjoint(self.keys)
-        self._running = running if sees_scores else None
+        self._running = CheckedScore(reward.name, running) if sees_scores and running is not None else None
         self._keeps_text = self._running is not None or bool(config.stop)
         self.k = config.num_actions(model.vocab_size)
         self._is_end = np.zeros(model.vocab_size, np.bool_)
@@ -144,6 +144,7 @@ class Episodes:
         Raises:
             ResetNeeded: the model or the reward raised on a row.
             ModelError: the model cannot propose. The stale rows need a reset.
+            RewardError: the running score cannot look ahead. The stale rows need a reset.
         """
         self._propose_where_stale(rows)
         state = self._state
@@ -174,7 +175,7 @@ class Episodes:
         Raises:
             ResetNeeded: a row is not READY.
             IllegalAction: an action that is no integer, out of range, or masked. No row has changed.
-            RewardError: see ``Reward.scored``. The rows need a reset.
+            RewardError: see ``Reward.scored`` and ``CheckedScore``. The rows need a reset.
             PartnerError: see ``Talk.go_on``. The rows need a reset.
         """
         self._check_ready(rows)
@@ -190,8 +191,7 @@ class Episodes:
         if self._talk is not None:
             answered, (reasons, replied) = rows[reasons > 0], self._talk.go_on(rows, reasons, self.prompts_at(rows))
             if self._keeps_text:
-                for row in answered.tolist():
-                    self._tell(row, self.text_of(row))
+                self._keep_texts(answered, [self.text_of(row) for row in answered.tolist()])
         rewards, infos = self._pay(rows, reasons)
         if self._talk is not None:
             rewards += replied
@@ -211,10 +211,12 @@ class Episodes:
             ResetNeeded: a ``src`` without an episode.
         """
         for name, rows in (("src", src), ("dst", dst)):
-            if rows.dtype.kind not in "iu" or rows.ndim != 1 or not ((rows >= 0) & (rows < self.rows)).all():
+            whole = rows.dtype.kind in "iu" or not rows.size
+            if not whole or rows.ndim != 1 or not ((rows >= 0) & (rows < self.rows)).all():
                 raise IndexError(f"{name} must be rows in 0..{self.rows - 1}, got {rows.tolist()}")
         if len(src) != len(dst) or len(set(dst.tolist())) != len(dst):
             raise IndexError(f"each src needs one dst, each dst named once; got src={src.tolist()}, dst={dst.tolist()}")
+        src, dst = src.astype(np.int64), dst.astype(np.int64)  # torch takes uint8 for a mask
         self._check_begun(src)
         self.slots.fork(src, dst)
         self._state.copy_rows(src, dst)
@@ -244,12 +246,14 @@ class Episodes:
     def rebuild(self) -> None:
         """Forget memos, caches and running scores but the token ids and texts, as a resumed process must."""
         self.slots.rebuild()
-        for row in np.flatnonzero(self.phases != Phase.EMPTY):
-            score = self._start_score(self._state.prompt[row])
-            if score is not None and self._running is not None:
-                if self._state.completion[row]:
-                    score = self._running.extend(score, self._state.completion[row])
-                self._state.score_state[row], self._state.score[row] = score, score.value
+        if self._running is None:
+            return
+        state, begun = self._state, np.flatnonzero(self.phases != Phase.EMPTY)
+        for row in begun.tolist():
+            score: Any = self._start_score(state.prompt[row])
+            state.score_state[row], state.score[row] = score, score.value
+        written = begun[state.completion[begun] != ""]
+        self._keep_texts(written, state.completion[written].tolist())
 
     def state_dict(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return all rows as arrays and plain data, and ``rebuild``: who goes on and who resumes are alike."""
@@ -375,8 +379,8 @@ class Episodes:
         legal, logprobs = legal_candidates(found.logprobs, self.config.top_k, self.config.top_p)
         state.candidates[rows], state.hidden[rows] = found.candidates, found.hidden
         state.legal[rows], state.logprobs[rows] = legal, logprobs
-        if "candidate_scores" in self.keys:
-            self._look_ahead(rows)
+        if self._running is not None and "candidate_scores" in self.keys:
+            self._look_ahead(rows, self._running)
         state.phase[rows] = Phase.READY
 
     def _end(self, rows: Rows) -> None:
@@ -407,29 +411,27 @@ class Episodes:
         return None if self._running is None else self._running.start(prompt.text, prompt.reference, prompt.metadata)
 
     def _extend_texts(self, rows: Rows, chosen: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> None:
-        state = self._state
+        state, completions = self._state, []
         for row, action, token in zip(rows.tolist(), chosen.tolist(), tokens.tolist(), strict=True):
             known = state.continuations[row]
             completion = self.model.extended(state.completion[row], token) if known is None else known[action]
-            self._tell(row, self.text_of(row) if completion is None else completion)
+            completions.append(self.text_of(row) if completion is None else completion)
+        self._keep_texts(rows, completions)
 
-    def _tell(self, row: int, completion: str) -> None:
-        """Keep the completion of a row as it is now, and its running score."""
+    def _keep_texts(self, rows: Rows, completions: Sequence[str]) -> None:
+        """Keep the completions of rows as they are now, and move their running scores there."""
         state = self._state
-        state.completion[row] = completion
+        state.completion[rows] = completions
         if self._running is not None:
-            state.score_state[row] = self._running.extend(state.score_state[row], completion)
-            state.score[row] = state.score_state[row].value
+            state.score_state[rows], state.score[rows] = self._running.extend(state.score_state[rows], completions)
 
-    def _look_ahead(self, rows: Rows) -> None:
-        if self._running is None:
-            return
-        state = self._state
-        for row in rows:
+    def _look_ahead(self, rows: Rows, running: CheckedScore) -> None:
+        state, texts = self._state, []
+        for row in rows.tolist():
             prompt, new = self.ids_of(row)
-            texts = self.model.continuations(prompt, new, state.candidates[row].tolist())
-            state.continuations[row] = texts
-            state.candidate_scores[row] = self._running.lookahead(state.score_state[row], texts)
+            texts.append(self.model.continuations(prompt, new, state.candidates[row].tolist()))
+            state.continuations[row] = texts[-1]
+        state.candidate_scores[rows] = running.lookahead(state.score_state[rows], texts)
 
     # --- steps
 
@@ -457,23 +459,23 @@ class Episodes:
 
     def _finish_reasons(self, rows: Rows, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
         """Return the number in ``FINISH_REASONS`` of each row, (B,): 0 where the text, or the turn, goes on."""
-        full, number = self.steps(rows) >= self.config.max_new_tokens, FINISH_REASONS.index
+        full = self.steps(rows) >= self.config.max_new_tokens
         if self._talk is not None:
             full |= self._talk.is_full(rows)
-        reasons = np.where(full, number("length"), 0)
+        reasons = np.where(full, FINISH_REASONS.index("length"), 0)
         if self.config.stop:
             texts = self._state.completion[rows].tolist()
             if self._talk is not None:
                 texts = [self._talk.text_of_turn(row) for row in rows.tolist()]
-            reasons[[any(stop in text for stop in self.config.stop) for text in texts]] = number("stop")
-        reasons[self._is_end[tokens]] = number("eos")
+            reasons[[any(stop in text for stop in self.config.stop) for text in texts]] = FINISH_REASONS.index("stop")
+        reasons[self._is_end[tokens]] = FINISH_REASONS.index("eos")
         return reasons
 
     def _pay(self, rows: Rows, reasons: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], list[dict[str, Any]]]:
         """Return the rewards of a step, (B,), and an info a row."""
-        state, counts = self._state, self.config.on_illegal == "last_legal"
+        state = self._state
         infos: list[dict[str, Any]] = [{} for _ in range(len(rows))]
-        if counts:
+        if self.config.on_illegal == "last_legal":
             infos = [{"illegal_actions": float(count)} for count in state.illegal[rows].tolist()]
         rewards = np.zeros(len(rows), np.float64)
         if self.config.reward_at == "step":
@@ -506,6 +508,7 @@ class Episodes:
             reference=prompt.reference,
             metadata=prompt.metadata,
             turns=() if self._talk is None else self._talk.state.turns[row],
+            replied=0 if self._talk is None else int(self._talk.state.replied[row]),
         )
 
     def _numbers(self) -> dict[str, npt.NDArray[Any]]:

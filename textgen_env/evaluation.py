@@ -15,7 +15,6 @@ candidates; along the text it is summed.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,9 +27,9 @@ from textgen_env.errors import ConfigError
 from textgen_env.models.base import Rows
 from textgen_env.observation import flatten
 from textgen_env.policies import Agent, Floats, kl_to, sample
-from textgen_env.prompts import ListPrompts, Prompt, PromptSource
+from textgen_env.prompts import ListPrompts, Prompt, PromptSource, as_prompt
 from textgen_env.rewards.base import Generation, Turn
-from textgen_env.rewards.lexical import RepetitionReward, split_words
+from textgen_env.rewards.lexical import RepetitionReward, distinct_share
 from textgen_env.vector_env import TextGenVectorEnv
 
 DISTINCT_TEXTS = 256
@@ -80,9 +79,7 @@ class Evaluation:
 
     def distinct(self, n: int) -> float:
         """Return different word n-grams over all of them, in the first ``DISTINCT_TEXTS`` texts together."""
-        words = [split_words(completion) for completion in self.completions[:DISTINCT_TEXTS]]
-        ngrams = Counter(gram for text in words for gram in zip(*(text[i:] for i in range(n)), strict=False))
-        return len(ngrams) / ngrams.total() if ngrams else 0.0
+        return distinct_share(self.completions[:DISTINCT_TEXTS], n)
 
     def figures(self) -> dict[str, Any]:
         """Return everything but the texts as plain numbers: rewards, nats, tokens, shares."""
@@ -108,7 +105,7 @@ def evaluate(
     env: TextGenVectorEnv,
     episodes: int,
     seed: int,
-    prompts: PromptSource | Sequence[Prompt] | None = None,
+    prompts: PromptSource | Sequence[Prompt | str] | None = None,
     deterministic: bool = False,
     watch: Callable[[int, int], None] = lambda ended, count: None,
 ) -> Evaluation:
@@ -123,7 +120,7 @@ def evaluate(
         seed: Fixes the random numbers of the texts and the prompts drawn.
         prompts: Instead of the environment's own.
         deterministic: Ask ``predict(deterministic=True)``; its KL is that of a point mass.
-        watch: Called after each step with the texts that have ended, and their number.
+        watch: Called after each step with two numbers: how many texts have ended, and how many there are.
 
     Raises:
         ConfigError: ``episodes`` below 1, or probabilities that are none.
@@ -135,19 +132,19 @@ def evaluate(
     return roll_out(agent, env, list(chosen) * rounds, seed, deterministic, len(chosen), watch)
 
 
-def choose_prompts(source: PromptSource | Sequence[Prompt], most: int, seed: int) -> PromptSource:
+def choose_prompts(source: PromptSource | Sequence[Prompt | str], most: int, seed: int) -> PromptSource:
     """Return all prompts of ``source``, or ``most`` of them drawn without replacement, in their order."""
     count = len(source)
     indices: Sequence[int] = range(count)
     if count > most:
         indices = sorted(np.random.default_rng(seed).choice(count, most, replace=False).tolist())
-    return ListPrompts([source[index] for index in indices])
+    return ListPrompts([as_prompt(source[index], f"prompt {index}") for index in indices])
 
 
 def roll_out(
     agent: Agent,
     env: TextGenVectorEnv,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | str],
     seed: int,
     deterministic: bool = False,
     num_prompts: int | None = None,
@@ -159,12 +156,13 @@ def roll_out(
         num_prompts: The period of ``prompts``; all different if not given.
         watch: See ``evaluate``.
     """
-    count = len(prompts)
+    texts = [as_prompt(prompt, f"prompt {index}") for index, prompt in enumerate(prompts)]
+    count = len(texts)
     rewards, kl, outside = np.zeros((3, count))
     lengths = np.zeros(count, np.int64)
     infos: list[dict[str, Any]] = [{} for _ in range(count)]
     ended = 0
-    for step in play(agent, env, prompts, seed, deterministic):
+    for step in play(agent, env, texts, seed, deterministic):
         rewards[step.texts] += step.outcome.rewards
         kl[step.texts] += step.kl
         outside[step.texts] -= step.log_mass
@@ -175,7 +173,7 @@ def roll_out(
         watch(ended, count)
     names = list(infos[0]["reward_parts"]) if infos else []
     return Evaluation(
-        prompts=tuple(prompt.text for prompt in prompts),
+        prompts=tuple(prompt.text for prompt in texts),
         completions=tuple(info["completion"] for info in infos),
         num_prompts=count if num_prompts is None else num_prompts,
         rewards=rewards,

@@ -10,7 +10,6 @@ Importing this module imports ``evaluate``, which takes seconds; the package its
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,8 @@ import numpy as np
 from textgen_env.errors import ConfigError
 from textgen_env.extras import require
 from textgen_env.registry import Registry
-from textgen_env.rewards.lexical import split_words
+from textgen_env.rewards.base import Generation
+from textgen_env.rewards.lexical import RepetitionReward, distinct_share
 from textgen_env.rewards.references import ROUGE_KINDS, UnicodeWords
 
 METRIC_INPUTS = {
@@ -159,12 +159,7 @@ class Distinct(TextMetric):
     """Distinct-1, 2 and 3 of all predictions together: different n-grams of words over all of them."""
 
     def _compute(self, predictions: Sequence[str]) -> dict[str, float]:
-        texts = [split_words(text) for text in predictions]
-        figures = {}
-        for n in (1, 2, 3):
-            ngrams = Counter(gram for words in texts for gram in zip(*(words[i:] for i in range(n)), strict=False))
-            figures[f"distinct_{n}"] = len(ngrams) / ngrams.total() if ngrams else 0.0
-        return figures
+        return {f"distinct_{n}": distinct_share(predictions, n) for n in (1, 2, 3)}
 
 
 @METRICS.register("repetition")
@@ -180,9 +175,6 @@ class Repetition(TextMetric):
         super().__init__(**options)
 
     def _compute(self, predictions: Sequence[str]) -> dict[str, float]:
-        from textgen_env.rewards import Generation
-        from textgen_env.rewards.lexical import RepetitionReward
-
         shares = RepetitionReward(self._n)([Generation("", text) for text in predictions])
         return {"repetition": float(shares.mean())}
 

@@ -23,7 +23,7 @@ from textgen_env.models.candidates import nucleus
 Observation = dict[str, npt.NDArray[Any]]
 
 LARGE = 1e6
-"""Bound of scores and hidden units: far outside their usual range, and finite."""
+"""Bound of scores and hidden units: far outside their usual range, and finite. Larger scores are shown as it."""
 
 _DTYPES: Mapping[str, Any] = {
     **dict.fromkeys(("tokens", "length", "candidates", "source", "turn"), np.int32),
@@ -74,10 +74,11 @@ def flatten(config: EnvConfig, observation: Observation) -> Any:
 
 
 def as_observation(columns: Mapping[str, npt.NDArray[Any]]) -> Observation:
-    """Return the arrays of an observation: (B,) becomes (B, 1), each in its key's dtype."""
+    """Return the arrays of an observation: (B,) becomes (B, 1), each in its key's dtype; scores within ``LARGE``."""
+    scores = {key: columns[key].clip(-LARGE, LARGE) for key in columns.keys() & {"score", "candidate_scores"}}
     return {
         key: (values[:, None] if values.ndim == 1 else values).astype(_DTYPES.get(key, np.float32), copy=False)
-        for key, values in columns.items()
+        for key, values in {**columns, **scores}.items()
     }
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 """Parts of a source; they hold 80, 10 and 10% of its templates."""
 
-CELLS_AT_A_TIME = 1000
+ROWS_AT_A_TIME = 1000
 """Rows of a dataset that are read at a time when it is opened."""
 
 TEMPLATE_SECONDS = 10
@@ -66,6 +66,8 @@ class Prompt:
             raise PromptError(f"a prompt must not be empty, got {self.text!r}")
         if not isinstance(self.reference, str | None):
             raise PromptError(f"a reference must be a string or None, got {type(self.reference).__name__}")
+        if not isinstance(self.metadata, Mapping):
+            raise PromptError(f"metadata must be a mapping, got {type(self.metadata).__name__}")
         for name, value in (("prompt", self.text), ("reference", self.reference), ("metadata", self.metadata)):
             check_unicode(name, value, PromptError)
 
@@ -144,13 +146,13 @@ def make_prompts(spec: Any = None) -> PromptSource:
     """
     if isinstance(spec, PromptSource):
         return spec
-    if spec is None:
-        return _openings("openings")
-    if isinstance(spec, os.PathLike):
-        return _from_string(os.fspath(spec))
-    if isinstance(spec, str):
-        source, colon, part = spec.rpartition(":")
-        return _from_string(source).split(part) if colon and part in SPLITS else _from_string(spec)
+    spec = "openings" if spec is None else spec
+    if isinstance(spec, str | os.PathLike):
+        name = os.fspath(spec)
+        source, colon, part = name.rpartition(":")
+        if colon and part in SPLITS:
+            return make_prompts(source).split(part)
+        return _openings(name) if name in PROMPT_NAMES else FilePrompts(name)
     if isinstance(spec, Mapping) and "dataset" in spec:
         settings = ("dataset", "split", "prompt", "reference")
         for name in spec:
@@ -199,6 +201,7 @@ class FilePrompts(PromptSource):
             )
         if not self._path.is_file():
             raise PromptError(f"no file of prompts at {str(self._path)!r}; check the path")
+        self._path = self._path.absolute()  # the process may change its folder
         self._stamp = self._current_stamp()
         self._offsets = array("q")
         with self._path.open("rb") as file:
@@ -214,16 +217,21 @@ class FilePrompts(PromptSource):
         return len(self._offsets)
 
     def __getitem__(self, index: int) -> Prompt:
-        if self._current_stamp() != self._stamp:
-            raise PromptError(f"{str(self._path)!r} has changed since it was indexed; open it again")
+        self._check_unchanged()
         with self._path.open("rb") as file:
             file.seek(self._offsets[index])
             return self._parse(file.readline(), index % len(self) + 1)
 
     def __iter__(self) -> Iterator[Prompt]:
+        self._check_unchanged()
         with self._path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 yield self._parse(line, number)
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        if not self._path.is_file() or self._current_stamp() != self._stamp:
+            raise PromptError(f"{str(self._path)!r} has changed since it was indexed; open it again")
 
     def _parse(self, line: bytes, number: int) -> Prompt:
         place = f"{self._path}, line {number}"
@@ -276,8 +284,8 @@ class DatasetPrompts(PromptSource):
         """Read the texts once: an empty cell is found now and not in the middle of a run."""
         columns = [name for name in (self._prompt, self._reference) if name in self._dataset.column_names]
         texts = self._dataset.select_columns(columns)
-        for start in range(0, len(texts), CELLS_AT_A_TIME):
-            cells = texts[start : start + CELLS_AT_A_TIME]
+        for start in range(0, len(texts), ROWS_AT_A_TIME):
+            cells = texts[start : start + ROWS_AT_A_TIME]
             references = cells.get(self._reference) or [None] * len(cells[self._prompt])
             for index, pair in enumerate(zip(cells[self._prompt], references, strict=True), start):
                 as_prompt(dict(zip(("prompt", "reference"), pair, strict=True)), f"row {index} of the dataset")
@@ -349,13 +357,10 @@ def chat(source: Any, tokenizer: PreTrainedTokenizerBase, system: str | None = N
     """
     opening = [] if system is None else [{"role": "system", "content": system}]
     # A template that writes the begin token would have it twice once the tokenizer adds its own.
-    begin = tokenizer.bos_token or ""
-    adds_begin = bool(begin) and tokenizer.bos_token_id in tokenizer("")["input_ids"]
+    begin = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("")["input_ids"] else ""
 
     def in_template(prompt: Prompt) -> Prompt:
-        text = apply_template(tokenizer, [*opening, {"role": "user", "content": prompt.text}])
-        if adds_begin:
-            text = text.removeprefix(begin)
+        text = apply_template(tokenizer, [*opening, {"role": "user", "content": prompt.text}]).removeprefix(begin)
         return replace(prompt, text=text, metadata={**prompt.metadata, "prompt": prompt.text})
 
     in_template(Prompt("Hello"))  # a template that fails is found now, and not in the middle of a run
@@ -379,42 +384,38 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, 
         ) from error
 
 
+@dataclass(frozen=True, eq=False)
 class _Selection(PromptSource):
     """Some prompts of another source."""
 
-    def __init__(self, source: PromptSource, indices: npt.NDArray[np.int64]) -> None:
-        self._source = source
-        self._indices = indices
+    source: PromptSource
+    indices: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Prompt:
-        return self._source[int(self._indices[index])]
+        return self.source[int(self.indices[index])]
 
 
+@dataclass(frozen=True, eq=False)
 class _Mapped(PromptSource):
     """Another source's prompts, each changed by a function."""
 
-    def __init__(self, source: PromptSource, function: Callable[[Prompt], Prompt]) -> None:
-        self._source = source
-        self._function = function
+    source: PromptSource
+    function: Callable[[Prompt], Prompt]
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> Prompt:
-        return self._function(self._source[index])
+        return self.function(self.source[index])
 
     def draw(self, rng: np.random.Generator) -> Prompt:
-        return self._function(self._source.draw(rng))
+        return self.function(self.source.draw(rng))
 
     def split(self, part: str) -> PromptSource:
-        return _Mapped(self._source.split(part), self._function)
-
-
-def _from_string(spec: str) -> PromptSource:
-    return _openings(spec) if spec in PROMPT_NAMES else FilePrompts(spec)
+        return _Mapped(self.source.split(part), self.function)
 
 
 def _openings(name: str) -> PromptSource:

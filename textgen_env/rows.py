@@ -24,14 +24,20 @@ class Phase:
     EMPTY = 0  # no episode: never begun, or given up after an error
     STALE = 1  # its tokens changed, its proposals are old
     READY = 2  # its proposals are of its tokens
-    ENDED = 3
+    ENDED = 3  # its text is whole and paid; no proposals
 
 
 class RowStates:
     """The state of N rows: one array an attribute, row by row.
 
-    Python objects (prompts, texts, the reward's running state) are immutable and sit in object
-    arrays, so one indexing rule copies a row of any attribute.
+    Python objects (prompts, texts, the reward's running state) sit in object arrays, so one indexing
+    rule copies a row of any attribute. They are replaced and never changed: rows that fork share them.
+
+    Args:
+        rows: N.
+        new: Tokens behind a prompt at most, replies included.
+        k: Candidates a step.
+        hidden: Units of the model's hidden state.
     """
 
     def __init__(self, rows: int, new: int, k: int, hidden: int) -> None:

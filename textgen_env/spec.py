@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from textgen_env.errors import SpecError
@@ -75,6 +76,6 @@ def wrap_objects(spec: EnvSpec | None) -> EnvSpec | None:
     wrapped = object.__new__(TextGenSpec)  # not made anew: that would look the id up once more
     vars(wrapped).update(vars(spec))
     for name, value in spec.kwargs.items():
-        if not is_plain(value) and not isinstance(value, Uncopied):
-            wrapped.kwargs[name] = Uncopied(value)
+        value = value.item() if isinstance(value, np.generic) else value
+        wrapped.kwargs[name] = value if is_plain(value) or isinstance(value, Uncopied) else Uncopied(value)
     return wrapped

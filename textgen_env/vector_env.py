@@ -26,6 +26,9 @@ from textgen_env.render import describe, draw
 from textgen_env.rows import Phase
 from textgen_env.spec import unwrap
 
+RowSeeds = int | Sequence[int | None] | npt.NDArray[np.integer] | None
+"""One for all rows (row ``i`` gets ``seed + i``), or one a row, None to leave its generator alone."""
+
 
 class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
     """N texts at a time. Arguments, spaces and rewards are those of ``TextGenEnv``.
@@ -54,18 +57,26 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = TextGenEnv.metadata | {"autoreset_mode": self.autoreset_mode}
         self.episodes = open_episodes(model, prompts, reward, settings, rows=num_envs, partner=partner)
-        self.num_envs = num_envs
+        num_envs = self.num_envs = self.episodes.rows
         self.render_mode = self.episodes.config.render_mode
         self.single_observation_space = observation_space(self.episodes.config, self.episodes.keys, self.language_model)
         self.single_action_space = spaces.Discrete(self.episodes.k)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._all = np.arange(num_envs)
-        self._generators: list[np.random.Generator | None] = [None] * num_envs
+        self._seeded = [seeding.np_random(None) for _ in range(num_envs)]
 
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    @property  # type: ignore[misc]
+    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
+        """The generators of the rows, which draw their prompts."""
+        return tuple(generator for generator, _ in self._seeded)
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The seeds of the rows' generators, -1 where a stored state took the place of one."""
+        return tuple(seed for _, seed in self._seeded)
+
+    def reset(self, *, seed: RowSeeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start a text in every row, or in the rows of ``options["reset_mask"]``."""
         options = dict(options or {})
         rows = self._masked_rows(options.pop("reset_mask", None))
@@ -78,19 +89,19 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         actions = np.asarray(actions)
         if actions.shape != (self.num_envs,):
             raise IllegalAction(f"actions must have shape ({self.num_envs},), got {actions.shape}")
-        restart = self._none()
+        restart = self._no_rows()
         if self.autoreset_mode == AutoresetMode.NEXT_STEP:
             restart = self.episodes.phases == Phase.ENDED
         acting = self._all[~restart]
         outcome = self.episodes.act(acting, actions[acting])
-        rewards, terminations = np.zeros(self.num_envs), self._none()
+        rewards, terminations = np.zeros(self.num_envs), self._no_rows()
         rewards[acting], terminations[acting] = outcome.rewards, outcome.ended
         infos = self._infos(acting, outcome)
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
             restart = terminations
         if restart.any():
             self._begin(self._all[restart], None)
-        return self._shown(), rewards, terminations, self._none(), infos
+        return self._shown(), rewards, terminations, self._no_rows(), infos
 
     def _infos(self, acting: Rows, outcome: Outcome) -> dict[str, Any]:
         """Return the infos of a step. Rows that end and restart within it give their last observation, too."""
@@ -117,13 +128,12 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
             ResetNeeded: a ``src`` that never began.
         """
         self.episodes.fork(np.atleast_1d(np.asarray(src)), np.atleast_1d(np.asarray(dst)))
-        return self._observation(self._all)
+        return self.observe()
 
     def state_dict(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return all rows and their generators as arrays and plain data; see ``Episodes.state_dict``."""
         arrays, plain = self.episodes.state_dict()
-        generators = [None if rng is None else rng.bit_generator.state for rng in self._generators]
-        return arrays, plain | {"generators": generators}
+        return arrays, plain | {"generators": [generator.bit_generator.state for generator in self.np_random]}
 
     def load_state_dict(self, arrays: dict[str, npt.NDArray[Any]], plain: dict[str, Any]) -> None:
         """Restore the rows and generators of a ``state_dict``; ``observe`` shows them.
@@ -133,15 +143,12 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
         """
         self.episodes.load_state_dict(arrays, plain)
         for row, state in enumerate(plain["generators"]):
-            if state is None:
-                self._generators[row] = None
-            else:
-                self._seed(self._all[row : row + 1], [0] * self.num_envs)
-                self._generator(row).bit_generator.state = state
+            generator, _ = self._seeded[row]
+            generator.bit_generator.state, self._seeded[row] = state, (generator, -1)
 
     def observe(self) -> Any:
         """Return the observation of all rows as they are."""
-        return self._observation(self._all)
+        return flatten(self.episodes.config, self.episodes.observe(self._all))
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions are legal now, (N, k) bool."""
@@ -157,15 +164,12 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
 
     def _shown(self) -> Any:
         """Return the observation of all rows, after one forward for those that went on or restarted."""
-        observation = self._observation(self._all)
+        observation = self.observe()
         if self.render_mode == "human":
             print("\n\n".join(describe(self.episodes, row) for row in range(self.num_envs)), flush=True)
         return observation
 
-    def _observation(self, rows: Rows) -> Any:
-        return flatten(self.episodes.config, self.episodes.observe(rows))
-
-    def _none(self) -> npt.NDArray[np.bool_]:
+    def _no_rows(self) -> npt.NDArray[np.bool_]:
         return np.zeros(self.num_envs, np.bool_)
 
     def _begin(self, rows: Rows, given: Any) -> None:
@@ -182,27 +186,24 @@ class TextGenVectorEnv(EpisodesMixin, VectorEnv[Any, Any, Any]):
     def _one_prompt(self, row: int, given: Any) -> Prompt:
         """Return the prompt ``given`` to a row, or the one that it draws."""
         if given is None:
-            return self.episodes.prompts.draw(self._generator(row))
+            return self.episodes.prompts.draw(self._seeded[row][0])
         return as_prompt(given, f"options['prompt'][{row}]")
 
-    def _generator(self, row: int) -> np.random.Generator:
-        generator = self._generators[row]
-        if generator is None:
-            generator, _ = seeding.np_random(None)
-            self._generators[row] = generator
-        return generator
-
-    def _seed(self, rows: Rows, seed: int | Sequence[int | None] | None) -> None:
+    def _seed(self, rows: Rows, seed: RowSeeds) -> None:
         if seed is None:
             return
-        seeds = [int(seed) + i for i in range(self.num_envs)] if isinstance(seed, int | np.integer) else list(seed)
+        given: Any = seed.tolist() if isinstance(seed, np.ndarray) else seed
+        if not isinstance(given, Sequence):
+            check_reset_seed(given)
+            given = range(int(given), int(given) + self.num_envs)
+        seeds = list(given)
         if len(seeds) != self.num_envs:
             raise ConfigError(f"seed must be one number or {self.num_envs} of them, got {len(seeds)}")
         for value in seeds:
             check_reset_seed(value)
         for row in rows:
             if seeds[row] is not None:
-                self._generators[row], _ = seeding.np_random(seeds[row])
+                self._seeded[row] = seeding.np_random(int(seeds[row]))
 
     def _masked_rows(self, mask: Any) -> Rows:
         if mask is None:

@@ -6,7 +6,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from toys import letters
 
+from textgen_env import TextGenEnv
 from textgen_env.config import OBSERVATION_KEYS, EnvConfig
 from textgen_env.errors import ConfigError, TextGenError, UnknownName
 from textgen_env.registry import Registry
@@ -58,6 +60,23 @@ def test_one_string_or_any_collection_of_them_stops(settings):
 @pytest.mark.parametrize("top_k", [16, np.int64(16), None])
 def test_whole_numbers_of_any_kind_are_settings(top_k):
     assert EnvConfig(top_k=top_k).top_k == top_k
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int64])
+def test_sums_of_small_numpy_integers_do_not_wrap_around(kind):
+    numbers = {"max_new_tokens": 100, "max_prompt_tokens": 120, "max_turns": 5, "max_reply_tokens": 60}
+    config = EnvConfig(**{name: kind(number) for name, number in numbers.items()})
+    assert config.max_length == 100 + 120 + 5 * 60
+    assert config == EnvConfig(**numbers)
+
+
+def test_a_text_under_small_numpy_integers_is_as_long_as_said():
+    env = TextGenEnv(letters(), ["a"], len, top_k=4, max_new_tokens=np.uint8(200), max_prompt_tokens=np.uint8(100))
+    env.reset(seed=0)
+    steps = 1
+    while not env.step(0)[2]:
+        steps += 1
+    assert steps == 200
 
 
 def test_settings_are_found_by_name_and_an_unknown_one_gets_a_suggestion():

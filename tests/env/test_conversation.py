@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import threading
 import time
@@ -262,6 +263,17 @@ def test_rewards_are_told_who_said_what():
     assert_allclose(text.logprobs, [np.log(TABLE[0, 0])] * 2 + [0] + [np.log(TABLE[1, 5])] + [0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("reply", ["", "a", "a b a "])
+def test_fluency_is_of_the_agent_s_tokens_however_long_the_partner_talks(reply):
+    given = {"max_turns": 2, "max_turn_tokens": 1, "max_new_tokens": 2, "max_reply_tokens": 6}
+    env = talk(lambda conversation: reply, model=letters(), reward="fluency", **given)
+    env.reset()
+    say(env, "a")
+    reward = say(env, "b")[1]
+    before = TOKENS.index(reply[-1]) if reply else 0  # the token before the agent's second one
+    assert reward == pytest.approx((np.log(TABLE[0, 0]) + np.log(TABLE[before, 1])) / 2, rel=1e-6)
+
+
 # --- rows that branch, batches, and rows that are stored
 
 
@@ -421,6 +433,53 @@ def test_a_partner_that_hangs_is_left_behind():
     release.set()
     env.reset()
     assert say(env, "ab")[0]["length"] == 4
+
+
+def test_after_an_error_the_partner_is_not_asked_for_the_other_rows():
+    calls = []
+
+    def over_quota(conversation):
+        calls.append(conversation)
+        time.sleep(0.05)
+        raise ValueError("quota exceeded")
+
+    vec = rows_of(20, over_quota, max_turn_tokens=1)
+    vec.reset(seed=0)
+    with pytest.raises(PartnerError, match="ValueError: quota exceeded"):
+        vec.step(np.zeros(20, np.int64))
+    time.sleep(0.5)
+    assert len(calls) <= 2  # the second may have been under way
+
+
+@pytest.mark.parametrize("error", [SystemExit(2), asyncio.CancelledError(), KeyboardInterrupt()], ids=repr)
+def test_an_error_that_ends_threads_is_told_at_once(error):
+    def leaves(conversation):
+        raise error
+
+    env = talk(leaves)
+    env.reset()
+    started = time.monotonic()
+    with pytest.raises(PartnerError, match=f"partner 'leaves' raised {type(error).__name__}") as raised:
+        say(env, "ab")
+    assert raised.value.__cause__ is error
+    assert time.monotonic() - started < 10  # of the 60 that it may take
+
+
+def test_an_interrupt_passes_where_the_partner_is_asked_without_a_thread():
+    def interrupted(conversation):
+        raise KeyboardInterrupt
+
+    env = talk(interrupted, reply_seconds=None)
+    env.reset()
+    with pytest.raises(KeyboardInterrupt):
+        say(env, "ab")
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), 1e10, np.float32(1e30)])
+def test_a_partner_may_be_given_any_time(seconds):
+    env = talk(echo, reply_seconds=seconds)
+    env.reset()
+    assert say(env, "ab")[1] == 2
 
 
 def test_a_partner_that_says_nothing_leaves_the_floor_to_the_agent():

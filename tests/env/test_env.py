@@ -13,6 +13,7 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.utils.env_match import check_environments_match
 from hypothesis import settings
@@ -149,7 +150,7 @@ def clap(text):
         ({"reward": clap}, "reward= was given as the object clap, .*REWARDS.register"),
         ({"reward": {"length": 1.0, "name": clap}}, "reward= was given as an object of type dict"),
         ({"partner": clap}, "partner= was given as the object clap, .*'script', .*PARTNERS.register"),
-        ({"top_k": np.int64(3)}, "top_k= was given as an object of type int64, .*plain data"),
+        ({"stop": {"b"}}, "stop= was given as an object of type set, .*plain data"),
     ],
 )
 def test_a_spec_names_the_object_that_is_no_json_and_what_is_allowed(given, message, monkeypatch):
@@ -162,6 +163,19 @@ def test_a_spec_names_the_object_that_is_no_json_and_what_is_allowed(given, mess
         with pytest.raises(SpecError, match=message) as raised:
             copied.to_json()
         assert isinstance(raised.value, TypeError)  # as json itself says it
+
+
+def test_numbers_of_numpy_go_through_json():
+    numbers = {"max_new_tokens": np.int64(4), "top_p": np.float32(0.5), "trust_remote_code": np.False_}
+    text = gym.make("TextGen-v0", **numbers).spec.to_json()
+    kwargs = json.loads(text)["kwargs"]
+    assert {name: kwargs[name] for name in numbers} == {"max_new_tokens": 4, "top_p": 0.5, "trust_remote_code": False}
+    assert gym.make(EnvSpec.from_json(text)).unwrapped.max_new_tokens == 4
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), np.uint8(3), np.random.default_rng(0).integers(3, 4)])
+def test_a_numpy_integer_is_a_seed(seed):
+    assert data_equivalence(make().reset(seed=seed), make().reset(seed=3), exact=True)
 
 
 def test_a_registered_partner_goes_through_json(monkeypatch):
@@ -531,8 +545,11 @@ def test_a_running_score_that_raises_leaves_no_half_made_step():
 
     env = make(reward=Broken()).unwrapped
     env.reset(seed=0)
-    with pytest.raises(KeyError):
+    with pytest.raises(
+        RewardError, match=r"running score of reward 'worth' raised KeyError.*the completion 'a'"
+    ) as raised:
         env.step(0)
+    assert isinstance(raised.value.__cause__, KeyError)
     with pytest.raises(ResetNeeded):
         env.step(0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import golden
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_equal
-from toys import TABLE, TOKENS, CountingModel, PlainEpisode, Worth, assert_same, letters
+from toys import TABLE, TOKENS, Counted, CountingModel, PlainEpisode, Worth, assert_same, letters
 
 from textgen_env import Prompt, Reward, TableModel, TextGenEnv, TextGenVectorEnv, make_prompts, make_reward
 from textgen_env.config import EnvConfig
@@ -259,6 +260,100 @@ def test_a_running_score_that_cannot_start_leaves_the_running_episode_as_it_is()
         env.reset(options={"prompt": "ab"})
     after, *_ = env.step(0)
     assert after["tokens"][:2].tolist() == [before["tokens"][0], before["candidates"][0]]
+
+
+class Straying(Reward):
+    """The number of characters, with a running score that strays: methods given here answer in its place."""
+
+    name = "straying"
+
+    def __init__(self, **methods):
+        self._methods = methods
+
+    def __call__(self, generations):
+        return np.array([len(g.completion) for g in generations], np.float64)
+
+    def running(self):
+        methods = {
+            "start": lambda prompt, reference, metadata: Counted("", 0.0),
+            "extend": lambda state, completion: Counted(completion, float(len(completion))),
+            "lookahead": lambda state, texts: np.array([len(text) for text in texts], np.float32),
+        }
+        return SimpleNamespace(**{**methods, **self._methods})
+
+
+def straying(**methods):
+    return TextGenEnv(letters(), ["a"], Straying(**methods), top_k=3, observation="full", reward_at="step")
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        (lambda text: Counted(text, float("nan")), "answered nan for the completion 'aa'; rewards must be finite"),
+        (lambda text: Counted(text, float("inf")), "answered inf"),
+        (lambda text: Counted(text, -1e31), r"answered -1e\+31"),
+        (lambda text: Counted(text, "2"), "answered dtype .*, not numbers"),
+        (lambda text: Counted(text, [2.0]), r"answered shape \(1, 1\)"),
+        (lambda text: None, "raised AttributeError"),
+        (lambda text: {}[text], "raised KeyError: 'aa'"),
+    ],
+)
+def test_a_running_score_that_is_no_finite_number_is_named_in_its_step(second, words):
+    env = straying(extend=lambda state, text: second(text) if len(text) == 2 else Counted(text, float(len(text))))
+    env.reset(seed=0)
+    assert env.step(0)[1] == 1.0  # a character a step
+    with pytest.raises(RewardError, match=f"the running score of reward 'straying' {words}"):
+        env.step(0)
+    with pytest.raises(ResetNeeded):
+        env.step(0)
+
+
+@pytest.mark.parametrize(
+    ("lookahead", "words"),
+    [
+        (lambda state, texts: 0.5, r"looked ahead with shape \(\) for 3 texts.*expected \(3,\)"),
+        (lambda state, texts: np.zeros(2), r"shape \(2,\)"),
+        (lambda state, texts: np.zeros((3, 1)), r"shape \(3, 1\)"),
+        (lambda state, texts: np.array([0.0, 1.0, np.nan]), "answered nan for the completion"),
+        (lambda state, texts: ["a", "b", "c"], "not numbers"),
+        (lambda state, texts: {}[texts[0]], "raised KeyError"),
+    ],
+)
+def test_a_look_ahead_that_is_not_a_number_a_candidate_is_named(lookahead, words):
+    env = straying(lookahead=lookahead)
+    with pytest.raises(RewardError, match=f"running score of reward 'straying' .*{words}"):
+        env.reset(seed=0)
+    with pytest.raises(ResetNeeded):
+        env.step(0)
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.nan, None])
+def test_a_running_score_that_starts_at_no_number_leaves_the_running_episode_as_it_is(value):
+    starts = iter([0.0, value])
+    env = straying(start=lambda prompt, reference, metadata: Counted("", next(starts)))
+    env.reset(seed=0)
+    with pytest.raises(RewardError, match="running score of reward 'straying' answered"):
+        env.reset()
+    assert env.step(0)[1] == 1.0
+
+
+def test_scores_beyond_the_observation_space_are_shown_as_its_bound_and_paid_in_full():
+    env = straying()
+    mixed = TextGenEnv(letters(), ["a"], [[Straying(), 1e7]], top_k=3, observation="full", reward_at="step")
+    env.reset(seed=0)
+    mixed.reset(seed=0)
+    for _ in range(2):
+        plain, large = env.step(0), mixed.step(0)
+        assert large[1] == 1e7 * plain[1]
+        assert large[0] in mixed.observation_space
+        assert large[0]["score"] == 1e6
+
+
+def test_a_mix_whose_weights_leave_the_finite_numbers_is_named():
+    env = TextGenEnv(letters(), ["a"], [[lambda text: 1e20, 1e20]], top_k=3, max_new_tokens=1)
+    env.reset(seed=0)
+    with pytest.raises(RewardError, match=r"'mix' answered 1e\+40"):
+        env.step(0)
 
 
 # --- phases

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from textgen_env.errors import ConfigError
+from textgen_env.errors import ConfigError, PromptError
 from textgen_env.evaluation import DISTINCT_TEXTS, bootstrap_interval, choose_prompts, evaluate, roll_out
 from textgen_env.models.table import TableModel
 from textgen_env.policies import sample
@@ -194,6 +194,17 @@ def test_distinct_looks_at_a_fixed_number_of_texts():
     many = evaluate(Fixed([0.4, 0.3, 0.3]), env, episodes=2 * DISTINCT_TEXTS, seed=0)
     assert many.completions[:DISTINCT_TEXTS] == few.completions
     assert many.distinct(1) == few.distinct(1)
+
+
+@pytest.mark.parametrize("texts", [["a", "b"], [Prompt("a"), {"prompt": "b"}]])
+def test_prompts_may_be_texts(texts):
+    agent, prompts = Fixed([0.4, 0.3, 0.3]), [Prompt("a"), Prompt("b")]
+    expected = evaluate(agent, make_env(prompts=["a"]), episodes=4, seed=0, prompts=prompts)
+    found = evaluate(agent, make_env(prompts=["a"]), episodes=4, seed=0, prompts=texts)
+    assert (found.prompts, found.completions) == (("a", "b", "a", "b"), expected.completions)
+    assert roll_out(agent, make_env(prompts=["a"]), texts, seed=0).prompts == ("a", "b")
+    with pytest.raises(PromptError, match="prompt 1: a prompt must be a string, got int"):
+        evaluate(agent, make_env(prompts=["a"]), episodes=4, seed=0, prompts=["a", 3])
 
 
 def test_choose_prompts_keeps_order_and_repeats_none():

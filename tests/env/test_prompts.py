@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,6 +249,39 @@ def test_a_file_that_changes_is_noticed(tmp_path):
     write(tmp_path / "p.txt", "three\n")
     with pytest.raises(PromptError, match="has changed since it was indexed"):
         source[0]
+    with pytest.raises(PromptError, match="has changed since it was indexed"):
+        list(source)
+    with pytest.raises(PromptError, match="has changed since it was indexed"):
+        source.split("train")
+    (tmp_path / "p.txt").unlink()
+    with pytest.raises(PromptError, match="has changed since it was indexed"):
+        source[0]
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):
+    source = make_prompts(write(tmp_path / "p.txt", "one\ntwo\nthree\n"))
+    reading = iter(source)
+    assert next(reading).text == "one"
+    with (tmp_path / "p.txt").open("a") as file:
+        file.write("four\n")
+    with pytest.raises(PromptError, match="has changed since it was indexed"):
+        list(reading)
+
+
+def test_a_file_by_a_relative_name_stays_in_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "p.txt", "one\ntwo\n")
+    sources = make_prompts("p.txt"), make_prompts(Path("p.txt"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for source in sources:
+        assert [source[1].text, *(prompt.text for prompt in source)] == ["two", "one", "two"]
+
+
+@pytest.mark.parametrize("metadata", [None, 3, "a", [("a", 1)]])
+def test_metadata_that_is_no_mapping_is_refused(metadata):
+    with pytest.raises(PromptError, match="metadata must be a mapping"):
+        Prompt("a", metadata=metadata)
 
 
 HALF = "\ud800 a"

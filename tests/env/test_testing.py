@@ -329,12 +329,17 @@ def vector(**changes):
     return TextGenVectorEnv(3, letters(), PROMPTS, Worth(), **(SMALL | changes))
 
 
+def observer(env):
+    """The name of the method that shows an environment's rows as they are."""
+    return "observe" if hasattr(env, "observe") else "_observation"
+
+
 def breaks(env, **changes):
     """Let ``env`` observe what functions of the key's array make of it."""
-    observation = env._observation
-    env._observation = lambda *rows: {
-        key: changes.get(key, lambda x: x)(value) for key, value in observation(*rows).items()
-    }
+    observation = getattr(env, observer(env))
+    setattr(
+        env, observer(env), lambda: {key: changes.get(key, lambda x: x)(value) for key, value in observation().items()}
+    )
     return env
 
 
@@ -347,14 +352,14 @@ def stepping(env, change):
 
 def shared(env):
     """The same arrays at every call."""
-    observation, store = env._observation, {}
+    observation, store = getattr(env, observer(env)), {}
 
-    def same(*rows):
-        for key, value in observation(*rows).items():
+    def same():
+        for key, value in observation().items():
             store.setdefault(key, value.copy())[...] = value
         return dict(store)
 
-    env._observation = same
+    setattr(env, observer(env), same)
     return env
 
 
@@ -438,7 +443,7 @@ def test_a_broken_environment_is_caught(name):
 
 
 def forks_nothing(env):
-    env.fork = lambda src, dst: env._observation(env._all)
+    env.fork = lambda src, dst: env.observe()
     return env
 
 

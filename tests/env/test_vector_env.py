@@ -12,6 +12,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from numpy.testing import assert_array_equal
 from toys import PROMPTS, CountingModel, PlainEpisode, Worth, assert_same, by_sum, letters, worth
 
 from textgen_env.errors import ConfigError, IllegalAction, PromptError, ResetNeeded, RewardError, SpecError
@@ -84,8 +85,33 @@ def test_row_i_is_seeded_with_seed_plus_i():
         assert data_equivalence(row(observation, i), single.reset(seed=40 + i)[0], exact=True)
 
 
-def test_a_numpy_integer_is_a_seed():
-    assert data_equivalence(make().reset(seed=np.int64(3)), make().reset(seed=3), exact=True)
+@pytest.mark.parametrize(
+    "seed", [np.int64(3), np.array(3), np.arange(3, 7), [np.uint8(3), 4, np.int64(5), 6], (3, 4, 5, 6)]
+)
+def test_seeds_of_numpy_are_seeds(seed):
+    assert data_equivalence(make().reset(seed=seed), make().reset(seed=3), exact=True)
+
+
+def test_seeds_and_generators_are_told_as_gymnasium_s_vector_tells_them():
+    ours, theirs = make().unwrapped, singles()
+    for seed in (5, [1, 2, 3, 4]):
+        ours.reset(seed=seed)
+        theirs.reset(seed=seed)
+        assert ours.np_random_seed == theirs.np_random_seed
+        for mine, other in zip(ours.np_random, theirs.np_random, strict=True):
+            assert mine.bit_generator.state == other.bit_generator.state
+    unseeded = make().unwrapped
+    assert len(set(unseeded.np_random_seed)) == N
+    unseeded.reset()
+    unseeded.load_state_dict(*ours.state_dict())
+    assert unseeded.np_random_seed == (-1,) * N  # as in Gymnasium, where a generator was put in place of a seed
+    assert [g.bit_generator.state for g in unseeded.np_random] == [g.bit_generator.state for g in ours.np_random]
+
+
+def test_a_small_numpy_integer_is_a_number_of_rows():
+    env = TextGenVectorEnv(np.uint8(200), letters(), **SETTINGS)
+    assert env.reset(seed=0)[0]["tokens"].shape[0] == 200
+    assert type(env.num_envs) is int
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
@@ -285,7 +311,28 @@ def test_a_fork_out_of_range_is_named_and_changes_nothing(src, dst, words):
     before, _ = env.reset(seed=0)
     with pytest.raises(IndexError, match=words):
         env.fork(src, dst)
-    assert data_equivalence(env._observation(np.arange(N)), before, exact=True)
+    assert data_equivalence(env.observe(), before, exact=True)
+
+
+@pytest.mark.parametrize("nothing", [[], (), np.array([]), np.array([], np.int64)], ids=repr)
+def test_a_fork_of_no_rows_changes_nothing(nothing):
+    env = make().unwrapped
+    before, _ = env.reset(seed=0)
+    assert data_equivalence(env.fork(nothing, nothing), before, exact=True)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint64])
+@pytest.mark.parametrize("model", ["letters", "tiny"])
+def test_rows_of_any_integers_are_forked(model, dtype):
+    env = TextGenVectorEnv(3, letters() if model == "letters" else model, ["a", "b a", "ab"], Worth(), top_k=4)
+    env.reset(options={"prompt": ["a", "b a", "ab"]})
+    before, *_ = env.step(np.zeros(3, np.int64))
+    forked = env.fork(np.array([0, 2], dtype), np.array([1, 0], dtype))
+    for key, value in forked.items():
+        assert_array_equal(value, before[key][[2, 0, 2]], key)
+    together, *_ = env.step(np.array([1, 1, 1]))
+    assert_array_equal(together["tokens"][0], together["tokens"][2])
+    np.testing.assert_allclose(together["logprobs"][0], together["logprobs"][2], atol=1e-5)
 
 
 def test_a_row_that_never_began_cannot_be_forked():
@@ -320,7 +367,7 @@ def test_invalid_actions_raise_and_change_no_row(actions):
     before, _ = env.reset(seed=0)
     with pytest.raises(IllegalAction):
         env.step(actions)
-    assert data_equivalence(env._observation(np.arange(N)), before, exact=True)
+    assert data_equivalence(env.observe(), before, exact=True)
     env.step([0] * N)
 
 
@@ -329,7 +376,7 @@ def test_one_masked_action_stops_all_rows_before_any_has_moved():
     before, _ = env.reset(options={"prompt": "a"})
     with pytest.raises(IllegalAction, match=r"actions \[1\] of rows \[2\] are masked"):
         env.step(np.array([0, 0, 1]))
-    assert data_equivalence(env._observation(np.arange(3)), before, exact=True)
+    assert data_equivalence(env.observe(), before, exact=True)
 
 
 def test_a_reward_that_raises_leaves_no_row_with_half_a_step():
@@ -357,6 +404,11 @@ def test_a_reward_that_raises_leaves_no_row_with_half_a_step():
         ({}, {"prompt": ["a", "a", "a", ""]}, None, PromptError, "must not be empty"),
         ({}, {"prompts": "a"}, None, ConfigError, "unknown reset options"),
         ({}, {}, [1, 2], ConfigError, "one number or 4 of them, got 2"),
+        ({}, {}, 5.0, ConfigError, "seed must be a whole number of at least 0, got 5.0"),
+        ({}, {}, True, ConfigError, "seed must be .* got True"),
+        ({}, {}, np.arange(4.0), ConfigError, "seed must be .* got 0.0"),
+        ({}, {}, [1, 2, 3, -4], ConfigError, "seed must be .* got -4"),
+        ({}, {}, np.arange(4)[:, None], ConfigError, r"seed must be .* got \[0\]"),
     ],
     ids=str,
 )

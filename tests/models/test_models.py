@@ -227,6 +227,12 @@ def test_a_model_needs_its_tokenizer_and_an_end_of_text_token(tiny_lm):
 # --- GGUF, converted once
 
 
+def test_a_tokenizer_beside_a_name_is_refused(tiny_lm):
+    for given in ({"model": "tiny", "tokenizer": tiny_lm[1]}, {"model": ("tiny", tiny_lm[1])}):
+        with pytest.raises(ModelError, match="'tiny' is loaded with its own tokenizer: leave tokenizer out"):
+            load_language_model(**given)
+
+
 def test_a_gguf_file_becomes_a_folder_with_its_weights_and_tokenizer(gguf_file, cache):
     path, embeddings = gguf_file
     model = load_language_model(path, dtype="float32")

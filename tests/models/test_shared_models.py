@@ -77,6 +77,19 @@ def test_an_owner_who_trains_the_model_changes_no_environment_and_keeps_the_mode
     assert not model.transformer.h[0].training
 
 
+def test_weights_that_change_while_their_owner_trains_are_checked_without_dropout(tiny_lm):
+    model = gpt2(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    language_model = load_language_model((model, tiny_lm[1]))
+    course(language_model, 0)
+    model.train()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    found = course(language_model, 0)
+    assert model.training
+    np.testing.assert_array_equal(found, course(load_language_model((model.eval(), tiny_lm[1])), 0))
+
+
 FORK = """
 import gymnasium as gym, numpy as np, torch
 torch.set_num_threads(2)

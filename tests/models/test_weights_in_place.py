@@ -9,11 +9,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune as prune
 from conftest import WORDS
 from toys import letters
 
 from textgen_env.errors import ConfigError, ModelError
 from textgen_env.models.hf import HFModel
+from textgen_env.models.parts import ModuleParts
 
 
 def gpt2():
@@ -66,7 +68,43 @@ def data_replaced(model):
         weight.data = weight.data * 1.5
 
 
-@pytest.mark.parametrize("change", [optimiser_step, load_others, data_replaced])
+def parameters_replaced(model):
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(-weight.detach()))
+
+
+def one_module(model):
+    """A module in the middle of a layer, its parent and its name there."""
+    body = getattr(model, "model", None) or model.transformer
+    layer = body.layers[1].mlp if hasattr(body, "layers") else body.h[1].mlp
+    name = "down_proj" if hasattr(layer, "down_proj") else "c_proj"
+    return layer, name
+
+
+class Louder(torch.nn.Module):
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x):
+        return 3.0 * self.inside(x)
+
+
+def module_wrapped(model):
+    parent, name = one_module(model)
+    setattr(parent, name, Louder(getattr(parent, name)))
+
+
+def pruned(model):
+    parent, name = one_module(model)
+    prune.l1_unstructured(getattr(parent, name), "weight", 0.9)
+
+
+CHANGES = [optimiser_step, load_others, data_replaced, parameters_replaced, module_wrapped, pruned]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_weights_that_change_in_place_are_noticed_by_memo_cache_and_packed_copies(pair, change):
     model, _ = pair
     env = make(pair)
@@ -85,6 +123,78 @@ def test_weights_that_change_in_place_are_noticed_by_memo_cache_and_packed_copie
     first, _ = env.reset()  # its proposals were in the memo
     np.testing.assert_allclose(shown(first), uncached(model, first), atol=1e-4)
     assert np.abs(before - shown(observation)).max() > 1e-3
+
+
+def test_new_values_at_an_old_address_are_noticed():
+    layer = torch.nn.Linear(64, 64)
+    parts = ModuleParts(layer)
+    assert not parts.have_changed()
+    for _ in range(50):
+        values = (layer.weight.detach() * 1.1).tolist()
+        layer.weight.data = torch.empty(0)  # frees its memory, unless somebody keeps it
+        layer.weight.data = torch.tensor(values)  # often where the last ones were
+        assert parts.have_changed()
+
+
+def test_pruning_once_more_changes_a_stored_mask_alone_and_is_noticed(pair):
+    model, _ = pair
+    parent, name = one_module(model)
+    prune.l1_unstructured(getattr(parent, name), "weight", 0.5)
+    env = make(pair)
+    before, _ = env.reset(seed=0)
+    prune.l1_unstructured(getattr(parent, name), "weight", 0.9)
+    after, _ = env.reset(seed=0)
+    np.testing.assert_allclose(shown(after), uncached(model, after), atol=1e-4)
+    assert np.abs(shown(after) - shown(before)).max() > 1e-4
+    getattr(parent, name).weight_mask.zero_()
+    last, _ = env.reset(seed=0)
+    np.testing.assert_allclose(shown(last), uncached(model, last), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_of_peft_is_noticed_and_its_training_too(pair):
+    peft = pytest.importorskip("peft")
+    model, _ = pair
+    env = make(pair)
+    before, _ = env.reset(seed=0)
+    layers = ["c_proj"] if hasattr(model, "transformer") else ["down_proj"]
+    config = peft.LoraConfig(r=4, target_modules=layers, init_lora_weights=False, lora_dropout=0.5)
+    adapted = peft.get_peft_model(model, config)  # its dropout is on: the environment goes without
+    seen, _ = env.reset(seed=0)
+    adapted.eval()
+    np.testing.assert_allclose(shown(seen), uncached(model, seen), atol=1e-4)
+    assert np.abs(shown(seen) - shown(before)).max() > 1e-3
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.mul_(2.0)
+    seen, _ = env.reset(seed=0)
+    np.testing.assert_allclose(shown(seen), uncached(model, seen), atol=1e-4)
+
+
+def test_embeddings_are_those_of_the_module_as_it_is_now(pair):
+    language_model = HFModel(*pair)
+    embedding = pair[0].get_input_embeddings()
+    embedding.weight = torch.nn.Parameter(embedding.weight.detach() + 1.0)
+    ids = np.array([[2, 3], [4, 2]])
+    np.testing.assert_array_equal(language_model.embed(ids), embedding(torch.from_numpy(ids)).detach().numpy())
+
+
+def test_another_vocabulary_is_refused(pair):
+    env = make(pair)
+    env.reset(seed=0)
+    pair[0].resize_token_embeddings(len(WORDS) + 3, mean_resizing=False)
+    with pytest.raises(ModelError, match="has changed: make the environment anew"):
+        env.reset(seed=0)
+
+
+def test_a_model_that_nobody_changes_is_checked_once(pair, monkeypatch):
+    env = make(pair)
+    monkeypatch.setattr("textgen_env.models.hf.agreeing_decoder", None)  # would raise
+    for seed in range(3):
+        env.reset(seed=seed)
+        for action in (0, 1, 2):
+            env.step(action)
 
 
 def test_all_environments_of_a_model_notice_and_it_is_checked_once(pair, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import pickle
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from textgen_env.errors import ConfigError, RewardError, UnknownName
+from textgen_env.errors import ConfigError, RewardError, TextGenError, UnknownName
 from textgen_env.rewards import (
     REWARDS,
     EvaluateReward,
@@ -112,15 +113,19 @@ def save_tiny_classifier(folder):
     tokenizer.save_pretrained(folder)
 
 
-def make(name, files) -> Reward:
-    """Return the reward of that name, with what it cannot do without."""
-    needed = {
+def needed(name, files):
+    """Return the settings that the reward of that name cannot do without."""
+    settings = {
         "regex": {"pattern": "[ct]at"},
         "classifier": {"file": files["words"]},
         "transformers": {"model": files["tiny"]},
         "shaped": {"reward": "json", "potential": "length"},
     }
-    return make_reward({"name": name, **needed.get(name, {})})
+    return settings.get(name, {})
+
+
+def make(name, files) -> Reward:
+    return make_reward({"name": name, **needed(name, files)})
 
 
 # --- every registered reward
@@ -409,6 +414,17 @@ def test_a_mix_goes_to_json_and_back():
         ({"name": 3}, "name must be a string"),
         ({"name": "readability", "target": "high"}, "reward 'readability'.*it takes target"),
         ({"name": "regex"}, "missing a required argument: 'pattern'"),
+        ("regex", "reward 'regex': missing a required argument: 'pattern'; it takes pattern"),
+        ("shaped", "reward 'shaped': missing a required argument: 'reward'"),
+        ("classifier", "reward 'classifier': missing a required argument: 'file'"),
+        ("transformers", "reward 'transformers': missing a required argument: 'model'"),
+        ({"regex": 1.0}, "missing a required argument: 'pattern'"),
+        ({"name": "rhyme", "scheme": 5}, "rhyme scheme is letters .* got 5"),
+        ({"name": "length", "target": True}, "target must be a whole number of at least 1, got True"),
+        ({"name": "length", "target": 2.0}, "target must be .* got 2.0"),
+        ({"name": "metre", "syllables": 0}, "syllables must be .* at least 1, got 0"),
+        ({"name": "repetition", "n": True}, "n must be .* got True"),
+        ({"name": "distinct", "n": 1.5}, "n must be .* got 1.5"),
         ({"sentiment": "high"}, "weight of reward 'sentiment' must be a finite number, got 'high'"),
         ({"sentiment": float("nan")}, "finite number, got nan"),
         ({"sentiment": True}, "finite number, got True"),
@@ -423,6 +439,30 @@ def test_a_mix_goes_to_json_and_back():
 def test_what_means_no_reward_is_refused(spec, message):
     with pytest.raises(ConfigError, match=message):
         make_reward(spec)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int64])
+def test_whole_numbers_of_any_kind_are_settings(kind):
+    text = Generation("", "a b c " * 43)  # 129 words: more than an int8 holds
+    for name, setting, number in [("length", "target", 100), ("metre", "syllables", 100), ("repetition", "n", 2)]:
+        given, plain = (make_reward({"name": name, setting: value}) for value in (kind(number), number))
+        assert given == plain
+        assert given([text]) == plain([text])
+        assert json.dumps(reward_spec(given)) == json.dumps(reward_spec(plain))
+
+
+ODD = [None, 3, -1, 2.5, True, np.int64(3), float("nan"), "x", "", [], ["x"], {}, {"x": 1}, object()]
+
+
+@pytest.mark.parametrize("name", sorted(REWARDS))
+def test_settings_of_any_type_are_taken_or_refused_by_name(name, files):
+    for setting in inspect.signature(REWARDS[name]).parameters:
+        for value in ODD:
+            try:
+                reward = make_reward({"name": name, **needed(name, files), setting: value})
+            except TextGenError:
+                continue
+            assert isinstance(reward, Reward), (setting, value)
 
 
 def test_an_unknown_name_is_an_unknown_name():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from textgen_env.errors import ConfigError, RewardError
 from textgen_env.rewards import REWARDS, Generation, make_reward
+from textgen_env.rewards.base import Turn
 from textgen_env.rewards.classifier import main, read_examples, train_classifier
 from textgen_env.rewards.lexical import count_syllables, flesch_kincaid_grade
 from textgen_env.rewards.linear import WordClassifier
@@ -336,6 +337,30 @@ def test_fluency_is_the_mean_log_probability_of_the_environments_model():
     assert score("fluency", "") == 0
     with pytest.raises(RewardError, match="needs the log-probabilities of 'a b'"):
         score("fluency", "a b")
+
+
+def test_fluency_in_a_conversation_is_of_the_agent_s_tokens_under_any_model(tiny_lm, tmp_path):
+    import torch
+
+    model, tokenizer = tiny_lm
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    turns = (Turn("agent", "the film"), Turn("partner", " was good good"), Turn("agent", " was"), Turn("partner", ""))
+    said = Generation(
+        "the", " the film was good good, was", logprobs=(-1.0, -2.0, 0.0, 0.0, 0.0, -3.0), turns=turns, replied=3
+    )
+    assert REWARDS["fluency"]()([said]) == [(-1 - 2 - 3) / 3]
+    with torch.no_grad():
+        total, count = 0.0, 0
+        for before, text in (("the ", "the film"), ("the the film was good good,", " was")):
+            context, ids = tokenizer(before)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+            logprobs = model(torch.tensor([context + ids])).logits[0].log_softmax(-1)
+            total += sum(float(logprobs[len(context) - 1 + i, token]) for i, token in enumerate(ids))
+            count += len(ids)
+    alone = Generation("the", "the film")
+    values = REWARDS["fluency"](model=str(tmp_path))([alone, said, alone])
+    assert values[1] == pytest.approx(total / count, abs=1e-5)
+    assert values[0] == values[2] != values[1]
 
 
 def test_fluency_under_another_model_is_the_uncached_forward(tiny_lm, tmp_path):

@@ -17,6 +17,7 @@ import torch
 
 from textgen_env.errors import ModelError
 from textgen_env.models.base import Slots
+from textgen_env.models.forward import without_dropout
 from textgen_env.models.generic import GenericDecoder
 from textgen_env.models.llama import LlamaDecoder
 from textgen_env.models.packing import Decoder, PackedDecoder
@@ -65,13 +66,13 @@ class CheckedModel(Protocol):
         """Return the logits (V,) of the token behind ``ids``, from the model's own forward over all of them."""
 
 
-def agreeing_decoder(model: CheckedModel, windows: Sequence[int], reach: Reach | None = None) -> Decoder:
+def agreeing_decoder(model: CheckedModel, windows: Sequence[int], reach: Reach = Reach.NEAR) -> Decoder:
     """Return the fastest decoder that agrees with the model's own uncached forward.
 
     Args:
         model: What is to be run.
         windows: Of layers that do not see the whole text, in tokens; texts of a check are longer than small ones.
-        reach: How far the texts go; ``Reach.NEAR`` unless said.
+        reach: How far the texts go.
 
     Raises:
         ModelError: none does, with the reason of each.
@@ -79,7 +80,7 @@ def agreeing_decoder(model: CheckedModel, windows: Sequence[int], reach: Reach |
     kind = type(model.model).__name__
     allowed = EXACT if model.model.dtype in (torch.float32, torch.float64) else HALF
     reasons = []
-    for make in model.candidate_decoders(reach or Reach.NEAR):
+    for make in model.candidate_decoders(reach):
         try:
             decoder = make()
             gap = _disagreement(model, decoder, windows)
@@ -124,7 +125,8 @@ def _disagreement(model: CheckedModel, decoder: Decoder, windows: Sequence[int])
     if decoder.alone or not packed:
         courses.append((most,))
     ids = plain_ids(model, most + STEPS)
-    return max(_largest_gap(model, decoder, ids, lengths) for lengths in courses)
+    with without_dropout(model.model.modules()):
+        return max(_largest_gap(model, decoder, ids, lengths) for lengths in courses)
 
 
 def plain_ids(model: CheckedModel, count: int) -> list[int]:

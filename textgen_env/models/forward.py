@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,17 +44,9 @@ class Forward:
             return (kept[-1],)
 
         head = self.model.get_output_embeddings() if self._head_is_called else None
-        training = [module for module in self._modules if module.training]
-        for module in training:  # its owner trains it: no dropout here, and none less there
-            module.training = False
-        hook = None if head is None else head.register_forward_pre_hook(keep_last)
-        try:
+        hook = nullcontext() if head is None else head.register_forward_pre_hook(keep_last)
+        with without_dropout(self._modules), hook:
             found = self.model(**inputs, **({} if head is not None else {"output_hidden_states": True}))
-        finally:
-            if hook is not None:
-                hook.remove()
-            for module in training:
-                module.training = True
         if kept:
             return found.logits[:, -1], kept[-1][:, -1], found
         if head is not None:
@@ -62,6 +55,19 @@ class Forward:
         states = found.decoder_hidden_states if "decoder_input_ids" in inputs else found.hidden_states
         logits, hidden = found.logits[:, -1], states[-1][:, -1]
         return (logits, hidden, found) if pick is None else (logits[pick], hidden[pick], found)
+
+
+@contextmanager
+def without_dropout(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run modules as after ``eval()``, and put those back that their owner trains: no dropout here, none less there."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _without_cache(inputs: Mapping[str, Any]) -> Mapping[str, Any]:

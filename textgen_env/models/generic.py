@@ -46,8 +46,7 @@ class GenericDecoder(PackedDecoder):
                 shapes = {(len(layers), x.keys.shape[1], x.keys.shape[3], x.values.shape[3]) for x in layers}
             except (AttributeError, IndexError, TypeError) as error:
                 raise ModelError(
-                    f"{type(self._model).__name__} does not cache keys and values for each token: {error}. "
-                    "Models with recurrent or compressed caches are not supported"
+                    f"{type(self._model).__name__} does not cache keys and values for each token: {error}"
                 ) from error
         if len(shapes) != 1:
             raise ModelError(f"{type(self._model).__name__} caches different shapes in its layers: {sorted(shapes)}")

@@ -17,6 +17,7 @@ from textgen_env.models.base import LanguageModel
 from textgen_env.models.device import available_bytes, compute_alone_after_fork, forward_lock, release_freed_memory
 from textgen_env.models.forward import no_cache
 from textgen_env.models.packing import Decoder, PackedDecoder
+from textgen_env.models.parts import ModuleParts
 from textgen_env.models.slots import HFSlots
 
 if TYPE_CHECKING:
@@ -38,10 +39,11 @@ class HFModel(LanguageModel):
     """A causal LM and its tokenizer, as loaded by ``from_pretrained``.
 
     The module is put into eval mode and otherwise left alone; it goes on working for its owner.
-    Weights that change in place (an optimiser's step, ``load_state_dict``) are noticed before the next
-    proposal, and what older ones computed is forgotten; a write to ``weight.data`` in place leaves no
-    trace. The first forward is checked against the model's own, so an architecture that the engine
-    gets wrong is refused, not guessed. Tokens that the generation config suppresses are not proposed.
+    Weights that change (an optimiser's step, ``load_state_dict``), and parameters and modules that are
+    replaced (pruning, LoRA), are noticed before the next proposal, and what older ones computed is
+    forgotten; ``textgen_env.models.parts`` says what leaves no trace. The first forward is checked against
+    the model's own, so an architecture that the engine gets wrong is refused, not guessed. Tokens that the
+    generation config suppresses are not proposed.
 
     Args:
         model: The causal LM, on any device, in any floating dtype.
@@ -80,10 +82,8 @@ class HFModel(LanguageModel):
         embedding: Any = self._written_embedding(model)
         if not isinstance(getattr(embedding, "weight", None), torch.Tensor):
             raise ModelError(f"{type(model).__name__} embeds no single stream of tokens: it does not write text")
-        self._embeddings: torch.Tensor = embedding.weight
-        self.embedding_size = self._embeddings.shape[-1]
+        self.embedding_size = embedding.weight.shape[-1]
         self._relayout = relayout
-        self._weights = [weight for weight in model.parameters() if not weight.is_inference()]  # those have no version
         config = model.config.get_text_config(decoder=True)
         self.max_context = positions_of(model, config)
         self._windows, self._cache_limits = _sizes(config, WINDOWS), _cache_limits(config)
@@ -103,13 +103,11 @@ class HFModel(LanguageModel):
         return partial(type(self), name=self.name, memo_bytes=self.memo_bytes), (self.model, self.tokenizer)
 
     def _choose_decoder(self) -> None:
+        if _output_sizes(self.model) != (self.vocab_size, self.hidden_size):
+            raise ModelError(f"the vocabulary or width of model {self.name!r} has changed: make the environment anew")
         self._further: dict[Reach, Decoder] = {}
         self.decoder = agreeing_decoder(self, self._windows)
-        self._seen = self._versions()
-
-    def _versions(self) -> list[tuple[int, int]]:
-        """Return where each weight is and how often it has been written to: cheap, and no look at its numbers."""
-        return [(weight.data_ptr(), weight._version) for weight in self._weights]
+        self._parts = ModuleParts(self.model)
 
     def _written_embedding(self, model: Any) -> Any:
         """Return the module that embeds the tokens that are written."""
@@ -145,8 +143,9 @@ class HFModel(LanguageModel):
 
     @torch.inference_mode()
     def embed(self, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
-        rows = torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self._embeddings.device)
-        return self._embeddings[rows].float().cpu().numpy()
+        weight = self._written_embedding(self.model).weight
+        rows = torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(weight.device)
+        return weight[rows].float().cpu().numpy()
 
     def slots(self, rows: int, length: int, k: int | None) -> HFSlots:
         most = self.vocab_size - len({*self.end_ids, *self.suppressed, *self.suppressed_first})
@@ -194,9 +193,9 @@ class HFModel(LanguageModel):
         Raises:
             ModelError: none agrees with the model there.
         """
-        if self._versions() != self._seen:
+        if self._parts.have_changed():
             with forward_lock(self.model):
-                if self._versions() != self._seen:
+                if self._parts.have_changed():
                     self._choose_decoder()
         if length > min(self._cache_limits, default=length):
             reach = Reach.UNCACHED
@@ -214,7 +213,7 @@ class HFModel(LanguageModel):
         """Return the bytes that ``slots(rows, length, k)`` takes at most."""
         decoder = self.decoder_for(length)
         logits = rows * self.vocab_size * decoder.dtype.itemsize
-        return decoder.slots_bytes(rows, length) + logits + (8 << 20) + self.memo_bytes
+        return decoder.cache_bytes(rows, length) + logits + (8 << 20) + self.memo_bytes
 
 
 # --- properties of a model and a tokenizer

@@ -62,8 +62,8 @@ def load_language_model(
         trust_remote_code: Run code that a hub repository ships. Off unless asked for.
 
     Raises:
-        ModelError: nothing of that name or path, no tokenizer, no end-of-text token, or the hub
-            cannot be reached.
+        ModelError: nothing of that name or path, no tokenizer (or one for a model that is given by
+            name), no end-of-text token, or the hub cannot be reached.
     """
     if isinstance(model, LanguageModel):
         return model
@@ -73,6 +73,11 @@ def load_language_model(
         model, tokenizer = model
     if not isinstance(model, str | os.PathLike):
         return _from_objects(model, tokenizer, dtype)
+    if tokenizer is not None:
+        raise ModelError(
+            f"model {str(model)!r} is loaded with its own tokenizer: leave tokenizer out, or load the model and "
+            "give both as (model, tokenizer)"
+        )
     key = (_identity(str(model)), dtype, trust_remote_code)
     if key not in _loaded:
         for earlier in [known for known in _loaded if known[1:] == key[1:] and known[0][0] == key[0][0]]:

@@ -85,7 +85,7 @@ class Decoder(Protocol):
     def new_cache(self, rows: int, length: int) -> Any:
         """Return a ``RowCache`` for rows of up to ``length`` tokens."""
 
-    def slots_bytes(self, rows: int, length: int) -> int:
+    def cache_bytes(self, rows: int, length: int) -> int:
         """Return the bytes that such a cache takes at most."""
 
     def batch(self, tokens: npt.NDArray[np.int32], rows: Rows, first: Places, end: Places, cache: Any) -> Any:
@@ -119,7 +119,7 @@ class PackedDecoder:
     def new_cache(self, rows: int, length: int) -> KeyValues:
         return KeyValues(self.shape, rows, length)
 
-    def slots_bytes(self, rows: int, length: int) -> int:
+    def cache_bytes(self, rows: int, length: int) -> int:
         """Return the bytes of keys and values of ``rows`` rows of ``length`` tokens."""
         return rows * KeyValues.rounded(length) * self.shape.token_bytes
 
@@ -173,7 +173,7 @@ def _groups(
     if single.all() or len(rows) * counts.max() > 2 * len(positions):
         # Each token attends for itself: padding would cost more.
         return [_group(None, np.repeat(rows, counts), positions[:, None], cache, decoder.splits)]
-    return [padded(single | True)]
+    return [padded(np.ones(len(rows), np.bool_))]
 
 
 def _group(places: Places | None, rows: Rows, positions: Places, cache: KeyValues, splits: bool) -> AttentionGroup:

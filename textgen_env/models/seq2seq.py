@@ -166,9 +166,9 @@ class Seq2SeqModel(HFModel):
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         self.begin = _first_tokens(model)
-        super().__init__(model, *args, **kwargs)
-        self._appends_end = False  # the encoder reads the end token of its text
         self.max_source = positions_of(model, model.config.get_text_config(encoder=True))
+        super().__init__(model, *args, **kwargs)  # opens rows, to check a decoder
+        self._appends_end = False  # the encoder reads the end token of its text
 
     def _written_embedding(self, model: Any) -> Any:
         decoder = model.get_decoder()
@@ -176,8 +176,7 @@ class Seq2SeqModel(HFModel):
         return decoder.get_input_embeddings() if found is None else found
 
     def open_slots(self, decoder: Decoder, rows: int, length: int, k: int | None, memo_bytes: int) -> SourceSlots:
-        longest = getattr(self, "max_source", 1 << 30)
-        return SourceSlots(self, decoder, rows, length, k, memo_bytes, begin=self.begin, longest=longest)
+        return SourceSlots(self, decoder, rows, length, k, memo_bytes, begin=self.begin, longest=self.max_source)
 
     def candidate_decoders(self, reach: Reach) -> Iterator[partial[Any]]:
         ways = [way for way in SEQ2SEQ_WAYS if reach is not Reach.UNCACHED or not way.cached]

@@ -177,7 +177,7 @@ class HFSlots(Slots):
     def _remember_prompt(self, row: int) -> None:
         length = int(self.prompt_lengths[row])
         key = self._key(row, length)
-        size = len(key) + self.decoder.slots_bytes(1, length)
+        size = len(key) + self.decoder.cache_bytes(1, length)
         if size <= self._prompts.limit and self._prompts.get(key) is None:
             kept = self.cache.read(row, length)
             if kept is not None:

@@ -156,7 +156,7 @@ class StatefulDecoder:
     def new_cache(self, rows: int, length: int) -> OwnCaches:
         return OwnCaches(self._axes, rows)
 
-    def slots_bytes(self, rows: int, length: int) -> int:
+    def cache_bytes(self, rows: int, length: int) -> int:
         """Return the bytes that the cache of ``rows`` rows of ``length`` tokens takes at most: joining copies it."""
         once, a_token = self._bytes
         return 2 * rows * (once + length * a_token)

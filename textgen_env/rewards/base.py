@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -42,7 +43,7 @@ class Generation:
     ``text`` is prompt plus completion; ``ids`` and ``logprobs`` (nats, full vocabulary) are those
     of the completion; ``reference`` and ``metadata`` come with the prompt. In a conversation the
     completion is everything behind the prompt, replies included (their tokens have log-probability 0),
-    and ``turns`` tells who said what.
+    ``replied`` of its tokens are theirs, and ``turns`` tells who said what.
     """
 
     prompt: str
@@ -54,6 +55,7 @@ class Generation:
     reference: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     turns: tuple[Turn, ...] = ()
+    replied: int = 0
 
     @property
     def text(self) -> str:
@@ -147,32 +149,89 @@ def check_rewards(
     Raises:
         RewardError: names the reward and a text; an error raised by ``function`` is chained.
     """
+    return _checked(f"reward {name!r}", lambda: function(generations), [g.completion for g in generations])
+
+
+def _checked(who: str, function: Callable[[], Any], completions: Sequence[str]) -> npt.NDArray[np.float64]:
+    """Return ``function()`` as (B,) finite float64, one number a completion; see ``check_rewards``."""
     try:
-        answer = np.asarray(function(generations))
+        answer = np.asarray(function())
     except RewardError:
         raise
     except Exception as error:
         raise RewardError(
-            f"reward {name!r} raised {type(error).__name__}: {error} (while scoring {_texts(generations)})"
+            f"{who} raised {type(error).__name__}: {error} (while scoring {_texts(completions)})"
         ) from error
     if answer.dtype.kind not in "biuf":
         raise RewardError(
-            f"reward {name!r} answered dtype {answer.dtype}, not numbers, for {_texts(generations)}; "
-            "return one float a text"
+            f"{who} answered dtype {answer.dtype}, not numbers, for {_texts(completions)}; return one float a text"
         )
-    if answer.shape != (len(generations),):
+    if answer.shape != (len(completions),):
         raise RewardError(
-            f"reward {name!r} answered shape {answer.shape} for {_texts(generations)}; "
-            f"expected ({len(generations)},), one number a text"
+            f"{who} answered shape {answer.shape} for {_texts(completions)}; "
+            f"expected ({len(completions)},), one number a text"
         )
     values = answer.astype(np.float64)
     bad = np.flatnonzero(~(np.abs(values) <= LARGEST))
     if bad.size:
         raise RewardError(
-            f"reward {name!r} answered {answer[bad[0]]} for the completion "
-            f"{shorten(generations[bad[0]].completion)}; rewards must be finite numbers within {LARGEST:g}"
+            f"{who} answered {answer[bad[0]]} for the completion {shorten(completions[bad[0]])}; "
+            f"rewards must be finite numbers within {LARGEST:g}"
         )
     return values
+
+
+class CheckedScore:
+    """The running score of a reward, for B rows at a time, its answers checked.
+
+    Each method raises ``RewardError``, which names the reward and a text, where the score raises, or answers something
+    else than finite numbers within ``LARGEST``, one a completion.
+    """
+
+    def __init__(self, name: str, score: RunningScore[Any]) -> None:
+        self._who, self._score = f"the running score of reward {name!r}", score
+
+    def start(self, prompt: str, reference: str | None, metadata: Mapping[str, Any]) -> ScoreState:
+        """Return the state of the empty completion."""
+        states: list[ScoreState] = []
+
+        def value() -> list[float]:
+            states.append(self._score.start(prompt, reference, metadata))
+            return [states[0].value]
+
+        _checked(self._who, value, [""])
+        return states[0]
+
+    def extend(
+        self, states: npt.NDArray[np.object_], completions: Sequence[str]
+    ) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.float64]]:
+        """Return the states (B,) of B completions, and their values, (B,)."""
+        extended = np.empty(len(states), object)
+
+        def values() -> list[float]:
+            for i, (state, completion) in enumerate(zip(states, completions, strict=True)):
+                extended[i] = self._score.extend(state, completion)
+            return [state.value for state in extended]
+
+        return extended, _checked(self._who, values, completions)
+
+    def lookahead(
+        self, states: npt.NDArray[np.object_], completions: Sequence[Sequence[str]]
+    ) -> npt.NDArray[np.float64]:
+        """Return the scores of k alternative completions a row, (B, k)."""
+
+        def values() -> npt.NDArray[Any]:
+            answers = []
+            for state, texts in zip(states, completions, strict=True):
+                answers.append(np.asarray(self._score.lookahead(state, texts)))
+                if answers[-1].shape != (len(texts),):
+                    raise RewardError(
+                        f"{self._who} looked ahead with shape {answers[-1].shape} for {_texts(texts)}; "
+                        f"expected ({len(texts)},), one number a text"
+                    )
+            return np.concatenate(answers)
+
+        return _checked(self._who, values, list(chain.from_iterable(completions))).reshape(len(states), -1)
 
 
 def shorten(text: str, limit: int = 80) -> str:
@@ -181,8 +240,8 @@ def shorten(text: str, limit: int = 80) -> str:
     return repr(text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}")
 
 
-def _texts(generations: Sequence[Generation]) -> str:
-    if not generations:
+def _texts(completions: Sequence[str]) -> str:
+    if not completions:
         return "no texts"
-    first = f"the completion {shorten(generations[0].completion)}"
-    return first if len(generations) == 1 else f"{len(generations)} texts, the first of them {first}"
+    first = f"the completion {shorten(completions[0])}"
+    return first if len(completions) == 1 else f"{len(completions)} texts, the first of them {first}"

@@ -19,7 +19,7 @@ from textgen_env.config import check_unicode
 from textgen_env.errors import ConfigError
 from textgen_env.registry import build
 from textgen_env.rewards.adapters import EvaluateReward, PipelineReward, comes_from
-from textgen_env.rewards.base import REWARDS, Generation, Reward, RunningScore, Scored, ScoreState
+from textgen_env.rewards.base import REWARDS, Generation, Reward, RunningScore, Scored, ScoreState, check_rewards
 from textgen_env.rewards.functions import FunctionReward
 
 
@@ -47,7 +47,7 @@ def make_reward(spec: Any) -> Reward:
         return spec
     check_unicode("the settings of a reward", spec)
     if isinstance(spec, str):
-        return REWARDS[spec]()
+        return build(REWARDS, spec)
     if isinstance(spec, Mapping):
         return build(REWARDS, **spec) if "name" in spec else Mix.of(list(spec.items()))
     if isinstance(spec, list):
@@ -124,9 +124,10 @@ class Mix(Reward):
         by_name: dict[str, npt.NDArray[np.float64]] = {}
         for part, weight in self.parts:
             values = part.scored(generations).total
-            total += weight * values
+            with np.errstate(over="ignore", invalid="ignore"):  # refused below
+                total += weight * values
             by_name[_free_name(part.name, by_name)] = values
-        return Scored(total, by_name)
+        return Scored(check_rewards(self.name, lambda _: total, generations), by_name)
 
     def running(self) -> RunningScore[Any] | None:
         scores = [(part.running(), weight) for part, weight in self.parts]

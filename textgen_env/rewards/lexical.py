@@ -1,8 +1,8 @@
-"""Rewards that count words: keywords, length, repetition, variety, readability, and a classifier's words.
+"""Rewards that count words: keywords, length, repetition, variety, readability and metre.
 
 A word is a run of letters and digits of any script, combining marks and apostrophes inside it
-included, in lower case. Words never
-span whitespace, so all of these have running scores that cost only the open tail.
+included, in lower case. Words never span whitespace, so all of these have running scores that cost
+only the open tail.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+from textgen_env.config import check_at_least
 from textgen_env.errors import ConfigError, RewardError
 from textgen_env.rewards.base import REWARDS, shorten
 from textgen_env.rewards.incremental import IncrementalReward, IncrementalScore
@@ -26,6 +28,13 @@ def split_words(text: str) -> list[str]:
     """Return the words of ``text`` in lower case."""
     lower = text.lower()
     return _ASCII_WORD.findall(lower) if lower.isascii() else _word_of_any_script().findall(lower)
+
+
+def distinct_share(texts: Sequence[str], n: int) -> float:
+    """Return different word n-grams over all of them, in all texts together; 0 without any."""
+    words = map(split_words, texts)
+    ngrams = Counter(gram for text in words for gram in zip(*(text[i:] for i in range(n)), strict=False))
+    return len(ngrams) / ngrams.total() if ngrams else 0.0
 
 
 @cache
@@ -115,8 +124,8 @@ class Length(IncrementalReward):
     name = "length"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.target, int) or self.target < 1:
-            raise ConfigError(f"the target length must be a whole number of words from 1, got {self.target!r}")
+        check_at_least("target", self.target, 1)
+        object.__setattr__(self, "target", int(self.target))
 
     def running(self) -> IncrementalScore[Any]:
         return _LengthScore(self.target)
@@ -156,7 +165,8 @@ class RepetitionReward(IncrementalReward):
     name = "repetition"
 
     def __post_init__(self) -> None:
-        _check_n(self.n)
+        check_at_least("n", self.n, 1)
+        object.__setattr__(self, "n", int(self.n))
 
     def running(self) -> IncrementalScore[Any]:
         return _RepetitionScore(self.n)
@@ -182,7 +192,8 @@ class DistinctReward(IncrementalReward):
     name = "distinct"
 
     def __post_init__(self) -> None:
-        _check_n(self.n)
+        check_at_least("n", self.n, 1)
+        object.__setattr__(self, "n", int(self.n))
 
     def running(self) -> IncrementalScore[Any]:
         return _DistinctScore(self.n)
@@ -226,11 +237,6 @@ class _DistinctScore(_NGramScore):
     def value(self, acc: _NGrams, tail: str) -> float:
         total, different = self.counts(acc, tail)
         return different / total if total else 0.0
-
-
-def _check_n(n: Any) -> None:
-    if not isinstance(n, int) or n < 1:
-        raise ConfigError(f"n must be a whole number from 1, got {n!r}")
 
 
 @REWARDS.register("readability")
@@ -288,8 +294,8 @@ class Metre(IncrementalReward):
     name = "metre"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.syllables, int) or self.syllables < 1:
-            raise ConfigError(f"a metre is a whole number of syllables from 1, got {self.syllables!r}")
+        check_at_least("syllables", self.syllables, 1)
+        object.__setattr__(self, "syllables", int(self.syllables))
 
     def running(self) -> IncrementalScore[Any]:
         return _MetreScore(self.syllables)

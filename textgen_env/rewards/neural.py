@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,7 +115,7 @@ def _minilm_folder() -> str:
 @REWARDS.register("fluency")
 @dataclass(frozen=True)
 class Fluency(Reward):
-    """The mean log-probability of the completion's tokens, in nats a token.
+    """The mean log-probability of the completion's tokens, in nats a token; in a conversation, of the agent's.
 
     Range: minus infinity, in practice about -15, to 0. An empty completion gets 0.
     Cost: none under the environment's own model, which has measured it already; else a forward of
@@ -133,15 +134,30 @@ class Fluency(Reward):
 
     def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:
         if self.model is not None:
-            pairs = [(g.prompt, g.completion) for g in generations]
-            totals, counts = log_likelihoods(*causal_lm(self.model), pairs)
-            return totals / np.maximum(counts, 1)
+            parts = [_agent_parts(generation) for generation in generations]
+            totals, counts = log_likelihoods(*causal_lm(self.model), list(chain.from_iterable(parts)))
+            of = np.repeat(np.arange(len(parts)), list(map(len, parts)))  # the text of each part
+            sums = [np.bincount(of, values, minlength=len(parts)) for values in (totals, counts)]
+            return sums[0] / np.maximum(sums[1], 1)
         return np.array([_own_mean(generation) for generation in generations], np.float64)
 
 
+def _agent_parts(generation: Generation) -> list[tuple[str, str]]:
+    """Return what the agent wrote, each part behind the text before it."""
+    if not generation.turns:
+        return [(generation.prompt, generation.completion)]
+    parts, end = [], 0
+    for turn in generation.turns:
+        begin = max(generation.completion.find(turn.text, end), end)  # a chat template writes between turns
+        end = begin + len(turn.text)
+        if turn.speaker == "agent":
+            parts.append((generation.prompt + generation.completion[:begin], turn.text))
+    return parts
+
+
 def _own_mean(generation: Generation) -> float:
-    if generation.logprobs:
-        return float(np.mean(generation.logprobs))
+    if generation.logprobs:  # those of replies are 0
+        return sum(generation.logprobs) / max(1, len(generation.logprobs) - generation.replied)
     if generation.completion:
         raise RewardError(
             f"reward 'fluency' needs the log-probabilities of {shorten(generation.completion)}; texts from "

@@ -44,7 +44,8 @@ class Rhyme(Reward):
     name = "rhyme"
 
     def __post_init__(self) -> None:
-        if not self.scheme.isalpha() or len(set(self.scheme)) == len(self.scheme):
+        letters = isinstance(self.scheme, str) and self.scheme.isalpha()
+        if not letters or len(set(self.scheme)) == len(self.scheme):
             raise ConfigError(f'a rhyme scheme is letters of which one occurs twice, like "AA", got {self.scheme!r}')
 
     def __call__(self, generations: Sequence[Generation]) -> npt.NDArray[np.float64]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -192,7 +193,7 @@ def _refuse_constant(constant: str) -> NoReturn:
 
 
 def _check_timeout(name: str, timeout: object) -> None:
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+    if isinstance(timeout, bool) or not isinstance(timeout, Real) or not 0 < float(timeout) < math.inf:
         raise ConfigError(f"the timeout of reward {name!r} must be a number of seconds above 0, got {timeout!r}")
 
 
