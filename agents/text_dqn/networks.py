@@ -89,10 +89,7 @@ def own_text(observations: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def near_the_end(left: torch.Tensor) -> torch.Tensor:
-    """Return how much each of ``LAST_TOKENS`` but the last counts with ``left`` (..., 1) tokens to come: (..., m).
-
-    1 at its own number of tokens, linear in between, all 0 from the last on.
-    """
+    """Return how much each of ``LAST_TOKENS`` but the last counts, (..., m) in 0..1, with ``left`` (..., 1) to come."""
     marks = torch.tensor(LAST_TOKENS, dtype=left.dtype, device=left.device)
     widths = functional.pad(marks.diff(), (1, 0), value=1.0)
     away = left - marks[:-1]
