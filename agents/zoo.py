@@ -24,7 +24,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from agents.baselines.guided import GuidedBestOfNAgent
-from agents.baselines.one_step import SEARCH_AGENTS
+from agents.baselines.one_step import ONE_STEP_AGENTS
 from agents.baselines.particles import ParticlesAgent, usual_pick
 from agents.baselines.planning import PLANNING_AGENTS, BestOfNAgent
 from agents.sb3_vec import SB3VecEnv
@@ -247,7 +247,7 @@ RANDOM_PLANNERS = (BestOfNAgent, GuidedBestOfNAgent, ParticlesAgent, LearnedPart
 
 def agent_names() -> tuple[str, ...]:
     """Return the names of all agents, those that learn last."""
-    return (*SEARCH_AGENTS, *PLANNING_AGENTS, *AGENTS)
+    return (*ONE_STEP_AGENTS, *PLANNING_AGENTS, *AGENTS)
 
 
 def name_and_settings(agent: str) -> tuple[str, dict[str, Any]]:
@@ -267,7 +267,7 @@ def find_agent(name: str) -> Any:
         UnknownName: no agent is called so (with a suggestion).
         ConfigError: ``FILE.py:NAME`` or ``module:NAME`` that cannot be imported, or is not callable.
     """
-    for registry in (AGENTS, SEARCH_AGENTS, PLANNING_AGENTS):
+    for registry in (AGENTS, ONE_STEP_AGENTS, PLANNING_AGENTS):
         if name in registry:
             return registry[name]
     if not is_reference(name):
@@ -288,7 +288,7 @@ def env_settings(name: str, whole_vocabulary: bool = False, has_partner: bool = 
     found = find_agent(name)
     keys = tuple(key for key in OBSERVATION if not (whole_vocabulary and key == "candidates"))
     keys += OF_CONVERSATIONS if has_partner else ()
-    if name in SEARCH_AGENTS:
+    if name in ONE_STEP_AGENTS:
         return {"observation": found.needs}
     if name in PLANNING_AGENTS:
         return {"observation": getattr(found, "needs", tuple(key for key in keys if key not in ("score", "hidden")))}
@@ -315,7 +315,7 @@ def make_agent(
     try:
         if name in AGENTS:
             return kind(env=SB3VecEnv(env), seed=seed, **{**own, **given})
-        if name in SEARCH_AGENTS:
+        if name in ONE_STEP_AGENTS:
             return found(seed=seed, **given)
         if name in PLANNING_AGENTS and "beta" in inspect.signature(found).parameters:
             given = {"beta": budget.beta, **given}

@@ -20,11 +20,11 @@ from textgen_env.observation import Observation
 from textgen_env.policies import Floats, renormalise, sample
 from textgen_env.registry import Registry
 
-SEARCH_AGENTS: Registry[type[SearchAgent]] = Registry("agent")
-"""Agents without learning, by name."""
+ONE_STEP_AGENTS: Registry[type[OneStepAgent]] = Registry("agent")
+"""Agents that read the observation alone, by name."""
 
 
-class SearchAgent(ABC):
+class OneStepAgent(ABC):
     """A policy over the candidates, computed from the observation alone.
 
     Args:
@@ -80,8 +80,8 @@ def choose(policy: Floats, rng: np.random.Generator, deterministic: bool) -> npt
     return actions.reshape(policy.shape[:-1])
 
 
-@SEARCH_AGENTS.register("random")
-class RandomAgent(SearchAgent):
+@ONE_STEP_AGENTS.register("random")
+class RandomAgent(OneStepAgent):
     """Any legal candidate, all alike."""
 
     def _policy(self, log_mu: Floats, observation: Observation) -> Floats:
@@ -89,24 +89,24 @@ class RandomAgent(SearchAgent):
         return legal / legal.sum(-1, keepdims=True)
 
 
-@SEARCH_AGENTS.register("sample")
-class SampleAgent(SearchAgent):
+@ONE_STEP_AGENTS.register("sample")
+class SampleAgent(OneStepAgent):
     """The language model itself: mu_k, its distribution over the legal candidates."""
 
     def _policy(self, log_mu: Floats, observation: Observation) -> Floats:
         return np.exp(log_mu)
 
 
-@SEARCH_AGENTS.register("greedy")
-class GreedyAgent(SearchAgent):
+@ONE_STEP_AGENTS.register("greedy")
+class GreedyAgent(OneStepAgent):
     """The likeliest legal candidate, always."""
 
     def _policy(self, log_mu: Floats, observation: Observation) -> Floats:
         return np.asarray(np.arange(log_mu.shape[-1]) == log_mu.argmax(-1)[..., None], np.float64)
 
 
-@SEARCH_AGENTS.register("lookahead")
-class LookaheadAgent(SearchAgent):
+@ONE_STEP_AGENTS.register("lookahead")
+class LookaheadAgent(OneStepAgent):
     """The language model, tilted by the change of the running score that each candidate causes at once.
 
     pi is proportional to mu_k exp((candidate_scores - score) / beta): the optimal policy if nothing

@@ -31,12 +31,12 @@ def list_command(
 
 
 def _agents() -> Described:
-    from agents.baselines.one_step import SEARCH_AGENTS
+    from agents.baselines.one_step import ONE_STEP_AGENTS
     from agents.baselines.planning import PLANNING_AGENTS
     from agents.zoo import AGENTS
 
     yield from ((name, _first_line(AGENTS[name])) for name in AGENTS)
-    for found in (SEARCH_AGENTS, PLANNING_AGENTS):
+    for found in (ONE_STEP_AGENTS, PLANNING_AGENTS):
         for name, agent in found.items():
             yield name, _first_line(agent) + ("" if hasattr(agent, "learn") else " (no learning)")
 

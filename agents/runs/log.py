@@ -113,8 +113,8 @@ class CheckpointSchedule:
         self.every = every  # 0: never
         self.next = every
 
-    def is_due(self, steps: int, stopping: bool) -> bool:
-        """Return True if a checkpoint should be made now; the next one is then planned."""
+    def take_due(self, steps: int, stopping: bool) -> bool:
+        """Return True if a checkpoint is due, and plan the next one."""
         due = bool(steps and self.every) and (steps >= self.next or stopping)
         if due:
             self.next = (steps // self.every + 1) * self.every
@@ -215,7 +215,7 @@ class RunLog(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
-        if self._schedule.is_due(self.num_timesteps, stopping=self._signum is not None):
+        if self._schedule.take_due(self.num_timesteps, stopping=self._signum is not None):
             self._save_checkpoint()
         if self._signum is not None:
             raise Stopped(self._signum)
