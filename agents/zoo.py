@@ -39,7 +39,7 @@ from textgen_env.registry import Registry, split_settings, unknown_name
 from textgen_env.vector_env import TextGenVectorEnv
 
 OBSERVATION = ("tokens", "length", "budget", "candidates", "logprobs", "score", "action_mask", "hidden")
-"""Observation keys of agents that learn, unless said: all but ``candidate_scores``."""
+"""Observation keys of agents that learn, unless said; ``TextDQN`` understands ``candidate_scores``, too."""
 
 NOT_SETTINGS = ("policy", "env", "seed", "settings", "device", "_init_setup_model")
 """Arguments of agents that nobody can set by name."""
@@ -218,7 +218,7 @@ class LearnedParticlesAgent(ParticlesAgent):
         settings: Of ``TextDQN``.
     """
 
-    needs = OBSERVATION
+    needs = "full"
 
     def __init__(
         self, env: TextGenVectorEnv, seed: int | None = None, *, n: int = 4, beta: float | None = None, **settings: Any
@@ -292,6 +292,8 @@ def env_settings(name: str, whole_vocabulary: bool = False, has_partner: bool = 
         return {"observation": found.needs}
     if name in PLANNING_AGENTS:
         return {"observation": getattr(found, "needs", tuple(key for key in keys if key not in ("score", "hidden")))}
+    if name == "text_dqn":
+        return {"observation": "full"}  # all that the environment has: each candidate's score where the reward tells it
     if name in AGENTS:
         return {"observation": keys, "on_illegal": "raise" if name in MASK_AWARE else "last_legal"}
     return {"observation": keys, **getattr(found, "env_settings", {})}

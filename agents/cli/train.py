@@ -149,9 +149,11 @@ MaxPromptTokens = Annotated[
     typer.Option(help="Length limit of a prompt, in tokens.", min=1, show_default="64", rich_help_panel=WRITING),
 ]
 CandidateScores = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--candidate-scores", help="Let the agent see what each candidate would score.", rich_help_panel=LEARNING
+        help="Let the agent see what each candidate would score.",
+        rich_help_panel=LEARNING,
+        show_default="text_dqn does where the reward can score the beginning of a text",
     ),
 ]
 CheckpointEvery = Annotated[
@@ -207,7 +209,7 @@ def train_command(
     max_turns: MaxTurns = None,
     max_turn_tokens: MaxTurnTokens = None,
     max_reply_tokens: MaxReplyTokens = None,
-    candidate_scores: CandidateScores = False,
+    candidate_scores: CandidateScores = None,
     texts: Texts = None,
     samples: Samples = None,
     checkpoint_every: CheckpointEvery = None,
@@ -283,7 +285,7 @@ def _check_minutes(minutes: float | None, engine: str, sizes: dict[str, int | No
 
 
 def _settings(
-    start: Path | None, changes: dict[str, Any], env_changes: dict[str, Any], candidate_scores: bool, trust: bool
+    start: Path | None, changes: dict[str, Any], env_changes: dict[str, Any], candidate_scores: bool | None, trust: bool
 ) -> RunConfig:
     """Return the configuration in the file ``start``, or the default one, with the given options."""
     from agents.runs.config import RunConfig
@@ -305,8 +307,9 @@ def _settings(
     all_full = config.env.get("min_new_tokens") == config.env.get("max_new_tokens")
     if "max_new_tokens" in new and all_full and config.task is None and not config.has_partner:
         new = {"min_new_tokens": new["max_new_tokens"], **new}
-    if candidate_scores:
-        new["observation"] = (*OBSERVATION, *(OF_CONVERSATIONS if config.has_partner else ()), "candidate_scores")
+    if candidate_scores is not None:
+        of_turns = OF_CONVERSATIONS if config.has_partner else ()
+        new["observation"] = (*OBSERVATION, *of_turns, *(("candidate_scores",) if candidate_scores else ()))
     return replace(config, env={**config.env, **new})
 
 

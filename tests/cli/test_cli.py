@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from agents.cli.app import app
 from agents.cli.train import INTERRUPTED, WHERE
+from agents.zoo import OBSERVATION
 from textgen_env.models import MODEL_NAMES
 from textgen_env.openings import OPENINGS
 from textgen_env.rewards import REWARDS
@@ -58,11 +59,9 @@ def test_train_shows_the_table_and_where_everything_is(run, folder):
         assert words in run.stdout
     assert "l1_unstructured 10%" in run.stdout
     assert "too few to hold some back" in run.stdout.replace("\n", " ")
-    from agents.zoo import OBSERVATION
-
     config = json.loads((folder / "run" / "config.json").read_text())
     given = {"top_k": 4, "max_new_tokens": 4, "max_prompt_tokens": 8, "min_new_tokens": 4}
-    assert config["env"] == {**given, "observation": list(OBSERVATION)}
+    assert config["env"] == {**given, "observation": "full"}
     assert config["model"] == str(folder / "model")
 
 
@@ -230,11 +229,11 @@ def test_evaluate_on_other_prompts_as_json(run, folder):
 def test_a_stored_configuration_is_a_start_for_another_run(run, folder):
     result = textgen(
         *("train", "--config", folder / "run" / "config.json", "--out", folder / "other", "--prune", "none"),
-        *("--steps", 40, "--candidate-scores", "--reward", "length"),
+        *("--steps", 40, "--no-candidate-scores", "--reward", "length"),
     )
     assert result.exit_code == 0, result.output
     first, second = (json.loads((folder / name / "config.json").read_text()) for name in ("run", "other"))
-    assert first["env"].pop("observation") == second["env"].pop("observation")[:-1]
+    assert (first["env"].pop("observation"), second["env"].pop("observation")) == ("full", [*OBSERVATION])
     assert second == {**first, "prune": None, "steps": 40, "reward": "length"}
 
 
@@ -345,7 +344,7 @@ def test_the_help_shows_the_defaults_of_a_run():
     for option in typer.main.get_command(app).commands["train"].params:
         field = names.get(option.name, option.name)
         env = ENV_SETTINGS.get(field, getattr(EnvConfig(), field, None))
-        if isinstance(option.show_default, str) and field not in ("out", "min_new_tokens", *WHERE):
+        if isinstance(option.show_default, str) and field not in ("out", "min_new_tokens", "candidate_scores", *WHERE):
             default = getattr(config, field, env)
             in_turns = CONVERSATION_SETTINGS.get(field, default)
             if "--partner" in (option.help or "") and field.startswith("max_"):

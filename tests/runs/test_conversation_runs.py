@@ -72,7 +72,7 @@ def test_a_run_in_a_task_has_the_task_s_parts_and_says_its_bounds(guessing):
     config = json.loads((guessing / "config.json").read_text())
     assert config["task"] == GUESS
     assert {config[name] for name in ("model", "prompts", "reward", "partner", "prune")} == {None}
-    assert config["env"]["observation"] == [*OBSERVATION, *OF_CONVERSATIONS]
+    assert config["env"]["observation"] == "full"
     assert (config["env"]["max_turns"], config["env"]["max_new_tokens"], config["env"]["top_k"]) == (2, 2, 3)
     bounds = make_task("TextGen/GuessNumber-v0", numbers=3, turns=2).bounds()
     report = json.loads((guessing / "summary.json").read_text())["report"]
@@ -309,6 +309,9 @@ def test_settings_unless_said_are_those_of_conversations():
     env = RunConfig(partner="script").env
     assert {env["max_turns"], env["max_turn_tokens"], env["max_new_tokens"], env["max_reply_tokens"]} == {4, 16, 64, 32}
     assert env["min_new_tokens"] == 0
-    assert Counter(env["observation"]) == Counter((*OBSERVATION, *OF_CONVERSATIONS))
+    assert env["observation"] == "full"
+    assert Counter(RunConfig(agent="dqn", partner="script").env["observation"]) == Counter(
+        (*OBSERVATION, *OF_CONVERSATIONS)
+    )
     assert RunConfig(partner="script", env={"max_turns": 9}).env["max_turns"] == 9
     assert "max_turns" not in RunConfig().env

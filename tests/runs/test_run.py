@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from weather import CONFIG, RUN_FILES, read_csv, weather
 
+from agents.baselines.one_step import LookaheadAgent, SampleAgent
 from agents.runs.config import RunConfig
 from agents.runs.optimum import TextTree
 from agents.runs.parts import split_prompts
@@ -91,11 +92,15 @@ def test_the_report_is_near_the_exact_values(run):
 
 
 def test_the_agent_has_learned(run):
-    opened = load_run(run[0], model=weather())
-    untrained = open_run(CONFIG, model=weather())
-    before, after = (evaluate(r.agent, r.env, 400, seed=1, prompts=r.test_prompts) for r in (untrained, opened))
-    assert before.mean_kl == pytest.approx(0, abs=1e-6)
-    assert after.values(0.1).mean() > before.values(0.1).mean() + 0.1
+    """It begins as a look one token ahead, by the candidates' scores, and ends above the language model."""
+    opened, untrained = load_run(run[0], model=weather()), open_run(CONFIG, model=weather())
+    agents = (untrained.agent, LookaheadAgent(beta=CONFIG.beta), SampleAgent(), opened.agent)
+    measured = [evaluate(agent, opened.env, 400, seed=1, prompts=opened.test_prompts) for agent in agents]
+    before, ahead, sampled, after = measured
+    assert before.completions == ahead.completions
+    assert before.mean_kl == pytest.approx(ahead.mean_kl, abs=1e-4)
+    assert after.values(CONFIG.beta).mean() > sampled.values(CONFIG.beta).mean() + 0.1
+    assert after.values(CONFIG.beta).mean() > before.values(CONFIG.beta).mean() - 0.05
 
 
 def test_the_page_of_samples_has_texts_of_every_prompt_several_where_there_are_few(run):
