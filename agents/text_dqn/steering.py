@@ -111,6 +111,11 @@ class Steering(LogitsProcessor):
             "disable_compile": True,  # hooks are not compiled
         }
 
+    @property
+    def _hidden(self) -> torch.Tensor | None:
+        """Hidden states of the last tokens of this thread's last forward, (B, d), until a step has used them."""
+        return self._texts.hidden
+
     # --- the hooks
 
     def __enter__(self) -> Steering:
@@ -158,7 +163,7 @@ class Steering(LogitsProcessor):
                 than ``max_new_tokens`` steps, no cache, or a forward of another model.
         """
         texts, ids = self._texts, input_ids.cpu().numpy()
-        hidden, texts.hidden = texts.hidden, None  # used once
+        hidden, texts.hidden = self._hidden, None
         if hidden is None or len(hidden) != len(input_ids):
             raise ConfigError(
                 "the model that generates is not the one given to logits_processor, or outside its with, or it judges "
