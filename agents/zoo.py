@@ -317,11 +317,9 @@ def make_agent(
     try:
         if name in AGENTS:
             return kind(env=SB3VecEnv(env), seed=seed, **{**own, **given})
-        if name in ONE_STEP_AGENTS:
-            return found(seed=seed, **given)
-        if name in PLANNING_AGENTS and "beta" in inspect.signature(found).parameters:
+        if not is_reference(name) and "beta" in inspect.signature(found).parameters:
             given = {"beta": budget.beta, **given}
-        return found(env, seed, **given)
+        return found(seed=seed, **given) if name in ONE_STEP_AGENTS else found(env, seed, **given)
     except TypeError as error:
         known = () if is_reference(name) else inspect.signature(kind).parameters
         takes = ", ".join(setting for setting in known if setting not in NOT_SETTINGS)

@@ -53,8 +53,8 @@ def test_particles_that_learn_are_particles_with_the_values_of_text_dqn():
     assert 8 * 2 <= agent.tokens_used - spent <= 8 * 2 * 4
 
 
-@pytest.mark.parametrize("name", ["beam", "particles", "text_dqn_particles"])
-def test_agents_that_plan_are_told_the_price_of_kl(name):
+@pytest.mark.parametrize("name", ["lookahead", "beam", "particles", "text_dqn_particles"])
+def test_agents_with_a_price_of_kl_are_told_it(name):
     agent = make_agent(name, open_env(**env_settings(name)), 0, replace(BUDGET, beta=0.3))
     assert agent.beta == 0.3
 
