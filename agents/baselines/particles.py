@@ -246,7 +246,8 @@ class ParticlesAgent(ValuePlanner):
             drawn += [by_weight(trust, threshold) for threshold in THRESHOLDS if threshold != own]
             independent = {share: written("best", share, own) for share in TRUSTS}
             picked = [tried_with("best", share, own, found) for share, found in independent.items()]
-            best, same_rows = _best(picked), tried_with("weight", trust, own, independent[trust])
+            best = _best(picked)
+            same_rows = tried_with("weight", trust, own, independent[trust])  # what a draw from them would be worth
             if best.value_at_least < same_rows.value_at_least + LEAD * self.beta:
                 best = _best(drawn)
             chosen = best.pick, best.trust, best.threshold
