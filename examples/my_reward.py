@@ -1,6 +1,6 @@
 """A reward of one's own, in a file: any function of the completion that returns a number.
 
-    textgen train --reward examples/my_reward.py:score --steps 3000 --out runs/mine
+    textgen train --reward examples/my_reward.py:score --beta 0.02 --steps 12000 --out runs/mine
     textgen generate runs/mine --prompt "Hello"
 
 The run keeps the name of the file and its checksum. ``evaluate``, ``--resume``, ``record`` and ``generate`` use the

@@ -55,7 +55,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 EXAMPLES = {
-    "train": "textgen train --reward examples/my_reward.py:score --steps 3000 --out runs/mine",
+    "train": "textgen train --reward examples/my_reward.py:score --beta 0.02 --steps 12000 --out runs/mine",
     "generate": 'textgen generate runs/mine --prompt "Hello" --num 8 --beta 0.05',
     "evaluate": "textgen evaluate runs/mine --prompts food --texts 256 --json",
     "play": "textgen play runs/mine",

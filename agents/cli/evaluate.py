@@ -129,10 +129,9 @@ def _measure(run: Run, counts: Sequence[int], folder: Path, console: Console, as
     bounds = (yardstick.samples.reward, None if yardstick.is_saturated else float(yardstick.best.value.mean()))
     report = run.report(yardstick, evaluations)
     references = [prompt.reference for prompt in run.test_prompts]
-    metrics = {
-        "language model": text_metrics(yardstick.samples, references),
-        run.agent_name: text_metrics(evaluations[0], references),
-    }
+    both = {"language model": yardstick.samples, run.agent_name: evaluations[0]}
+    most = min(len(texts.completions) for texts in both.values())
+    metrics = {name: text_metrics(texts, references, most) for name, texts in both.items()}
     figures = report.as_dict() | {"metrics": metrics, "spending": [asdict(point) for point in spending]}
     write_file(folder / SUMMARY_FILE, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     write_file(folder / SAMPLES_FILE, samples_page(yardstick.samples, evaluations[0], run.notes))

@@ -82,8 +82,10 @@ def parse_spec(option: str, text: str | None) -> Any:
     """Return a name, or a description given as JSON.
 
     Raises:
-        ConfigError: it begins like JSON, and is none.
+        ConfigError: it begins like JSON, and is none; or it is a file without the name of a function.
     """
+    if text is not None and text.endswith(".py"):
+        raise ConfigError(f"--{option} {text} names a file alone: say which function of it, --{option} {text}:NAME")
     if text is None or not text.lstrip().startswith(("{", "[")):
         return text
     return parse_json(text, f"--{option} looks like JSON but is none: it", allow_nan=True)

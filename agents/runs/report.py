@@ -38,8 +38,9 @@ ACTING_FACTORS = (0.5, 2.0)
 SURE = 3.0
 """Standard errors that the optimal gain must be above 0, so that a share of it means something."""
 
-FEW_BETAS, USUAL_BETAS = 50.0, 4.0
-"""Standard deviations of the reward, in betas: beyond the first KL hardly costs anything; what is advised then."""
+LEAST_BETAS, MOST_BETAS, USUAL_BETAS = 1.0, 50.0, 4.0
+"""Standard deviations of the reward, in betas: below the first no reward is worth its KL, beyond the second KL hardly
+costs anything; what is advised then."""
 
 FEWEST_SAMPLES = 8
 """Lines of the page of samples, at least: several texts a prompt where there are few prompts."""
@@ -261,8 +262,15 @@ class Yardstick:
                 "agent there are the language model, sampled and greedy; --candidate-scores shows the agent as much."
             )
         deviation = float(self.samples.rewards.std())
-        if deviation > FEW_BETAS * self.beta:
-            usual = float(f"{deviation / USUAL_BETAS:.1g}")
+        usual = float(f"{deviation / USUAL_BETAS:.1g}")
+        if not deviation:
+            notes.append("All texts of the language model have the same reward: there is nothing to learn from.")
+        elif deviation < LEAST_BETAS * self.beta:
+            notes.append(
+                f"Rewards vary by {deviation:.3g} (standard deviation); beside that, {self.beta:g} a nat is a high "
+                f"price, at which the language model is nearly the best. For more reward: --beta {usual:g} or so."
+            )
+        elif deviation > MOST_BETAS * self.beta:
             notes.append(
                 f"Rewards vary by {deviation:.3g} (standard deviation); beside that, {self.beta:g} a nat is next to no "
                 f"price. For texts that stay close to the language: --beta {usual:g} or so."
@@ -346,27 +354,29 @@ def _figures(row: ReportLine) -> tuple[str, ...]:
     )
 
 
-def text_metrics(evaluation: Evaluation, references: Sequence[str | None]) -> dict[str, float]:
-    """Return the figures of ``textgen_env.metrics`` for the texts.
+def text_metrics(evaluation: Evaluation, references: Sequence[str | None], most: int) -> dict[str, float]:
+    """Return the figures of ``textgen_env.metrics`` for the texts, and those of all rewards.
 
     Args:
         evaluation: The texts.
         references: Of each of its prompts; where all have one, texts are compared with them too.
+        most: Texts that are looked at: fewer are more diverse, so compare as many with as many.
     """
     from evaluate import combine
 
     from textgen_env.metrics import METRICS
 
-    names = ["distinct", "repetition", "self_bleu", "reward"]
-    columns: dict[str, Any] = {"predictions": list(evaluation.completions), "rewards": evaluation.rewards.tolist()}
+    names, texts = ["distinct", "repetition", "self_bleu"], list(evaluation.completions[:most])
+    columns: dict[str, Any] = {"predictions": texts}
     if references and None not in references:
         names += ["bleu", "chrf", "rouge"]
-        columns["references"] = [references[i % len(references)] for i in range(len(evaluation.completions))]
+        columns["references"] = [references[i % len(references)] for i in range(len(texts))]
     if not (is_installed("sacrebleu") and is_installed("rouge_score")):  # the extra [references]
         names = [name for name in names if name not in ("self_bleu", "bleu", "chrf", "rouge")]
         columns.pop("references", None)
     figures: dict[str, float] = combine([METRICS[name]() for name in names]).compute(**columns)
-    return figures
+    of_rewards: dict[str, float] = METRICS["reward"]().compute(rewards=evaluation.rewards.tolist())
+    return figures | of_rewards
 
 
 def samples_page(before: Evaluation, after: Evaluation, notes: Sequence[str] = ()) -> str:

@@ -42,6 +42,7 @@ from agents.text_dqn.sources import EpisodeSource, add_step
 from agents.text_dqn.steering import Steering
 from agents.text_dqn.task import check_fits, check_trained_on, env_to_write_in, task_of
 from agents.text_dqn.validation import Validated, validate
+from textgen_env.config import check_at_least
 from textgen_env.errors import ConfigError
 from textgen_env.files import MOST_BYTES
 from textgen_env.models.base import LanguageModel
@@ -230,6 +231,7 @@ class TextDQN(DQN):
                 of a reward that was not stored.
             CapacityError: the rows do not fit into memory.
         """
+        check_at_least("particles", particles, 1)
         if seed is None:
             seed = int(self.learner.rng.integers(2**63))
         spaces = check_observation_space(self.observation_space).spaces
@@ -377,7 +379,19 @@ class TextDQN(DQN):
             seed: The same luck for all.
             prompts: To write on, better none that were measured on. None: those of ``env``.
         """
-        return validate(self, self.learner, env, texts, seed, prompts)
+        vector = getattr(env, "unwrapped", env)
+        if not isinstance(vector, TextGenVectorEnv):
+            raise ConfigError(
+                "choose_beta writes many texts at a time: give it gym.make_vec('TextGen-v0', ...), got "
+                f"{type(vector).__name__}"
+            )
+        space = check_observation_space(self.observation_space)
+        if missing := [key for key in space.spaces if key not in vector.episodes.keys]:
+            raise ConfigError(
+                f"the observation lacks {', '.join(missing)}, which the agent was trained with: make the environment "
+                "with the same observation"
+            )
+        return validate(self, self.learner, vector, texts, seed, prompts)
 
     @property
     def _progress(self) -> float:

@@ -271,6 +271,7 @@ def test_evaluations_keep_what_was_tempered_and_refuse_before_they_measure(run, 
     [
         (["train", "--model", "smollm"], "Did you mean 'smollm2'"),
         (["train", "--agent", "textdqn"], "Did you mean 'text_dqn'"),
+        (["train", "--reward", "my.py"], "say which function of it, --reward my.py:NAME"),
         (["train", "--reward", "sentimet", "--model", "{model}"], "Did you mean 'sentiment'"),
         (["train", "--reward", '{"sentiment": }', "--model", "{model}"], "looks like JSON but is none"),
         (["train", "--prune", "l1:0.1"], "unknown pruning method 'l1'"),

@@ -152,12 +152,24 @@ def test_a_report_says_what_the_agent_sees_of_the_reward():
     assert judged.seen_of_reward == "has learned a score from finished texts"
 
 
-@pytest.mark.parametrize(("worth", "advised"), [(1.0, None), (100.0, "--beta 10 or so")])
-def test_a_beta_that_is_next_to_nothing_beside_the_reward_is_told(worth, advised):
+@pytest.mark.parametrize(
+    ("worth", "advised"),
+    [
+        (1.0, None),
+        (100.0, "next to no price. For texts that stay close to the language: --beta 10 or so"),
+        (
+            0.1,
+            "a high price, at which the language model is nearly the best. For more reward: --beta 0.01 or so",
+        ),
+        (0.0, "All texts of the language model have the same reward: there is nothing to learn from"),
+    ],
+)
+def test_a_beta_that_does_not_suit_the_reward_is_told(worth, advised):
     """About half of the texts have the word, so the standard deviation is near half of its worth."""
     run = open_run(CONFIG, model=weather(), reward=lambda text: worth * ("rain" in text))
     yardstick = run.yardstick()
-    told = [note for note in run.report(yardstick, [yardstick.samples]).notes if "next to no price" in note]
+    notes = run.report(yardstick, [yardstick.samples]).notes
+    told = [note for note in notes if "Rewards vary" in note or "nothing to learn" in note]
     assert [advised in note for note in told] == ([] if advised is None else [True])
 
 

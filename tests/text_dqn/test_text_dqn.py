@@ -324,6 +324,13 @@ def test_a_temperature_that_cannot_be_chosen_stays_what_it_was():
     with pytest.raises(RewardError):
         agent.choose_beta(make(reward=broken), texts=16)
     assert agent.beta == 0.5
+    single = gym.make("TextGen-v0", model=letters(), prompts=PROMPTS, reward=Worth(), top_k=4, observation="full")
+    with pytest.raises(ConfigError, match=r"give it gym.make_vec\(.*got TextGenEnv"):
+        agent.choose_beta(single)
+    with pytest.raises(ConfigError, match="lacks hidden, which the agent was trained with"):
+        agent.choose_beta(make(keys=tuple(key for key in NEEDED_KEYS if key != "hidden")))
+    with pytest.raises(ConfigError, match="particles must be a whole number"):
+        agent.write(["a"], particles=0)
     chosen = agent.choose_beta(env, texts=20, prompts=[Prompt(text) for text in PROMPTS[:3]])
     assert chosen.texts == 21  # seven for each prompt
     assert agent.choose_beta(env, texts=1, prompts=[Prompt("a")]).beta in (
