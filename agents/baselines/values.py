@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agents.baselines.planning import ROWS, Ids, TextPlanner
+from agents.text_dqn.task import check_sizes
 from textgen_env.config import check_at_least
 from textgen_env.episode import Episodes
 from textgen_env.errors import ConfigError, PromptError
@@ -76,10 +77,7 @@ class LearnedValues:
         unread = () if agent.learner.network.reads_given_scores else ("score", "candidate_scores")
         self.needs = tuple(key for key in agent.observation_space.spaces if key not in unread)
         trained = {"top_k": int(agent.action_space.n), "max_new_tokens": agent.learner.network.max_new_tokens}
-        found = {"top_k": env.episodes.k, "max_new_tokens": env.max_new_tokens}
-        for name, expected in trained.items():
-            if found[name] != expected:
-                raise ConfigError(f"the agent was trained with {name}={expected}, the environment has {found[name]}")
+        check_sizes(trained, {"top_k": env.episodes.k, "max_new_tokens": env.max_new_tokens})
 
     @property
     def beta(self) -> float:

@@ -238,8 +238,7 @@ class TextDQN(DQN):
         env, is_judged = env_to_write_in(
             self.env, self.task, self.language_model, reward, sees_scores="score" in spaces
         )
-        rows = min(ROWS, particles * max(1, len(prompts)))
-        settings = {"judge": is_judged, "rows": rows, **settings}
+        settings = {"judge": is_judged, "rows": min(ROWS, particles * max(1, len(prompts))), **settings}
         settings.setdefault("pick", usual_pick(particles, settings["judge"]))
         return ParticlesAgent(env, seed, n=particles, values=self, **settings).write(prompts)
 

@@ -138,6 +138,16 @@ def check_trained_on(task: Mapping[str, Any] | None, model: LanguageModel) -> No
         )
 
 
+def check_sizes(trained: Mapping[str, int | None], found: Mapping[str, int | None]) -> None:
+    """Raise ``ConfigError`` where a size is not the one that the agent was ``trained`` with; None is not known."""
+    for name, expected in trained.items():
+        if expected is not None and found[name] != expected:
+            raise ConfigError(
+                f"the agent was trained with {name}={expected}, the environment has {found[name]}: make it with "
+                f"{name}={expected}"
+            )
+
+
 def check_fits(
     env: VecEnv, task: Mapping[str, Any] | None, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
 ) -> None:
@@ -148,14 +158,10 @@ def check_fits(
         ConfigError: its sizes or spaces are others.
     """
     check_trained_on(task, env.get_attr("language_model")[0])
-    trained = {"top_k": getattr(action_space, "n", None), "max_new_tokens": (task or {}).get("max_new_tokens")}
-    found = {"top_k": getattr(env.action_space, "n", None), "max_new_tokens": env.get_attr("max_new_tokens")[0]}
-    for name, expected in trained.items():
-        if expected is not None and found[name] != expected:
-            raise ConfigError(
-                f"the agent was trained with {name}={expected}, the environment has {found[name]}: make it with "
-                f"{name}={expected}"
-            )
+    check_sizes(
+        {"top_k": getattr(action_space, "n", None), "max_new_tokens": (task or {}).get("max_new_tokens")},
+        {"top_k": getattr(env.action_space, "n", None), "max_new_tokens": env.get_attr("max_new_tokens")[0]},
+    )
     try:
         check_for_correct_spaces(env, observation_space, action_space)
     except ValueError as error:

@@ -87,8 +87,7 @@ def validate(
     finally:
         learner.beta = own
     learner.beta = best_supported(found, price)
-    means = {beta: float(values.mean()) for beta, values in found.items()}
-    return Validated(learner.beta, means, len(found[price]))
+    return Validated(learner.beta, {beta: float(values.mean()) for beta, values in found.items()}, len(found[price]))
 
 
 def best_supported(found: Mapping[float, Floats], learned_for: float) -> float:
