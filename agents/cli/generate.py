@@ -18,6 +18,7 @@ from agents.cli.options import (
     Seed,
     Trust,
     check_one_writer,
+    given,
     own_object,
     own_reward,
     partner_again,
@@ -44,6 +45,41 @@ Writer = Annotated[
         metavar="[RUN]",
     ),
 ]
+Starts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt",
+        help="How the texts begin. Several: one after the other.",
+        metavar="TEXT",
+        show_default="The movie was; with a run in a task or with a partner its test prompts, one after the other",
+    ),
+]
+Num = Annotated[
+    int | None, typer.Option(help="Texts.", min=1, show_default="4, or one for each --prompt where these are more")
+]
+SampledModel = Annotated[str | None, typer.Option(help="Without RUN: sample this language model itself.")]
+SampledDtype = Annotated[
+    str | None,
+    typer.Option(help="Without RUN: precision of its weights; see 'textgen train --help'.", show_default="auto"),
+]
+SampledTopK = Annotated[
+    int | None, typer.Option(help="Without RUN: the likeliest tokens to sample from.", min=1, show_default="16")
+]
+SampledMaxNewTokens = Annotated[
+    int | None, typer.Option(help="Without RUN: length limit of a text, in tokens.", min=1, show_default="32")
+]
+Particles = Annotated[
+    int | None,
+    typer.Option(
+        help="Pick each text from so many, by weight: better texts, at so many times the tokens. Their values "
+        "come from RUN; without one from the reward's running score, if it has one.",
+        min=1,
+        show_default="1, unweighted",
+    ),
+]
+Judge = Annotated[
+    bool, typer.Option("--judge/--no-judge", help="With --particles: ask the reward about finished texts.")
+]
 ActingBeta = Annotated[
     float | None,
     typer.Option(
@@ -67,37 +103,18 @@ class _Opened:
 
 def generate_command(
     run: Writer = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            help="How the texts begin.",
-            metavar="TEXT",
-            show_default="The movie was; with a run in a task or with a partner its test prompts, one after the other",
-        ),
-    ] = None,
-    num: Annotated[int, typer.Option(help="Texts.", min=1)] = 4,
-    model: Annotated[
-        str | None, typer.Option(help="Without RUN: sample this language model itself, from its 16 likeliest tokens.")
-    ] = None,
+    prompt: Starts = None,
+    num: Num = None,
+    model: SampledModel = None,
+    dtype: SampledDtype = None,
+    top_k: SampledTopK = None,
     reward: RewardWithoutRun = None,
     partner: PartnerAgain = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Without RUN: length limit of a text, in tokens.", min=1, show_default="32")
-    ] = None,
+    max_new_tokens: SampledMaxNewTokens = None,
     beta: ActingBeta = None,
     greedy: Greedy = False,
-    particles: Annotated[
-        int | None,
-        typer.Option(
-            help="Pick each text from so many, by weight: better texts, at so many times the tokens. Their values "
-            "come from RUN; without one from the reward's running score, if it has one.",
-            min=1,
-            show_default="1, unweighted",
-        ),
-    ] = None,
-    judge: Annotated[
-        bool, typer.Option("--judge/--no-judge", help="With --particles: ask the reward about finished texts.")
-    ] = True,
+    particles: Particles = None,
+    judge: Judge = True,
     seed: Seed = 0,
     trust: Trust = False,
     as_json: AsJson = False,
@@ -114,11 +131,13 @@ def generate_command(
     if particles is None and not judge:
         raise ConfigError("--no-judge is a setting of --particles; without them texts are always scored")
     acting = None if particles is not None else beta  # with particles it is their price of KL
+    num = num or max(4, len(prompt or ()))
     if run is None:
-        opened = _language_model(model, prompt, reward, partner, max_new_tokens or 32, acting, rows=min(num, 64))
+        settings = given({"top_k": top_k, "max_new_tokens": max_new_tokens})
+        opened = _language_model(model, dtype, prompt, reward, partner, settings, acting, rows=min(num, 64))
     else:
-        if max_new_tokens is not None:
-            raise ConfigError("--max-new-tokens is that which the run was trained with; leave it out")
+        if own := list(given({"--dtype": dtype, "--top-k": top_k, "--max-new-tokens": max_new_tokens})):
+            raise ConfigError(f"{', '.join(own)}: a run has its own, which it was trained with; leave out")
         opened = _opened(run, prompt, reward, partner, acting, trust)
         if opened.unscored:
             typer.echo(printable(f"warning: the texts are not scored: {opened.unscored}", one_line=True), err=True)
@@ -213,16 +232,15 @@ def _cost(written: Sequence[Mapping[str, Any]], particles: int) -> str:
 
 
 def _opened(
-    run: Path, prompt: str | None, reward: str | None, partner: str | None, beta: float | None, trust: bool
+    run: Path, prompt: list[str] | None, reward: str | None, partner: str | None, beta: float | None, trust: bool
 ) -> _Opened:
     """Return the agent of a run at the temperature ``beta``."""
     from agents.hub import is_repository
     from agents.runs.run import CONFIG_FILE, load_writer
     from agents.runs.stored import stored_config
     from agents.text_dqn.portable import SETTINGS_FILE
-    from textgen_env.prompts import Prompt
 
-    starts: Sequence[Prompt] = [Prompt(DEFAULT_PROMPT if prompt is None else prompt)]
+    starts = _starts(prompt)
     if is_repository(run) or ((run / SETTINGS_FILE).is_file() and not (run / CONFIG_FILE).exists()):
         return _shared(run, starts, reward, beta)
     config = stored_config(run, trust, check=False)
@@ -236,7 +254,7 @@ def _opened(
     )
     if has_own:
         own = list(opened.test_prompts)
-        starts = own if prompt is None else [other for other in own if other.text == prompt] or starts
+        starts = own if prompt is None else [other for other in own if other.text in prompt] or starts
     if beta is not None:
         if not hasattr(opened.agent, "beta"):
             raise ConfigError(f"agent {opened.config.agent!r} has no acting temperature; leave --beta out")
@@ -264,19 +282,25 @@ def _shared(source: Path, starts: Sequence[Prompt], reward: str | None, beta: fl
     return _Opened(agent, env, starts, unscored=unscored)
 
 
+def _starts(prompt: list[str] | None) -> Sequence[Prompt]:
+    from textgen_env.prompts import Prompt
+
+    return [Prompt(text) for text in prompt or [DEFAULT_PROMPT]]
+
+
 def _language_model(
     model: str | None,
-    prompt: str | None,
+    dtype: str | None,
+    prompt: list[str] | None,
     reward: str | None,
     partner: str | None,
-    new_tokens: int,
+    settings: Mapping[str, Any],
     beta: float | None,
     rows: int,
 ) -> _Opened:
     """Return the agent that samples a language model, and an environment for it."""
     from agents.baselines.one_step import SampleAgent
     from textgen_env.models import load_language_model
-    from textgen_env.prompts import Prompt
     from textgen_env.vector_env import TextGenVectorEnv
 
     if partner is not None:
@@ -285,11 +309,8 @@ def _language_model(
         raise ConfigError(
             "--beta is the temperature of a trained agent, or of --particles; the language model itself has none"
         )
-    loaded = load_language_model(own_object("model", model))
-    settings: dict[str, Any] = {
-        "top_k": min(16, loaded.vocab_size - len(loaded.end_ids)),
-        "max_new_tokens": new_tokens,
-        "max_prompt_tokens": max(1, min(512, loaded.max_context - new_tokens)),
-    }
-    env = TextGenVectorEnv(rows, loaded, None, own_reward(reward) or "sentiment", **settings)
-    return _Opened(SampleAgent(), env, [Prompt(DEFAULT_PROMPT if prompt is None else prompt)])
+    loaded = load_language_model(own_object("model", model), dtype or "auto")
+    settings = {"max_new_tokens": 32, "top_k": min(16, loaded.vocab_size - len(loaded.end_ids)), **settings}
+    longest = max(1, min(512, loaded.max_context - settings["max_new_tokens"]))
+    env = TextGenVectorEnv(rows, loaded, None, own_reward(reward) or "sentiment", max_prompt_tokens=longest, **settings)
+    return _Opened(SampleAgent(), env, _starts(prompt))

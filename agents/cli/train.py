@@ -54,6 +54,15 @@ Model = Annotated[
         rich_help_panel=WRITING,
     ),
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Precision of its weights: float32, bfloat16, float16, or auto, what is fast on this machine.",
+        show_default="auto",
+        metavar="NAME",
+        rich_help_panel=WRITING,
+    ),
+]
 Prune = Annotated[
     str | None,
     typer.Option(
@@ -194,6 +203,7 @@ def train_command(
     agent: AgentName = None,
     task: TaskName = None,
     model: Model = None,
+    dtype: Dtype = None,
     prune: Prune = None,
     prompts: Prompts = None,
     reward: RewardSpec = None,
@@ -243,9 +253,9 @@ def train_command(
     changes |= {"reward": parse_spec("reward", reward), "partner": parse_spec("partner", partner)}
     changes |= {"steps": steps, "envs": envs, "seed": seed, "beta": beta, "checkpoint_every": checkpoint_every}
     changes |= {"eval_texts": texts, "eval_samples": samples}
-    env = {"top_k": top_k, "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
+    env: dict[str, Any] = {"top_k": top_k, "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
     env |= {"max_turns": max_turns, "max_turn_tokens": max_turn_tokens, "max_reply_tokens": max_reply_tokens}
-    env["min_new_tokens"] = min_new_tokens
+    env |= {"min_new_tokens": min_new_tokens, "dtype": dtype}
     settings = _settings(config, changes, env, candidate_scores, trust)
     folder = out or _free_folder(Path("runs"), settings.agent)
     where: dict[str, Any] = {"text_source": text_source, "console": console, "track": track}

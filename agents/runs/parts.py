@@ -15,7 +15,6 @@ from textgen_env.evaluation import choose_prompts
 from textgen_env.models import load_language_model, load_pretrained
 from textgen_env.models.base import LanguageModel
 from textgen_env.prompts import ListPrompts, Prompt, PromptSource, make_prompts
-from textgen_env.rewards import Reward
 from textgen_env.vector_env import TextGenVectorEnv
 
 FEWEST_TO_SPLIT = 20
@@ -49,15 +48,30 @@ def load_objects(config: RunConfig, names: Sequence[str] = OBJECTS) -> dict[str,
 
 
 def load_reward(reference: str) -> Any:
-    """Return the user's own reward; of a subclass of ``Reward``, an instance."""
-    found = load_code(reference)
-    return found() if inspect.isclass(found) and issubclass(found, Reward) else found
+    """Return the user's own reward; of a class, an instance."""
+    return _instance(load_code(reference), reference)
 
 
 def load_partner(reference: str) -> Any:
     """Return the user's own partner; of a class, an instance."""
-    found = load_code(reference)
-    return found() if inspect.isclass(found) else found
+    return _instance(load_code(reference), reference)
+
+
+def _instance(found: Any, reference: str) -> Any:
+    """Return what was found; of a class, an instance.
+
+    Raises:
+        ConfigError: the class cannot be called without arguments.
+    """
+    if not inspect.isclass(found):
+        return found
+    try:
+        return found()
+    except TypeError as error:
+        raise ConfigError(
+            f"{reference!r} is a class, and is made without arguments: {error}. Give those defaults, or name an "
+            "instance or a function"
+        ) from error
 
 
 def _called(found: Any) -> Any:

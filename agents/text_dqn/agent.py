@@ -271,8 +271,9 @@ class TextDQN(DQN):
         progress_bar: bool = False,
     ) -> Self:
         """Train for ``total_timesteps`` environment steps; as in SB3."""
-        if self.env is not None:
-            self.task = task_of(self.env)
+        if self.env is None:
+            raise ConfigError("the agent has no environment to learn in: use load(path, env=env) or set_env(env)")
+        self.task = task_of(self.env)
         if self._vec_normalize_env is not None and self._vec_normalize_env.norm_obs:
             raise ConfigError(
                 "VecNormalize normalises observations, among them token ids and masks: give it norm_obs=False"

@@ -172,6 +172,17 @@ def test_generate_samples_a_language_model_itself(folder):
     assert all(text["reward"] == ("good" in text["completion"]) for text in texts)
 
 
+def test_generate_begins_with_each_prompt_once_and_takes_the_candidates_that_it_is_told(folder):
+    prompts = ["the film", "a dog", "the cat", "the film was", "the dog"]
+    options = [option for prompt in prompts for option in ("--prompt", prompt)]
+    of_model = ("generate", "--model", folder / "model", "--max-new-tokens", 3, "--json")
+    texts = json.loads(textgen(*of_model, *options, "--top-k", 1, "--dtype", "float32").stdout)
+    assert [text["prompt"] for text in texts] == prompts
+    likeliest = json.loads(textgen(*of_model, *options, "--greedy").stdout)
+    assert [text["completion"] for text in texts] == [text["completion"] for text in likeliest]
+    assert len(json.loads(textgen(*of_model, *options, "--num", 2).stdout)) == 2
+
+
 def test_a_pruned_and_healed_model_writes(folder, tmp_path):
     result = textgen(
         *("prune", folder / "model", "--cuts", "layers:0.5+ffn:0.25", "--heal", 2),
@@ -295,6 +306,9 @@ def test_evaluations_keep_what_was_tempered_and_refuse_before_they_measure(run, 
         (["generate", "--model", "{model}", "--prompt", " "], "must not be empty"),
         (["generate", "--model", "{model}", "--beta", "0.1"], "the language model itself has none"),
         (["generate", "{run}", "--reward", "length"], "leave it out"),
+        (["generate", "{run}", "--dtype", "float16", "--top-k", "3"], "--dtype, --top-k: a run has its own"),
+        (["generate", "--model", "{model}", "--dtype", "float31"], "dtype must be one of 'auto', 'float32'"),
+        (["train", "--model", "{model}", "--dtype", "float31"], "dtype must be one of 'auto', 'float32'"),
         (["generate", "{run}", "--prompt", "the " * 9], "more than max_prompt_tokens=8"),
         (["evaluate", "{run}", "--prompts", "fod"], "prompts in the box"),
         (["list", "reward"], "Did you mean 'rewards'"),

@@ -1,20 +1,17 @@
-"""Models by name, folder, GGUF file or as objects; conversion that survives a kill and a second process."""
+"""Models by name, folder or as objects."""
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from forked import Forked, program
 from gymnasium.utils.env_checker import data_equivalence
 
-import textgen_env.models.hub
 from textgen_env import TableModel, load_language_model
 from textgen_env.errors import ModelError, UnknownName
-from textgen_env.models import cache_folder, model_folder
+from textgen_env.models import cache_folder
 
 ROWS = np.array([0])
 
@@ -30,53 +27,6 @@ def folder(tiny_lm, tmp_path):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TEXTGEN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory):
-    """A Llama of one layer in GGUF form, and the token embeddings written into it."""
-    import gguf
-
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    vocab, width, inner = 32, 16, 24
-    tokens = ["<end>", *map(chr, range(97, 97 + 26)), "Ġ", ".", "he", "Ġt", "Ġthe"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(width)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(vocab)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_merges(["h e", "Ġ t", "Ġt he"])
-    writer.add_token_types([3] + [1] * (vocab - 1))
-    writer.add_eos_token_id(0)
-    shapes = {
-        "token_embd": (vocab, width),
-        "blk.0.attn_q": (width, width),
-        "blk.0.attn_k": (8, width),
-        "blk.0.attn_v": (8, width),
-        "blk.0.attn_output": (width, width),
-        "blk.0.ffn_gate": (inner, width),
-        "blk.0.ffn_up": (inner, width),
-        "blk.0.ffn_down": (width, inner),
-    }
-    rng = np.random.default_rng(0)
-    tensors = {name: rng.integers(-8, 8, shape).astype(np.float32) / 8 for name, shape in shapes.items()}
-    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
-        tensors[name] = np.ones(width, np.float32)
-    for name, tensor in tensors.items():
-        writer.add_tensor(f"{name}.weight", tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path, tensors["token_embd"]
 
 
 def logits_of(model, ids):
@@ -224,78 +174,10 @@ def test_a_model_needs_its_tokenizer_and_an_end_of_text_token(tiny_lm):
         model.config.eos_token_id, model.generation_config.eos_token_id = ends
 
 
-# --- GGUF, converted once
-
-
 def test_a_tokenizer_beside_a_name_is_refused(tiny_lm):
     for given in ({"model": "tiny", "tokenizer": tiny_lm[1]}, {"model": ("tiny", tiny_lm[1])}):
         with pytest.raises(ModelError, match="'tiny' is loaded with its own tokenizer: leave tokenizer out"):
             load_language_model(**given)
-
-
-def test_a_gguf_file_becomes_a_folder_with_its_weights_and_tokenizer(gguf_file, cache):
-    path, embeddings = gguf_file
-    model = load_language_model(path, dtype="float32")
-    np.testing.assert_array_equal(model.embed(np.arange(32)), embeddings)  # eighths are exact in bfloat16
-    assert model.end_ids == (0,)
-    assert model.encode("a the.") == [1, 31, 28]
-    assert model.decode([1, 31, 28, 0]) == "a the."
-    (made,) = cache.glob("tiny-*")
-    assert model_folder(str(path)) == str(made)
-    assert not list(cache.glob("*half-made"))
-
-
-def test_a_changed_gguf_file_is_converted_again(gguf_file, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(textgen_env.models.hub, "_convert_gguf", lambda gguf, to: (to / "config.json").write_text("{}"))
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"one")
-    first = model_folder(str(path))
-    assert model_folder(str(path)) == first
-    path.write_bytes(b"another")
-    assert model_folder(str(path)) != first
-
-
-@pytest.mark.parametrize("keep", [0, 8, 2000])
-def test_a_broken_gguf_file_is_named_and_leaves_nothing(gguf_file, cache, tmp_path, keep):
-    broken = tmp_path / "broken.gguf"
-    broken.write_bytes(gguf_file[0].read_bytes()[:keep])
-    with pytest.raises(ModelError, match=r"broken.gguf' could not be read as a GGUF causal LM"):
-        load_language_model(broken)
-    assert not [path for path in cache.iterdir() if path.is_dir()]
-
-
-CONVERT = "import sys; from textgen_env.models import model_folder; print(model_folder(sys.argv[1]))"
-KILLED = f"""
-import os, signal, transformers
-transformers.PreTrainedModel.save_pretrained = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-{CONVERT}
-"""
-
-
-def run(source, path, folder):
-    return Forked(folder, program, source, path)
-
-
-@pytest.mark.slow
-def test_a_kill_in_the_middle_leaves_nothing_that_looks_finished(gguf_file, cache, tmp_path):
-    killed = run(KILLED, gguf_file[0], tmp_path)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    assert [path.name for path in cache.glob("*half-made/*")] != []  # it was in the middle
-    assert not list(cache.glob("tiny-*"))
-
-    again = model_folder(str(gguf_file[0]))
-    assert Path(again, "config.json").is_file()
-    assert not list(cache.glob("*half-made"))
-
-
-@pytest.mark.slow
-def test_two_processes_at_once_make_one_folder(gguf_file, cache, tmp_path):
-    both = [run(CONVERT, gguf_file[0], tmp_path) for _ in range(2)]
-    printed = [process.communicate().splitlines()[-1] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    (made,) = (path for path in cache.iterdir() if path.is_dir())
-    assert printed == [str(made)] * 2
 
 
 def test_the_cache_is_where_the_variable_says(monkeypatch):

@@ -114,6 +114,20 @@ def test_a_function_in_a_file_is_the_reward_of_every_command(project, named):
     assert all(text["reward"] is not None for text in json.loads(sampled.stdout))
 
 
+def test_a_class_is_made_once_and_its_instance_judges(project):
+    Path("judges.py").write_text(
+        "class Counts:\n    def __init__(self, letter='a'): self.letter = letter\n"
+        "    def __call__(self, text): return text.count(self.letter)\n"
+        "class Needs(Counts):\n    def __init__(self, letter): pass\n"
+    )
+    of_model = ("generate", "--model", "model", "--prompt", "the film", "--json", "--reward")
+    texts = json.loads(textgen(*of_model, "judges.py:Counts").stdout)
+    assert [text["reward"] for text in texts] == [text["completion"].count("a") for text in texts]
+    refused = textgen(*of_model, "judges.py:Needs")
+    assert refused.exit_code == 2
+    assert "is a class, and is made without arguments" in refused.stderr
+
+
 def test_a_run_with_its_own_reward_is_recorded(project, named):
     pytest.importorskip("minari", reason="recorded texts need minari[hdf5]")
     recorded = textgen("record", "runs/a", "--out", "data", "--episodes", 3)

@@ -370,6 +370,9 @@ def test_what_load_is_given_is_set_or_refused(tmp_path):
     assert (loaded.verbose, loaded.tensorboard_log, loaded.learner.batch_size) == (1, str(tmp_path), 3)
     with pytest.raises(ConfigError, match="has no settings batchsize, colour"):
         TextDQN.load(tmp_path / "agent.zip", make(), batchsize=3, colour="red")
+    loaded.env = None  # as after ``load(path)``
+    with pytest.raises(ConfigError, match=r"no environment to learn in: use load\(path, env=env\)"):
+        loaded.learn(8)
 
 
 def test_single_environments_and_their_lists_are_taken_as_by_sb3():

@@ -2,7 +2,7 @@
 
 A name or a path becomes a folder in Hugging Face form, and a folder becomes a ``LanguageModel``
 once a process and dtype: every environment that names it shares its weights. GGUF files are
-dequantised once into ``TEXTGEN_CACHE`` (default ``~/.cache/textgen_env``): one process converts
+converted once into ``TEXTGEN_CACHE`` (default ``~/.cache/textgen_env``): one process converts
 while the others wait, and the folder appears by one rename, so a kill leaves nothing half-made.
 """
 
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from textgen_env.config import DTYPES, check_one_of
 from textgen_env.errors import ModelError
 from textgen_env.extras import require
 from textgen_env.files import read_json, whole_folder
@@ -64,7 +65,9 @@ def load_language_model(
     Raises:
         ModelError: nothing of that name or path, no tokenizer (or one for a model that is given by
             name), no end-of-text token, or the hub cannot be reached.
+        ConfigError: another ``dtype``.
     """
+    check_one_of("dtype", dtype, DTYPES)
     if isinstance(model, LanguageModel):
         return model
     if isinstance(model, tuple):
@@ -112,7 +115,7 @@ def model_folder(name: str) -> str:
         if not path.is_file():
             raise ModelError(f"no GGUF file at {str(path)!r}; check the path")
         stat = path.stat()
-        identity = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        identity = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|in its precision"
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
         return str(_converted(f"{path.stem}-{digest}", lambda: path))
     if path.is_dir():
@@ -261,21 +264,25 @@ def _converted(name: str, find_gguf: Callable[[], Path]) -> Path:
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write the model and tokenizer of ``gguf`` to ``folder``, weights in bfloat16."""
+    """Write the model and tokenizer of ``gguf`` to ``folder``: quantised weights in bfloat16, others as they are."""
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
+        is_exact = {tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors} <= {"F32", "F16"}
         with _quiet_transformers():
             read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:  # a broken file fails wherever the reader happens to be
-        raise ModelError(f"{str(gguf)!r} could not be read as a GGUF causal LM: {error}") from error
+        raise ModelError(
+            f"{str(gguf)!r} could not be read as a GGUF causal LM: {error}. Other models can be given as a folder in "
+            "Hugging Face form"
+        ) from error
     config = read.config
     # The config still says "gguf", and save_pretrained refuses such a model: start a plain one.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    vars(config).pop("quantization_config", None)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if is_exact else torch.bfloat16)
     plain.load_state_dict(read.state_dict())
     plain.generation_config = read.generation_config
     with _quiet_transformers():

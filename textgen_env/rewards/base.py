@@ -163,8 +163,10 @@ def _checked(who: str, function: Callable[[], Any], completions: Sequence[str]) 
             f"{who} raised {type(error).__name__}: {error} (while scoring {_texts(completions)})"
         ) from error
     if answer.dtype.kind not in "biuf":
+        example = next((value for value in answer.ravel().tolist() if not isinstance(value, int | float)), None)
         raise RewardError(
-            f"{who} answered dtype {answer.dtype}, not numbers, for {_texts(completions)}; return one float a text"
+            f"{who} answered dtype {answer.dtype}, not numbers ({repr(example)[:80]}), for {_texts(completions)}; "
+            "return one float a text"
         )
     if answer.shape != (len(completions),):
         raise RewardError(
