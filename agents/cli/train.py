@@ -165,6 +165,17 @@ CandidateScores = Annotated[
         show_default="text_dqn does where the reward can score the beginning of a text",
     ),
 ]
+Score = Annotated[
+    str | None,
+    typer.Option(
+        help="How text_dqn tells candidates apart before a text is finished: given, by the reward's running score; "
+        "learned, from rewards of finished texts; judge, learned, and while learning the reward is also asked about "
+        "some unfinished texts; or none.",
+        rich_help_panel=LEARNING,
+        show_default="given where there is one, else learned",
+        metavar="NAME",
+    ),
+]
 CheckpointEvery = Annotated[
     int | None,
     typer.Option(
@@ -220,6 +231,7 @@ def train_command(
     max_turn_tokens: MaxTurnTokens = None,
     max_reply_tokens: MaxReplyTokens = None,
     candidate_scores: CandidateScores = None,
+    score: Score = None,
     texts: Texts = None,
     samples: Samples = None,
     checkpoint_every: CheckpointEvery = None,
@@ -257,6 +269,9 @@ def train_command(
     env |= {"max_turns": max_turns, "max_turn_tokens": max_turn_tokens, "max_reply_tokens": max_reply_tokens}
     env |= {"min_new_tokens": min_new_tokens, "dtype": dtype}
     settings = _settings(config, changes, env, candidate_scores, trust)
+    if score is not None:
+        own = {**settings.agent_settings, "score": None if score == "none" else score}
+        settings = replace(settings, agent_settings=own)
     folder = out or _free_folder(Path("runs"), settings.agent)
     where: dict[str, Any] = {"text_source": text_source, "console": console, "track": track}
     _show(runs.train(settings, folder, minutes=minutes, **where), console, as_json)

@@ -35,6 +35,7 @@ def draw_plane(report: Report, path: Path) -> None:
     axes.plot(0, language_model.reward, "k*", markersize=11, label="language model")
     axes.set_xlabel("KL to the language model, nats a text")
     axes.set_ylabel("reward of a text")
+    axes.margins(x=0.09)  # room for the last point's beta
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", frameon=False, ncols=2, fontsize=8)  # on no curve
     _write_png(figure, path)

@@ -71,8 +71,8 @@ class TextDQN(DQN):
         score: Where the running scores come from that tell candidates apart before a text is finished:
             ``"given"``, the observation's, if it has any; ``"learned"``, from rewards of finished
             texts, by a ``TextScorer``; ``"judge"``, learned as well, and while learning the reward is
-            also asked about some prefixes (about ``learner.ASKED`` a text); None, Q alone. ``"auto"``:
-            given where the reward can score a prefix and the observation shows it, else learned.
+            also asked about some prefixes, about ``learner.ASKED`` a text, as long as that helps; None, Q alone.
+            ``"auto"``: given where the reward can score a prefix and the observation shows it, else learned.
         lm_share: Share of the texts that the language model itself writes while learning, which is what
             the scorer learns most from. None: a half with learned scores, else 0.
         learning_starts: Environment steps before the first update.

@@ -173,7 +173,8 @@ class Learner:
     def asks_about(self, going_on: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
         """Return the rows, of those that go on, (N,), about whose prefixes the judge is asked now."""
         chosen = self.rng.random(len(going_on)) < ASKED / self.network.max_new_tokens
-        return np.flatnonzero(chosen & going_on)
+        helps = self.network.scorer is None or bool(self.network.scorer.prefixes)
+        return np.flatnonzero(chosen & going_on & helps)
 
     def behaviour_beta(self, progress: float) -> float:
         """Return the temperature that acts while learning, annealed from ``beta_start`` to ``beta``."""

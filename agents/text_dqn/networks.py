@@ -29,8 +29,9 @@ from torch import nn
 from torch.nn import functional
 
 from agents.text_dqn.echoes import Echoes
+from agents.text_dqn.features import JudgedTexts, directions
 from agents.text_dqn.outlook import Visited
-from agents.text_dqn.scorer import JudgedTexts, TextScorer, directions
+from agents.text_dqn.scorer import TextScorer
 from textgen_env.conversation import AGENT
 from textgen_env.errors import ConfigError, ModelError
 from textgen_env.models.base import LanguageModel

@@ -24,7 +24,7 @@ import torch
 from gymnasium import spaces
 
 from agents.text_dqn.echoes import echoed
-from agents.text_dqn.scorer import FOLDS, JudgedTexts
+from agents.text_dqn.features import FOLDS, JudgedTexts
 from textgen_env.errors import CapacityError, ConfigError
 from textgen_env.policies import Floats
 

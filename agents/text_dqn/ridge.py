@@ -129,11 +129,13 @@ def cross_fit(
     count: int,
     penalties: Sequence[float] = PENALTIES,
     start: Floats | None = None,
+    counted: npt.NDArray[np.bool_] | None = None,
 ) -> Fitted:
     """Fit weights for each of ``count`` folds to the others, with the penalty that predicts left-out rewards best.
 
     Args:
         start: Weights of a similar fit, to begin with; see ``Fitted``.
+        counted: (n,) the rows whose predictions are to be good. None: all.
     """
     parts = [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in range(count)]
     designs = [(design.rows(kept), design.rows(left)) for kept, left in parts]
@@ -144,7 +146,7 @@ def cross_fit(
         for fold, ((kept, left), (seen, unseen)) in enumerate(zip(parts, designs, strict=True)):
             weights[fold], biases[fold] = _solve(seen, rewards[kept], penalty, weights[fold])
             left_out[left] = unseen.times(weights[fold]) + biases[fold]
-        error = float(((rewards - left_out) ** 2).mean())
+        error = float(((rewards - left_out) ** 2).mean(where=counted is None or counted))
         if best is not None and error >= best.error:
             break
         best = Fitted(weights, biases, left_out, penalty, error)
@@ -153,25 +155,31 @@ def cross_fit(
 
 
 def weigh_groups(
-    design: Design, rewards: Floats, folds: npt.NDArray[np.int64], count: int, penalty: float, start: Floats
+    design: Design,
+    rewards: Floats,
+    folds: npt.NDArray[np.int64],
+    count: int,
+    penalty: float,
+    start: Floats,
+    counted: npt.NDArray[np.bool_] | None = None,
 ) -> Mapping[str, float]:
     """Return how relevant each group of features is: tried up and down, as left-out rewards are predicted best.
 
     A judge of word pairs does not care about last tokens: at a common size they are noise to it.
 
     Args:
-        design, rewards, folds, count: See ``cross_fit``.
+        design, rewards, folds, count, counted: See ``cross_fit``.
         penalty: With which the design is fitted best.
         start: Weights of such a fit.
     """
-    best = cross_fit(design, rewards, folds, count, [penalty], start)
+    best = cross_fit(design, rewards, folds, count, [penalty], start, counted)
     for group in design.groups:
         for factor in FACTORS:
             relevance = design.relevance[group] * factor
             if not LEAST_RELEVANT <= relevance <= MOST_RELEVANT:
                 continue
             trial = design.sized(**{group: relevance})
-            found = cross_fit(trial, rewards, folds, count, [penalty], best.weights)
+            found = cross_fit(trial, rewards, folds, count, [penalty], best.weights, counted)
             if found.error < WORTHWHILE * best.error:
                 design, best = trial, found
                 break

@@ -18,44 +18,34 @@ add, if the language model writes on as it does on average after the last token:
 best possible policy would make of it. As a potential it moves no optimum, however wrong it is.
 
 Source: return decomposition, Arjona-Medina et al. 2019, arXiv:1806.07857; single-index models,
-Kakade et al. 2011, arXiv:1104.2018; hashed features, Weinberger et al. 2009, arXiv:0902.2206.
+Kakade et al. 2011, arXiv:1104.2018.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from agents.text_dqn.echoes import Echoes
+from agents.text_dqn.features import (
+    FOLDS,
+    LONGEST,
+    PAIRS,
+    RESIDUES,
+    JudgedTexts,
+    design_of,
+    first_occurrences,
+    hats,
+    pair_index,
+)
 from agents.text_dqn.outlook import Course, Visited, course, still_to_come
 from agents.text_dqn.ridge import PENALTIES, Design, Fitted, correlates, cross_fit, rising_curve, weigh_groups
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
-FOLDS = 5
-"""Parts of the texts. Weights of a part have never seen it; one more set, the last, is the mean of all."""
-
-PAIRS = 2**17
-"""Pairs of tokens are hashed to so many numbers."""
-
-RESIDUES = 4096
-"""A token counts as seen where one of the same residue has occurred: exact for vocabularies up to this."""
-
-DIRECTIONS = 256
-"""Principal directions of the token embeddings that the regression sees."""
-
-MARKS = np.linspace(-2.5, 2.5, 11)
-"""Lengths in characters that have a weight, in standard deviations from the mean; linear in between."""
-
 GRID = (64, 48)
 """Values of z and of the length for which potentials are tabulated."""
-
-LONGEST = 15
-"""Tokens that the prompt has, too, have a weight by their length in characters, up to this: short ones are common."""
 
 AHEAD = 2
 """Tokens after the last one whose contributions depend on it; what comes later is taken as it is on average."""
@@ -75,19 +65,6 @@ WEIGH_AGAIN = 2.0
 MOST_WEIGHED = 2_000
 """Texts that it is found on."""
 
-Indices = npt.NDArray[np.int64]
-
-
-class JudgedTexts(NamedTuple):
-    """n texts with their rewards."""
-
-    tokens: Indices  # (n, T) generated ids, padded at the end
-    lengths: Indices  # (n,) at least 1
-    rewards: Floats  # (n,)
-    folds: Indices  # (n,) in 0..FOLDS - 1
-    finished: npt.NDArray[np.bool_]  # (n,) False for prefixes that were judged as they stood
-    echoes: npt.NDArray[np.bool_]  # (n, T) the token occurs in the prompt
-
 
 class TextScorer(nn.Module):
     """Scores of prefixes and of their candidates. All its state is buffers, so networks save and load it.
@@ -104,6 +81,7 @@ class TextScorer(nn.Module):
     penalty: torch.Tensor
     relevance: torch.Tensor
     weighed: torch.Tensor
+    prefixes: torch.Tensor
     bias: torch.Tensor
     token: torch.Tensor
     first: torch.Tensor
@@ -125,6 +103,7 @@ class TextScorer(nn.Module):
             "penalty": (),  # of the last fit, 0 before the first
             "relevance": (len(GROUPS),),  # factor of each kind of feature
             "weighed": (),  # texts from which it was found
+            "prefixes": (),  # 1 if prefixes that were judged help to predict finished texts
             "bias": (FOLDS + 1,),
             "token": (FOLDS + 1, vocab_size),
             "first": (FOLDS + 1, vocab_size),
@@ -140,6 +119,7 @@ class TextScorer(nn.Module):
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
         self.relevance.copy_(torch.tensor(list(GROUPS.values())))
+        self.prefixes.fill_(1.0)
         self.silence()
 
     def silence(self) -> None:
@@ -203,7 +183,7 @@ class TextScorer(nn.Module):
         """Return z and length of the prefixes, (B, S), and what candidates add to both, (B, S, k)."""
         table = self._table(tokens, folds)
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        first_places = _first_places(tokens)  # (B, RESIDUES)
+        first_places = first_occurrences(tokens)  # (B, RESIDUES)
         own = self._added(table, tokens[..., None], echoes.own[..., None], places, tokens, first_places).squeeze(-1)
         index = self.bias[table].unsqueeze(-1) + _of_prefixes(own, steps)
         length = _of_prefixes(_at(self.characters, tokens), steps)
@@ -259,9 +239,11 @@ class TextScorer(nn.Module):
             visited: Some states, under the language model's own probabilities.
             beta: The trade between reward and KL, reward units a nat.
         """
-        design, marks = self._design(texts, vectors)
         if np.unique(texts.folds).size == 1:
             return 0.0
+        if not self._learns_from_prefixes(texts, vectors):
+            texts = texts.rows(texts.finished)
+        design, marks = design_of(texts, vectors, self.characters.cpu().numpy())
         design, fitted = self._fitted(design, texts)
         predicted, rewards = fitted.left_out[texts.finished], texts.rewards[texts.finished]
         if not correlates(predicted, rewards):
@@ -273,51 +255,45 @@ class TextScorer(nn.Module):
         self._tabulate(curve, marks, of_length, predicted, visited, beta)
         return float(1 - ((rewards - predicted) ** 2).mean() / rewards.var())
 
-    def _fitted(self, design: Design, texts: JudgedTexts) -> tuple[Design, Fitted]:
-        """Return the features, as large as they are relevant, and their weights; note both for the next fit."""
+    def _learns_from_prefixes(self, texts: JudgedTexts, vectors: Floats) -> bool:
+        """Return True if finished texts are predicted better with the prefixes that were judged than without.
+
+        A mood can be heard in half a text, and half of a JSON object is none.
+        """
+        if self._is_due(texts) and not texts.finished.all():
+            errors, characters = [], self.characters.cpu().numpy()
+            for some in (texts, texts.rows(texts.finished)):
+                errors.append(self._as_before(design_of(some, vectors, characters)[0], some)[1].error)
+            self.prefixes.fill_(float(errors[0] < errors[1]))
+        return bool(self.prefixes)
+
+    def _is_due(self, texts: JudgedTexts) -> bool:
+        """Return True if it is to be found anew what the judge cares about."""
+        return bool(texts.finished.sum() >= WEIGH_AGAIN * float(self.weighed))
+
+    def _as_before(self, design: Design, texts: JudgedTexts) -> tuple[Design, Fitted]:
+        """Return the features, as large as they were relevant, and their weights."""
         design = design.sized(**dict(zip(GROUPS, self.relevance.tolist(), strict=True)))
         strongest = 3 * float(self.penalty) or max(PENALTIES)
         penalties = [penalty for penalty in PENALTIES if penalty <= strongest * 1.01]
-        fitted = cross_fit(design, texts.rewards, texts.folds, FOLDS, penalties)
-        count = len(texts.rewards)
-        if count >= WEIGH_AGAIN * float(self.weighed):
+        return design, cross_fit(design, texts.rewards, texts.folds, FOLDS, penalties, counted=texts.finished)
+
+    def _fitted(self, design: Design, texts: JudgedTexts) -> tuple[Design, Fitted]:
+        """Return the features, as large as they are relevant, and their weights; note both for the next fit."""
+        design, fitted = self._as_before(design, texts)
+        if self._is_due(texts):
+            count = len(texts.rewards)
             some = np.linspace(0, count - 1, min(count, MOST_WEIGHED)).astype(np.int64)
+            part = texts.rows(some)
             relevance = weigh_groups(
-                design.rows(some), texts.rewards[some], texts.folds[some], FOLDS, fitted.penalty, fitted.weights
+                design.rows(some), part.rewards, part.folds, FOLDS, fitted.penalty, fitted.weights, part.finished
             )
-            design = design.sized(**relevance)
-            fitted = cross_fit(design, texts.rewards, texts.folds, FOLDS, [fitted.penalty], fitted.weights)
+            design, start = design.sized(**relevance), fitted.weights
+            fitted = cross_fit(design, texts.rewards, texts.folds, FOLDS, [fitted.penalty], start, texts.finished)
             self.relevance.copy_(torch.tensor([relevance[group] for group in GROUPS]))
-            self.weighed.fill_(count)
+            self.weighed.fill_(texts.finished.sum())
         self.penalty.fill_(fitted.penalty)
         return design, fitted
-
-    def _design(self, texts: JudgedTexts, vectors: Floats) -> tuple[Design, tuple[float, float]]:
-        """Return the features of texts, and mean and deviation of their lengths in characters."""
-        vocabulary, of_echoes = self.vocab_size, 3 * self.vocab_size + PAIRS
-        padding = of_echoes + 2 * (LONGEST + 1)
-        tokens, lengths, characters = texts.tokens, texts.lengths, self.characters.cpu().numpy()
-        inside = np.arange(tokens.shape[1]) < lengths[:, None]
-        places = _first_places(torch.from_numpy(tokens)).gather(1, torch.from_numpy(tokens % RESIDUES)).numpy()
-        fresh = inside & (places == np.arange(tokens.shape[1]))
-        pairs = pair_index(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])).numpy()
-        echo = of_echoes + np.minimum(characters[tokens], LONGEST).astype(np.int64)
-        echoes = np.concatenate([echo, echo + LONGEST + 1], 1)
-        ended = texts.finished[:, None]
-        last = np.take_along_axis(tokens, lengths[:, None] - 1, 1)
-        sparse = {
-            "token": np.where(inside, tokens, padding),
-            "first": np.where(fresh, vocabulary + tokens, padding),
-            "last": np.where(ended, 2 * vocabulary + last, padding),
-            "pair": np.where(inside[:, 1:], 3 * vocabulary + pairs, padding),
-            "echo": np.where(np.concatenate([inside, fresh], 1) & np.tile(texts.echoes, 2), echoes, padding),
-        }
-        length = (characters[tokens] * inside).sum(1)
-        marks = (float(length.mean()), float(length.std()) + 1e-6)
-        means = np.zeros((len(tokens), vectors.shape[1]))
-        for place in range(tokens.shape[1]):  # one after the other: all at once are large
-            means += vectors[tokens[:, place]] * inside[:, place, None]
-        return Design.of(sparse, {"vector": means, "length": _hats(length, marks)}, padding), marks
 
     def _take_weights(self, design: Design, fitted: Fitted, vectors: Floats) -> Floats:
         """Fill the tables of contributions; return the weights of the marks, their mean over the folds."""
@@ -360,7 +336,7 @@ class TextScorer(nn.Module):
             self.persistence[axis], self.drift[axis] = torch.from_numpy(of.persistence), torch.from_numpy(drift)
         mean, deviation = marks
         length = np.linspace(max(0.0, mean - 4 * deviation), mean + 4 * deviation, GRID[1])
-        added = _hats(length, marks) @ of_length
+        added = hats(length, marks) @ of_length
         reach = 0.25 * (np.ptp(predicted) + np.ptp(added)) + 1e-6
         index = np.linspace(predicted.min() - added.max() - reach, predicted.max() - added.min() + reach, GRID[0])
         nodes, shares = np.polynomial.hermite_e.hermegauss(7)
@@ -369,7 +345,7 @@ class TextScorer(nn.Module):
         for node_z, share_z in zip(nodes, shares, strict=True):
             for node_c, share_c in zip(nodes, shares, strict=True):
                 lengths = length + deviations[1][:, None] * node_c  # (T + 1, GRID[1])
-                z = index[:, None] + (_hats(lengths, marks) @ of_length)[:, None, :]
+                z = index[:, None] + (hats(lengths, marks) @ of_length)[:, None, :]
                 z = z + deviations[0][:, None, None] * node_z
                 total = np.logaddexp(total, np.log(share_z * share_c) + np.interp(z, *curve) / beta)
         self.potential.copy_(torch.from_numpy(beta * total))
@@ -383,7 +359,7 @@ class TextScorer(nn.Module):
         steps = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         last, candidates = tokens[:, :-1][there], visited.candidates[:, 1:][there]  # (n,), (n, k)
         mu, goes_on = visited.probabilities[:, 1:][there], 1.0 - _at(self.ends, candidates)
-        visits, first_places = torch.bincount(last, minlength=self.vocab_size), _first_places(tokens)
+        visits, first_places = torch.bincount(last, minlength=self.vocab_size), first_occurrences(tokens)
         for fold in range(FOLDS + 1):
             table, echoes = torch.full_like(tokens[:, 0], fold), visited.echoes.candidates
             more = self._added(table, visited.candidates, echoes, steps, tokens, first_places)[:, 1:][there]
@@ -407,43 +383,11 @@ class TextScorer(nn.Module):
         return of_z, course(length, longer, torch.zeros_like(ahead), visited, self.max_new_tokens)
 
 
-def directions(language_model: LanguageModel) -> Floats:
-    """Return the principal directions of the token embeddings, (V, at most ``DIRECTIONS``), of mean size 1."""
-    vectors = language_model.embed(np.arange(language_model.vocab_size)).astype(np.float32)
-    vectors -= vectors.mean(0)
-    if vectors.shape[1] > DIRECTIONS:
-        _, axes = np.linalg.eigh(vectors.T @ vectors)
-        vectors = vectors @ axes[:, -DIRECTIONS:]
-    size = float(np.linalg.norm(vectors, axis=1).mean())
-    return np.asarray(vectors / (size or 1.0), np.float32)
-
-
-def pair_index(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return the number in 0..PAIRS - 1 of each pair of ids."""
-    return ((first * 0x9E3779B1 + second * 0x85EBCA77) >> 7) % PAIRS
-
-
 def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Return the entries of ``values`` (n,) at any indices: several times as fast as plain indexing."""
     return values.take(index)
 
 
-def _first_places(tokens: torch.Tensor) -> torch.Tensor:
-    """Return where each residue of ids occurs first in tokens (B, T): (B, RESIDUES), T where it does not."""
-    length = tokens.shape[1]
-    places = torch.arange(length, device=tokens.device).expand(tokens.shape)
-    found = torch.full((len(tokens), RESIDUES), length, device=tokens.device)
-    return found.scatter_reduce(1, tokens % RESIDUES, places, "amin")
-
-
 def _of_prefixes(added: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """Return the sums of (B, T) numbers over the first ``steps`` (B, S) of them."""
     return nn.functional.pad(added.cumsum(1), (1, 0)).gather(1, steps)
-
-
-def _hats(length: Floats, marks: tuple[float, float]) -> Floats:
-    """Return (..., marks) weights of the marks next to each length, which sum to 1."""
-    mean, deviation = marks
-    place = np.clip((length - mean) / deviation, MARKS[0], MARKS[-1])
-    hats: Floats = np.maximum(0.0, 1 - np.abs(place[..., None] - MARKS) / (MARKS[1] - MARKS[0]))
-    return hats

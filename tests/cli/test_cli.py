@@ -349,6 +349,10 @@ def test_list_names_everything_there_is():
     assert "wanda" not in textgen("list", "rewards").stdout
 
 
+OF_NO_FIELD = ("out", "min_new_tokens", "candidate_scores", "score", *WHERE)
+"""Options whose default is no single value of a run's configuration."""
+
+
 def test_the_help_shows_the_defaults_of_a_run():
     from agents.runs.config import CONVERSATION_SETTINGS, ENV_SETTINGS, RunConfig
     from textgen_env.config import EnvConfig
@@ -359,7 +363,7 @@ def test_the_help_shows_the_defaults_of_a_run():
     for option in typer.main.get_command(app).commands["train"].params:
         field = names.get(option.name, option.name)
         env = ENV_SETTINGS.get(field, getattr(EnvConfig(), field, None))
-        if isinstance(option.show_default, str) and field not in ("out", "min_new_tokens", "candidate_scores", *WHERE):
+        if isinstance(option.show_default, str) and field not in OF_NO_FIELD:
             default = getattr(config, field, env)
             in_turns = CONVERSATION_SETTINGS.get(field, default)
             if "--partner" in (option.help or "") and field.startswith("max_"):
@@ -421,3 +425,15 @@ def test_every_example_of_a_help_is_parsed():
         words = shlex.split(example)
         assert words[:2] == ["textgen", name]
         group.commands[name].make_context(name, words[2:])
+
+
+def test_how_scores_are_found_is_a_setting_of_the_agent(folder, tmp_path):
+    small = ("--model", folder / "model", "--prompts", folder / "prompts.txt", "--max-prompt-tokens", 8, "--top-k", 4)
+    sizes = ("--max-new-tokens", 4, "--steps", 64, "--envs", 4, "--texts", 8, "--samples", 4)
+    for score, stored in {"judge": "judge", "none": None}.items():
+        result = textgen("train", *small, *sizes, "--reward", "length", "--score", score, "--out", tmp_path / score)
+        assert result.exit_code == 0, result.output
+        assert json.loads((tmp_path / score / "config.json").read_text())["agent_settings"] == {"score": stored}
+    refused = textgen("train", *small, *sizes, "--score", "judg", "--out", tmp_path / "x")
+    assert (refused.exit_code, (tmp_path / "x").exists()) == (2, False)
+    assert "score must be one of" in refused.stderr

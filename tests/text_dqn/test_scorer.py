@@ -13,11 +13,12 @@ from toys import PROMPTS, letters
 
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.echoes import Echoes, echoed
+from agents.text_dqn.features import FOLDS, JudgedTexts
 from agents.text_dqn.networks import NEEDED_KEYS
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.replay import Acted, EpisodeReplay
 from agents.text_dqn.ridge import Design, cross_fit, rising_curve, weigh_groups
-from agents.text_dqn.scorer import FOLDS, JudgedTexts, TextScorer
+from agents.text_dqn.scorer import TextScorer
 from agents.text_dqn.validation import LANGUAGE_MODEL, best_supported
 from textgen_env.errors import ConfigError
 from textgen_env.policies import sample
@@ -220,17 +221,27 @@ def test_prefixes_that_were_judged_count_as_texts():
     lengths = np.random.default_rng(8).integers(1, LENGTH, 600)
     more = texts(JUDGES["a token"], seed=9, count=600)
     rewards = [float((row[:n] == 3).sum()) for row, n in zip(more.tokens, lengths, strict=True)]
-    both = JudgedTexts(
-        np.concatenate([found.tokens, more.tokens]),
-        np.concatenate([found.lengths, lengths]),
-        np.concatenate([found.rewards, rewards]),
-        np.concatenate([found.folds, more.folds]),
-        np.arange(660) < 60,
-        np.concatenate([found.echoes, more.echoes]),
-    )
     fresh = texts(JUDGES["a token"], seed=10)
+    of_prefixes = more._replace(lengths=lengths, rewards=np.array(rewards), finished=np.zeros(600, bool))
+    both = together(found, of_prefixes)
     few, more_ = (((finished_scores(fitted(x)[0], fresh) - fresh.rewards) ** 2).mean() for x in (found, both))
     assert more_ < few
+
+
+def test_prefixes_that_mislead_are_left_out():
+    found = texts(JUDGES["a token"], count=300)
+    of_prefixes = texts(lambda row: -float((row == 3).sum()), seed=9, count=600)  # half of a text that needs its end
+    both = together(found, of_prefixes._replace(lengths=np.full(600, LENGTH - 2), finished=np.zeros(600, bool)))
+    (alone, r2), (misled, r2_misled) = fitted(found), fitted(both)
+    assert (float(alone.prefixes), float(misled.prefixes)) == (1.0, 0.0)
+    assert r2_misled == r2
+    for name, values in alone.state_dict().items():
+        if name != "prefixes":
+            torch.testing.assert_close(misled.state_dict()[name], values, rtol=0, atol=0, msg=name)
+
+
+def together(*parts):
+    return JudgedTexts(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def test_weights_are_those_of_ridge_regression():

@@ -1,0 +1,122 @@
+"""What the learned scorer knows of texts: sparse features of their tokens, and their lengths in characters.
+
+    JudgedTexts, vectors and characters of tokens  ->  design_of  ->  Design (n, features)
+
+Source: hashed features, Weinberger et al. 2009, arXiv:0902.2206.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from agents.text_dqn.ridge import Design
+from textgen_env.models.base import LanguageModel
+from textgen_env.policies import Floats
+
+FOLDS = 5
+"""Parts of the texts. Weights of a part have never seen it; one more set, the last, is the mean of all."""
+
+PAIRS = 2**17
+"""Pairs of tokens are hashed to so many numbers."""
+
+RESIDUES = 4096
+"""A token counts as seen where one of the same residue has occurred: exact for vocabularies up to this."""
+
+DIRECTIONS = 256
+"""Principal directions of the token embeddings that the regression sees."""
+
+MARKS = np.linspace(-2.5, 2.5, 11)
+"""Lengths in characters that have a weight, in standard deviations from the mean; linear in between."""
+
+LONGEST = 15
+"""Tokens that the prompt has, too, have a weight by their length in characters, up to this: short ones are common."""
+
+Indices = npt.NDArray[np.int64]
+
+
+class JudgedTexts(NamedTuple):
+    """n texts with their rewards."""
+
+    tokens: Indices  # (n, T) generated ids, padded at the end
+    lengths: Indices  # (n,) at least 1
+    rewards: Floats  # (n,)
+    folds: Indices  # (n,) in 0..FOLDS - 1
+    finished: npt.NDArray[np.bool_]  # (n,) False for prefixes that were judged as they stood
+    echoes: npt.NDArray[np.bool_]  # (n, T) the token occurs in the prompt
+
+    def rows(self, chosen: Any) -> JudgedTexts:
+        return JudgedTexts(*(values[chosen] for values in self))
+
+
+def design_of(texts: JudgedTexts, vectors: Floats, characters: Floats) -> tuple[Design, tuple[float, float]]:
+    """Return the features of texts, and mean and deviation of their lengths in characters.
+
+    Args:
+        texts: n of them.
+        vectors: (V, ``DIRECTIONS``) of the tokens; see ``directions``.
+        characters: (V,) of the tokens.
+    """
+    vocabulary, of_echoes = len(characters), 3 * len(characters) + PAIRS
+    padding = of_echoes + 2 * (LONGEST + 1)
+    tokens, places = texts.tokens, np.arange(texts.tokens.shape[1])
+    inside = places < texts.lengths[:, None]
+    fresh = inside & (_first_of_each(tokens) == places)
+    pairs = pair_index(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])).numpy()
+    echo = of_echoes + np.minimum(characters[tokens], LONGEST).astype(np.int64)
+    echoes = np.concatenate([echo, echo + LONGEST + 1], 1)
+    last = np.take_along_axis(tokens, texts.lengths[:, None] - 1, 1)
+    sparse = {
+        "token": np.where(inside, tokens, padding),
+        "first": np.where(fresh, vocabulary + tokens, padding),
+        "last": np.where(texts.finished[:, None], 2 * vocabulary + last, padding),
+        "pair": np.where(inside[:, 1:], 3 * vocabulary + pairs, padding),
+        "echo": np.where(np.concatenate([inside, fresh], 1) & np.tile(texts.echoes, 2), echoes, padding),
+    }
+    length = (characters[tokens] * inside).sum(1)
+    marks = (float(length.mean()), float(length.std()) + 1e-6)
+    means = np.zeros((len(tokens), vectors.shape[1]))
+    for place in places:  # one after the other: all at once are large
+        means += vectors[tokens[:, place]] * inside[:, place, None]
+    return Design.of(sparse, {"vector": means, "length": hats(length, marks)}, padding), marks
+
+
+def _first_of_each(tokens: Indices) -> Indices:
+    """Return where the residue of each token of (n, T) occurs first, (n, T)."""
+    found: Indices = first_occurrences(torch.from_numpy(tokens)).gather(1, torch.from_numpy(tokens % RESIDUES)).numpy()
+    return found
+
+
+def directions(language_model: LanguageModel) -> Floats:
+    """Return the principal directions of the token embeddings, (V, at most ``DIRECTIONS``), of mean size 1."""
+    vectors = language_model.embed(np.arange(language_model.vocab_size)).astype(np.float32)
+    vectors -= vectors.mean(0)
+    if vectors.shape[1] > DIRECTIONS:
+        _, axes = np.linalg.eigh(vectors.T @ vectors)
+        vectors = vectors @ axes[:, -DIRECTIONS:]
+    size = float(np.linalg.norm(vectors, axis=1).mean())
+    return np.asarray(vectors / (size or 1.0), np.float32)
+
+
+def pair_index(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return the number in 0..PAIRS - 1 of each pair of ids."""
+    return ((first * 0x9E3779B1 + second * 0x85EBCA77) >> 7) % PAIRS
+
+
+def first_occurrences(tokens: torch.Tensor) -> torch.Tensor:
+    """Return where each residue of ids occurs first in tokens (B, T): (B, RESIDUES), T where it does not."""
+    length = tokens.shape[1]
+    places = torch.arange(length, device=tokens.device).expand(tokens.shape)
+    found = torch.full((len(tokens), RESIDUES), length, device=tokens.device)
+    return found.scatter_reduce(1, tokens % RESIDUES, places, "amin")
+
+
+def hats(length: Floats, marks: tuple[float, float]) -> Floats:
+    """Return (..., marks) weights of the marks next to each length, which sum to 1."""
+    mean, deviation = marks
+    place = np.clip((length - mean) / deviation, MARKS[0], MARKS[-1])
+    hats: Floats = np.maximum(0.0, 1 - np.abs(place[..., None] - MARKS) / (MARKS[1] - MARKS[0]))
+    return hats
