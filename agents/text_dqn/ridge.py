@@ -1,9 +1,9 @@
 """Ridge regression on sparse and dense features, cross-fitted; and a rising curve through its predictions.
 
-    Design (n, features), rewards (n,), folds (n,)  ->  cross_fit  ->  weights of each fold, left-out predictions
-    Design, rewards, folds  ->  weigh_groups  ->  how little each group of features should be shrunk
+    Problem: features of n texts, rewards, folds  ->  cross_fit  ->  weights of each fold, left-out predictions
+    Problem  ->  weigh_groups  ->  how little each group of features should be shrunk
+    Problem  ->  bent  ->  the same through a logistic link, where that predicts better
     left-out predictions, rewards  ->  rising_curve  ->  knots
-
     left-out predictions, rewards  ->  correlates  ->  whether they say anything
 
 Solved by conjugate gradients, so a fit costs a few passes over the features, however many there are.
@@ -20,6 +20,9 @@ import numpy.typing as npt
 
 from textgen_env.policies import Floats
 
+SMALLEST = 1e-9
+"""Mean squared size of features below which they are taken for constant."""
+
 ITERATIONS = 60
 TOLERANCE = 1e-8  # of the squared gradient, relative to the first
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001, 0.00003, 0.00001)
@@ -33,6 +36,18 @@ LEAST_RELEVANT, MOST_RELEVANT = 0.01, 100.0
 
 WORTHWHILE = 0.997
 """Share of the error on left-out texts below which a factor is taken."""
+
+FLAT = 0.02
+"""Slope of the logistic link, of 0.25 at most, below which a text counts as if it were so much."""
+
+STEEPEST = 8.0
+"""Largest z, either way, at which a tangent is taken."""
+
+NEWTON_STEPS = 3
+"""From the straight fit on."""
+
+BENT = 0.005
+"""Share of the variance of the rewards that a link must explain beside the rising curve of a straight fit."""
 
 BIN = 40
 """Texts a knot of the curve, at least."""
@@ -70,10 +85,9 @@ class Design(NamedTuple):
         for index in sparse.values():
             _, counts = np.unique(index[index < padding], return_counts=True)
             sizes = counts * (1.0 - counts / index.size)
-            scales.append(np.full(index.shape[1], 1.0 / np.sqrt(sizes.sum() / len(index) + 1e-12)))
+            scales.append(np.full(index.shape[1], _scale(sizes.sum() / len(index))))
         for block in dense.values():
-            size = ((block - block.mean(0)) ** 2).sum() / len(block)
-            scales.append(np.full(block.shape[1], 1.0 / np.sqrt(size + 1e-12)))
+            scales.append(np.full(block.shape[1], _scale(((block - block.mean(0)) ** 2).sum() / len(block))))
         for name, scale in zip((*sparse, *dense), scales, strict=True):
             groups[name] = slice(start, start + len(scale))
             start += len(scale)
@@ -111,92 +125,173 @@ class Design(NamedTuple):
         return np.concatenate([sparse, (errors @ self.dense) * of_dense])
 
 
+def _scale(size: float) -> float:
+    """Return the factor that makes a mean squared size 1; of features that are the same in all rows, 0."""
+    return float(1 / np.sqrt(size)) if size > SMALLEST else 0.0
+
+
+class Logistic(NamedTuple):
+    """A link: the expected reward is low + (high - low) / (1 + exp(-z)), as a judge that saturates makes of a sum z."""
+
+    low: float
+    high: float
+
+    def expected(self, z: Floats) -> Floats:
+        return np.asarray(self.low + (self.high - self.low) / (1 + np.exp(-z)))
+
+    def tangent(self, z: Floats, rewards: Floats) -> tuple[Floats, Floats]:
+        """Return targets and weights for z (..., n): least squares on them are a step of Newton's method from there.
+
+        Weights are 1 on average.
+        """
+        share = 1 / (1 + np.exp(-z))
+        slope = np.maximum(share * (1 - share), FLAT)
+        return z + ((rewards - self.low) / (self.high - self.low) - share) / slope, slope / slope.mean(
+            -1, keepdims=True
+        )
+
+
+class Bend(NamedTuple):
+    """A link, and the z of each fold's weights, (folds, n), at which it is taken for its tangent."""
+
+    link: Logistic
+    near: Floats
+
+
+class Problem(NamedTuple):
+    """n texts to predict the rewards of, in parts."""
+
+    design: Design
+    rewards: Floats  # (n,)
+    folds: npt.NDArray[np.int64]  # (n,)
+    counted: npt.NDArray[np.bool_]  # (n,) whose predictions are to be good
+
+    def rows(self, chosen: npt.NDArray[np.int64]) -> Problem:
+        return Problem(self.design.rows(chosen), self.rewards[chosen], self.folds[chosen], self.counted[chosen])
+
+    def sized(self, **relevance: float) -> Problem:
+        return self._replace(design=self.design.sized(**relevance))
+
+
 @dataclass(frozen=True)
 class Fitted:
     """Weights for each fold, fitted to all others, and what they predict for it."""
 
     weights: Floats  # (folds, u + 1 + e); see ``Design.parts``
     biases: Floats  # (folds,)
-    left_out: Floats  # (n,)
+    index: Floats  # (n,) z, by weights that have not seen the text
+    left_out: Floats  # (n,) the rewards that it lets expect
     penalty: float
-    error: float  # mean squared, on left-out rewards
+    error: float  # mean squared, of ``left_out``
 
 
 def cross_fit(
-    design: Design,
-    rewards: Floats,
-    folds: npt.NDArray[np.int64],
+    problem: Problem,
     count: int,
     penalties: Sequence[float] = PENALTIES,
     start: Floats | None = None,
-    counted: npt.NDArray[np.bool_] | None = None,
+    bend: Bend | None = None,
 ) -> Fitted:
     """Fit weights for each of ``count`` folds to the others, with the penalty that predicts left-out rewards best.
 
     Args:
         start: Weights of a similar fit, to begin with; see ``Fitted``.
-        counted: (n,) the rows whose predictions are to be good. None: all.
+        bend: How a reward follows from the index. None: the index is the reward.
     """
+    design, rewards, folds, counted = problem
     parts = [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in range(count)]
     designs = [(design.rows(kept), design.rows(left)) for kept, left in parts]
+    targets, sizes = rewards[None].repeat(count, 0), np.ones((count, len(rewards)))
+    if bend is not None:
+        targets, sizes = bend.link.tangent(bend.near, rewards)
     weights = np.zeros((count, len(design.used) + 1 + design.dense.shape[1])) if start is None else start
     best = None
     for penalty in penalties:
-        weights, biases, left_out = weights.copy(), np.zeros(count), np.zeros(len(rewards))
+        weights, biases, index = weights.copy(), np.zeros(count), np.zeros(len(rewards))
         for fold, ((kept, left), (seen, unseen)) in enumerate(zip(parts, designs, strict=True)):
-            weights[fold], biases[fold] = _solve(seen, rewards[kept], penalty, weights[fold])
-            left_out[left] = unseen.times(weights[fold]) + biases[fold]
-        error = float(((rewards - left_out) ** 2).mean(where=counted is None or counted))
+            weights[fold], biases[fold] = _solve(seen, targets[fold, kept], sizes[fold, kept], penalty, weights[fold])
+            index[left] = unseen.times(weights[fold]) + biases[fold]
+        left_out = index if bend is None else bend.link.expected(index)
+        error = float(((rewards - left_out) ** 2).mean(where=counted))
         if best is not None and error >= best.error:
             break
-        best = Fitted(weights, biases, left_out, penalty, error)
+        best = Fitted(weights, biases, index, left_out, penalty, error)
     assert best is not None
     return best
 
 
-def weigh_groups(
-    design: Design,
-    rewards: Floats,
-    folds: npt.NDArray[np.int64],
-    count: int,
-    penalty: float,
-    start: Floats,
-    counted: npt.NDArray[np.bool_] | None = None,
-) -> Mapping[str, float]:
+def weigh_groups(problem: Problem, count: int, penalty: float, start: Floats) -> Mapping[str, float]:
     """Return how relevant each group of features is: tried up and down, as left-out rewards are predicted best.
 
     A judge of word pairs does not care about last tokens: at a common size they are noise to it.
 
     Args:
-        design, rewards, folds, count, counted: See ``cross_fit``.
-        penalty: With which the design is fitted best.
+        count: Of folds.
+        penalty: With which the problem is fitted best.
         start: Weights of such a fit.
     """
-    best = cross_fit(design, rewards, folds, count, [penalty], start, counted)
-    for group in design.groups:
+    best = cross_fit(problem, count, [penalty], start)
+    for group in problem.design.groups:
         for factor in FACTORS:
-            relevance = design.relevance[group] * factor
+            relevance = problem.design.relevance[group] * factor
             if not LEAST_RELEVANT <= relevance <= MOST_RELEVANT:
                 continue
-            trial = design.sized(**{group: relevance})
-            found = cross_fit(trial, rewards, folds, count, [penalty], best.weights, counted)
+            trial = problem.sized(**{group: relevance})
+            found = cross_fit(trial, count, [penalty], best.weights)
             if found.error < WORTHWHILE * best.error:
-                design, best = trial, found
+                problem, best = trial, found
                 break
-    return design.relevance
+    return problem.design.relevance
 
 
-def _solve(design: Design, rewards: Floats, penalty: float, start: Floats) -> tuple[Floats, float]:
-    """Return the weights that minimise mean squared error + penalty |w|^2, from ``start`` on, and the bias."""
-    rows = len(rewards)
-    mean = design.transposed_times(np.full(rows, 1.0 / rows))  # of each feature: the bias takes it
+def bent(problem: Problem, count: int, straight: Fitted) -> Fitted:
+    """Fit through a logistic link; return that, or ``straight``, whichever predicts left-out rewards better.
+
+    A classifier, or a score with bounds, saturates: a straight line takes what is added at the ends for less than what
+    is added in the middle.
+    """
+    rewards = problem.rewards
+    if not correlates(straight.left_out, rewards):
+        return straight
+    link = Logistic(float(rewards.min()), float(rewards.max()))
+    share = (float(rewards.mean()) - link.low) / (link.high - link.low)
+    scale = 1 / ((link.high - link.low) * share * (1 - share))
+    start = straight.weights * scale  # the first step of Newton's method from the same z everywhere
+    biases = np.log(share / (1 - share)) + (straight.biases - rewards.mean()) * scale
+    best, penalty = straight, straight.penalty
+    error = min(straight.error, _curved_error(problem, straight)) - BENT * float(rewards.var())
+    for _ in range(NEWTON_STEPS):
+        near = np.stack([problem.design.times(w) + bias for w, bias in zip(start, biases, strict=True)])
+        near = np.clip(near, -STEEPEST, STEEPEST)
+        weaker = [value for value in PENALTIES if value <= 1.01 * penalty]
+        found = cross_fit(problem, count, weaker, start, Bend(link, near))
+        start, biases, penalty = found.weights, found.biases, found.penalty
+        if (curved := _curved_error(problem, found)) < error:
+            best, error = found, curved
+    return best
+
+
+def _curved_error(problem: Problem, fitted: Fitted) -> float:
+    """Return the mean squared error of the rising curve through what was left out."""
+    index, rewards = fitted.index[problem.counted], problem.rewards[problem.counted]
+    return float(((rewards - np.interp(index, *rising_curve(index, rewards))) ** 2).mean())
+
+
+def _solve(design: Design, targets: Floats, sizes: Floats, penalty: float, start: Floats) -> tuple[Floats, float]:
+    """Return the weights that minimise mean squared error + penalty |w|^2, from ``start`` on, and the bias.
+
+    Args:
+        sizes: (n,) how much the error of each row counts, 1 on average.
+    """
+    rows, shares = len(targets), sizes / sizes.sum()
+    mean = design.transposed_times(shares)  # of each feature: the bias takes it
 
     def gram(weights: Floats) -> Floats:
-        predicted = design.times(weights) - mean @ weights
+        predicted = sizes * (design.times(weights) - mean @ weights)
         return design.transposed_times(predicted) - mean * predicted.sum() + penalty * rows * weights
 
-    centred = rewards - rewards.mean()
-    target = design.transposed_times(centred)
+    centre = float(shares @ targets)
+    target = design.transposed_times(sizes * (targets - centre))
     weights = start.copy()
     residual = target - gram(weights)
     direction, size, first = residual.copy(), residual @ residual, target @ target
@@ -209,7 +304,7 @@ def _solve(design: Design, rewards: Floats, penalty: float, start: Floats) -> tu
         residual -= step * pushed
         before, size = size, residual @ residual
         direction = residual + size / before * direction
-    return weights, float(rewards.mean() - mean @ weights)
+    return weights, float(centre - mean @ weights)
 
 
 def rising_curve(predictions: Floats, rewards: Floats) -> tuple[Floats, Floats]:

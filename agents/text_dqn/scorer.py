@@ -40,7 +40,17 @@ from agents.text_dqn.features import (
     pair_index,
 )
 from agents.text_dqn.outlook import Course, Visited, course, still_to_come
-from agents.text_dqn.ridge import PENALTIES, Design, Fitted, correlates, cross_fit, rising_curve, weigh_groups
+from agents.text_dqn.ridge import (
+    PENALTIES,
+    Design,
+    Fitted,
+    Problem,
+    bent,
+    correlates,
+    cross_fit,
+    rising_curve,
+    weigh_groups,
+)
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
@@ -245,14 +255,13 @@ class TextScorer(nn.Module):
             texts = texts.rows(texts.finished)
         design, marks = design_of(texts, vectors, self.characters.cpu().numpy())
         design, fitted = self._fitted(design, texts)
-        predicted, rewards = fitted.left_out[texts.finished], texts.rewards[texts.finished]
+        index, predicted, rewards = (x[texts.finished] for x in (fitted.index, fitted.left_out, texts.rewards))
         if not correlates(predicted, rewards):
             self.silence()
             return 0.0
-        curve = rising_curve(predicted, rewards)
         of_length = self._take_weights(design, fitted, vectors)
         self._look_ahead(visited)
-        self._tabulate(curve, marks, of_length, predicted, visited, beta)
+        self._tabulate(rising_curve(index, rewards), marks, of_length, index, visited, beta)
         return float(1 - ((rewards - predicted) ** 2).mean() / rewards.var())
 
     def _learns_from_prefixes(self, texts: JudgedTexts, vectors: Floats) -> bool:
@@ -271,29 +280,26 @@ class TextScorer(nn.Module):
         """Return True if it is to be found anew what the judge cares about."""
         return bool(texts.finished.sum() >= WEIGH_AGAIN * float(self.weighed))
 
-    def _as_before(self, design: Design, texts: JudgedTexts) -> tuple[Design, Fitted]:
-        """Return the features, as large as they were relevant, and their weights."""
-        design = design.sized(**dict(zip(GROUPS, self.relevance.tolist(), strict=True)))
+    def _as_before(self, design: Design, texts: JudgedTexts) -> tuple[Problem, Fitted]:
+        """Return the features, as large as they were relevant, with the rewards, and their weights."""
+        problem = Problem(design, texts.rewards, texts.folds, texts.finished)
+        problem = problem.sized(**dict(zip(GROUPS, self.relevance.tolist(), strict=True)))
         strongest = 3 * float(self.penalty) or max(PENALTIES)
-        penalties = [penalty for penalty in PENALTIES if penalty <= strongest * 1.01]
-        return design, cross_fit(design, texts.rewards, texts.folds, FOLDS, penalties, counted=texts.finished)
+        return problem, cross_fit(problem, FOLDS, [penalty for penalty in PENALTIES if penalty <= strongest * 1.01])
 
     def _fitted(self, design: Design, texts: JudgedTexts) -> tuple[Design, Fitted]:
         """Return the features, as large as they are relevant, and their weights; note both for the next fit."""
-        design, fitted = self._as_before(design, texts)
+        problem, fitted = self._as_before(design, texts)
         if self._is_due(texts):
             count = len(texts.rewards)
             some = np.linspace(0, count - 1, min(count, MOST_WEIGHED)).astype(np.int64)
-            part = texts.rows(some)
-            relevance = weigh_groups(
-                design.rows(some), part.rewards, part.folds, FOLDS, fitted.penalty, fitted.weights, part.finished
-            )
-            design, start = design.sized(**relevance), fitted.weights
-            fitted = cross_fit(design, texts.rewards, texts.folds, FOLDS, [fitted.penalty], start, texts.finished)
+            relevance = weigh_groups(problem.rows(some), FOLDS, fitted.penalty, fitted.weights)
+            problem = problem.sized(**relevance)
+            fitted = cross_fit(problem, FOLDS, [fitted.penalty], fitted.weights)
             self.relevance.copy_(torch.tensor([relevance[group] for group in GROUPS]))
             self.weighed.fill_(texts.finished.sum())
         self.penalty.fill_(fitted.penalty)
-        return design, fitted
+        return problem.design, bent(problem, FOLDS, fitted)
 
     def _take_weights(self, design: Design, fitted: Fitted, vectors: Floats) -> Floats:
         """Fill the tables of contributions; return the weights of the marks, their mean over the folds."""

@@ -17,7 +17,7 @@ from agents.text_dqn.features import FOLDS, JudgedTexts
 from agents.text_dqn.networks import NEEDED_KEYS
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.replay import Acted, EpisodeReplay
-from agents.text_dqn.ridge import Design, cross_fit, rising_curve, weigh_groups
+from agents.text_dqn.ridge import Design, Logistic, Problem, bent, cross_fit, rising_curve, weigh_groups
 from agents.text_dqn.scorer import TextScorer
 from agents.text_dqn.validation import LANGUAGE_MODEL, best_supported
 from textgen_env.errors import ConfigError
@@ -244,12 +244,16 @@ def together(*parts):
     return JudgedTexts(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
+def problem(design, rewards, folds):
+    return Problem(design, rewards, folds, np.ones(len(rewards), bool))
+
+
 def test_weights_are_those_of_ridge_regression():
     rng = np.random.default_rng(0)
     index, dense = rng.integers(0, 9, (80, 3)), rng.normal(size=(80, 2))
     design = Design.of({"a": index}, {"b": dense}, 9)
     rewards, folds = rng.normal(size=80), np.arange(80) % 2
-    found = cross_fit(design, rewards, folds, 2, [0.1])
+    found = cross_fit(problem(design, rewards, folds), 2, [0.1])
     full = np.zeros((80, len(design.used) + 1 + 2))
     for row in range(80):
         for place, value in zip(design.places[row], design.scales[:3], strict=True):
@@ -281,12 +285,63 @@ def test_features_that_matter_are_shrunk_less():
     groups = {"noise": rng.normal(size=(300, 100)), "signal": rng.normal(size=(300, 100))}
     rewards = groups["signal"] @ rng.normal(size=100) + rng.normal(size=300)
     design = Design.of({"none": np.full((300, 1), 1)}, groups, 1)
-    first = cross_fit(design, rewards, folds, 5)
-    relevance = weigh_groups(design, rewards, folds, 5, first.penalty, first.weights)
+    whole = problem(design, rewards, folds)
+    first = cross_fit(whole, 5)
+    relevance = weigh_groups(whole, 5, first.penalty, first.weights)
     assert relevance["noise"] < 1.0 <= relevance["signal"]
-    found = cross_fit(design.sized(**relevance), rewards, folds, 5)
-    alone = cross_fit(Design.of({"none": np.full((300, 1), 1)}, {"signal": groups["signal"]}, 1), rewards, folds, 5)
+    found = cross_fit(whole.sized(**relevance), 5)
+    signal = Design.of({"none": np.full((300, 1), 1)}, {"signal": groups["signal"]}, 1)
+    alone = cross_fit(problem(signal, rewards, folds), 5)
     assert alone.error < found.error < 0.7 * first.error + 0.3 * alone.error
+
+
+def noisy_sums(count, spread, seed=0):
+    """Sums of 100 features with random weights, their law normal with this deviation."""
+    rng = np.random.default_rng(seed)
+    features, worth = rng.normal(size=(count, 100)), rng.normal(size=100) / 10 * spread
+    return Design.of({"none": np.full((count, 1), 1)}, {"all": features}, 1), features @ worth
+
+
+def test_a_judge_that_saturates_is_fitted_through_its_bend():
+    design, sums = noisy_sums(600, spread=4.0)
+    rewards, folds = 1 / (1 + np.exp(-sums)), np.arange(600) % 5
+    straight = cross_fit(problem(design, rewards, folds), 5)
+    found = bent(problem(design, rewards, folds), 5, straight)
+    assert np.corrcoef(found.index, sums)[0, 1] ** 2 > 0.97 > np.corrcoef(straight.index, sums)[0, 1] ** 2
+    assert ((found.left_out - rewards) ** 2).mean() < 0.3 * ((straight.left_out - rewards) ** 2).mean()
+    np.testing.assert_allclose(found.left_out, 1 / (1 + np.exp(-found.index)), atol=0.01)  # the same link
+
+
+def test_a_tangent_is_a_step_of_newtons_method():
+    """Towards the smallest cross-entropy of a share of the range; derivatives by differences."""
+    link, z, rewards = Logistic(2.0, 6.0), np.array([-1.5, 0.0, 2.0]), np.array([2.0, 5.0, 4.5])
+    np.testing.assert_allclose(link.expected(np.array([-50.0, 0.0, 50.0])), [2, 4, 6])
+
+    def loss(at):
+        chance, share = 1 / (1 + np.exp(-at)), (rewards - 2.0) / 4.0
+        return -share * np.log(chance) - (1 - share) * np.log(1 - chance)
+
+    slope = (loss(z + 1e-4) - loss(z - 1e-4)) / 2e-4
+    curvature = (loss(z + 1e-4) - 2 * loss(z) + loss(z - 1e-4)) / 1e-8
+    targets, weights = link.tangent(z, rewards)
+    np.testing.assert_allclose(targets, z - slope / curvature, rtol=1e-4)
+    np.testing.assert_allclose(weights, curvature / curvature.mean(), rtol=1e-4)
+
+
+def test_a_judge_that_adds_up_is_fitted_straight():
+    design, sums = noisy_sums(600, spread=1.0)
+    rewards, folds = sums + 0.3 * np.random.default_rng(2).normal(size=600), np.arange(600) % 5
+    straight = cross_fit(problem(design, rewards, folds), 5)
+    assert bent(problem(design, rewards, folds), 5, straight) is straight
+
+
+def test_features_that_never_differ_have_no_part_in_a_fit():
+    rng = np.random.default_rng(3)
+    varied, rewards = rng.normal(size=(80, 2)), rng.normal(size=80)
+    both = Design.of({"none": np.full((80, 1), 1)}, {"a": varied, "b": np.full((80, 1), 7.0)}, 1)
+    alone = Design.of({"none": np.full((80, 1), 1)}, {"a": varied}, 1)
+    found, expected = (cross_fit(problem(d, rewards, np.arange(80) % 2), 2, [0.1]) for d in (both, alone))
+    np.testing.assert_allclose(found.left_out, expected.left_out)
 
 
 def test_the_curve_rises_and_bends_where_the_rewards_do():
