@@ -46,6 +46,12 @@ STEEPEST = 8.0
 NEWTON_STEPS = 3
 """From the straight fit on."""
 
+ROUNDS = 8
+"""Steps of Newton's method by which two numbers are found: they converge."""
+
+KNOTS = 256
+"""Of a link's curve."""
+
 BENT = 0.005
 """Share of the variance of the rewards that a link must explain beside the rising curve of a straight fit."""
 
@@ -144,11 +150,24 @@ class Logistic(NamedTuple):
 
         Weights are 1 on average.
         """
-        share = 1 / (1 + np.exp(-z))
+        share, wanted = 1 / (1 + np.exp(-z)), (rewards - self.low) / (self.high - self.low)
         slope = np.maximum(share * (1 - share), FLAT)
-        return z + ((rewards - self.low) / (self.high - self.low) - share) / slope, slope / slope.mean(
-            -1, keepdims=True
-        )
+        return z + (wanted - share) / slope, slope / slope.mean(-1, keepdims=True)
+
+    def curve(self, index: Floats, rewards: Floats) -> tuple[Floats, Floats]:
+        """Return knots (x, y) of the link through left-out predictions, stretched and moved until it fits.
+
+        It goes on beyond them, where a curve through the means of neighbours is flat: the best texts are there.
+        """
+        stretch, offset = 1.0, 0.0
+        for _ in range(ROUNDS):
+            targets, weights = self.tangent(np.clip(stretch * index + offset, -STEEPEST, STEEPEST), rewards)
+            shares = weights / weights.sum()
+            centred = index - shares @ index
+            stretch = max(0.0, float((shares * centred) @ targets / ((shares * centred) @ centred)))
+            offset = float(shares @ targets - stretch * (shares @ index))
+        x = np.linspace(2 * index.min() - index.max(), 2 * index.max() - index.min(), KNOTS)
+        return x, self.expected(stretch * x + offset)
 
 
 class Bend(NamedTuple):
@@ -183,6 +202,7 @@ class Fitted:
     left_out: Floats  # (n,) the rewards that it lets expect
     penalty: float
     error: float  # mean squared, of ``left_out``
+    link: Logistic | None = None  # None: the index is the reward
 
 
 def cross_fit(
@@ -215,7 +235,7 @@ def cross_fit(
         error = float(((rewards - left_out) ** 2).mean(where=counted))
         if best is not None and error >= best.error:
             break
-        best = Fitted(weights, biases, index, left_out, penalty, error)
+        best = Fitted(weights, biases, index, left_out, penalty, error, None if bend is None else bend.link)
     assert best is not None
     return best
 
@@ -325,6 +345,25 @@ def rising_curve(predictions: Floats, rewards: Floats) -> tuple[Floats, Floats]:
             pooled[-2:] = [[(low * a + high * b) / (a + b), a + b, m + n]]
     heights = np.repeat([y for y, _, _ in pooled], [int(count) for _, _, count in pooled])
     return np.array([x for x, _, _ in knots]), heights
+
+
+def straight_line(predictions: Floats, rewards: Floats) -> tuple[Floats, Floats]:
+    """Return knots (x, y) of the line of least squares, from the lowest to the highest reward."""
+    slope, offset = np.polyfit(predictions, rewards, 1)
+    ends = np.array([rewards.min(), rewards.max()])
+    return (ends - offset) / max(slope, SMALLEST), ends
+
+
+def best_curve(fitted: Fitted, counted: npt.NDArray[np.bool_], rewards: Floats) -> tuple[Floats, Floats]:
+    """Return knots (x, y) of a curve from index to reward: that of the link, or of a line, or a rising one.
+
+    The first two go on beyond what was seen, where the best texts are. A curve through means of neighbours does not.
+    """
+    index, rewards = fitted.index[counted], rewards[counted]
+    if fitted.link is not None:
+        return fitted.link.curve(index, rewards)
+    curves = straight_line(index, rewards), rising_curve(index, rewards)
+    return min(curves, key=lambda knots: float(((rewards - np.interp(index, *knots)) ** 2).mean()))
 
 
 def correlates(predicted: Floats, rewards: Floats) -> bool:

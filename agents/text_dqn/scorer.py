@@ -46,9 +46,9 @@ from agents.text_dqn.ridge import (
     Fitted,
     Problem,
     bent,
+    best_curve,
     correlates,
     cross_fit,
-    rising_curve,
     weigh_groups,
 )
 from textgen_env.models.base import LanguageModel
@@ -255,13 +255,14 @@ class TextScorer(nn.Module):
             texts = texts.rows(texts.finished)
         design, marks = design_of(texts, vectors, self.characters.cpu().numpy())
         design, fitted = self._fitted(design, texts)
-        index, predicted, rewards = (x[texts.finished] for x in (fitted.index, fitted.left_out, texts.rewards))
+        predicted, rewards = fitted.left_out[texts.finished], texts.rewards[texts.finished]
         if not correlates(predicted, rewards):
             self.silence()
             return 0.0
         of_length = self._take_weights(design, fitted, vectors)
         self._look_ahead(visited)
-        self._tabulate(rising_curve(index, rewards), marks, of_length, index, visited, beta)
+        curve = best_curve(fitted, texts.finished, texts.rewards)
+        self._tabulate(curve, marks, of_length, fitted.index[texts.finished], visited, beta)
         return float(1 - ((rewards - predicted) ** 2).mean() / rewards.var())
 
     def _learns_from_prefixes(self, texts: JudgedTexts, vectors: Floats) -> bool:

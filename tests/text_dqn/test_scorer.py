@@ -17,7 +17,7 @@ from agents.text_dqn.features import FOLDS, JudgedTexts
 from agents.text_dqn.networks import NEEDED_KEYS
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.replay import Acted, EpisodeReplay
-from agents.text_dqn.ridge import Design, Logistic, Problem, bent, cross_fit, rising_curve, weigh_groups
+from agents.text_dqn.ridge import Design, Logistic, Problem, bent, best_curve, cross_fit, rising_curve, weigh_groups
 from agents.text_dqn.scorer import TextScorer
 from agents.text_dqn.validation import LANGUAGE_MODEL, best_supported
 from textgen_env.errors import ConfigError
@@ -310,6 +310,9 @@ def test_a_judge_that_saturates_is_fitted_through_its_bend():
     assert np.corrcoef(found.index, sums)[0, 1] ** 2 > 0.97 > np.corrcoef(straight.index, sums)[0, 1] ** 2
     assert ((found.left_out - rewards) ** 2).mean() < 0.3 * ((straight.left_out - rewards) ** 2).mean()
     np.testing.assert_allclose(found.left_out, 1 / (1 + np.exp(-found.index)), atol=0.01)  # the same link
+    low = sums < np.quantile(sums, 0.8)  # what is above is predicted, too
+    x, y = found.link.curve(0.5 * found.index[low], rewards[low])
+    np.testing.assert_allclose(np.interp(0.5 * found.index[~low], x, y), rewards[~low], atol=0.08)
 
 
 def test_a_tangent_is_a_step_of_newtons_method():
@@ -333,6 +336,23 @@ def test_a_judge_that_adds_up_is_fitted_straight():
     rewards, folds = sums + 0.3 * np.random.default_rng(2).normal(size=600), np.arange(600) % 5
     straight = cross_fit(problem(design, rewards, folds), 5)
     assert bent(problem(design, rewards, folds), 5, straight) is straight
+    low, top = sums < np.quantile(sums, 0.8), sums > np.quantile(sums, 0.9)
+    x, y = best_curve(straight, low, rewards)  # of what was seen
+    missed, flat = (
+        sums[top].mean() - np.interp(straight.index[top], *knots).mean()
+        for knots in ((x, y), rising_curve(straight.index[low], rewards[low]))
+    )
+    assert missed < 0.5 * flat
+    assert y.max() == rewards[low].max()  # but no higher than any text was judged
+
+
+def test_a_judge_with_a_ceiling_is_not_taken_for_a_line():
+    design, sums = noisy_sums(600, spread=1.0)
+    rewards, folds = np.minimum(sums, 0.3), np.arange(600) % 5
+    straight = cross_fit(problem(design, rewards, folds), 5)
+    x, y = best_curve(straight, np.ones(600, bool), rewards)
+    assert len(x) > 2
+    np.testing.assert_allclose(y.max(), 0.3, atol=0.02)
 
 
 def test_features_that_never_differ_have_no_part_in_a_fit():
