@@ -8,6 +8,7 @@ replacement characters.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -49,6 +50,18 @@ def table_of(headings: Iterable[object], rows: Iterable[Iterable[object]], title
     for row in rows:
         grid.add_row(*map(cell, row))
     return grid
+
+
+def markdown_cell(text: str) -> str:
+    """Return ``text`` as one cell of a Markdown table: generated text is not Markdown, HTML, nor a link."""
+    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+    text = re.sub(r"(?i)(https?|ftp|mailto|xmpp):|(www)\.|@", _without_link, text)
+    return printable(" ".join(text.split("\n"))).strip()
+
+
+def _without_link(found: re.Match[str]) -> str:
+    """Return an address so that Markdown makes no link of it: its sign as an entity."""
+    return f"{found[0][:-1]}&#{ord(found[0][-1])};"
 
 
 def json_text(value: Any) -> str:

@@ -35,7 +35,7 @@ from agents.benchmark.statistics import (
     seeds_needed,
     stratified_interval,
 )
-from agents.runs.report import markdown_cell
+from agents.terminal import markdown_cell
 from textgen_env.errors import TextGenError
 from textgen_env.files import write_file
 from textgen_env.models.device import own_cores

@@ -9,7 +9,6 @@ Everything in a report is plain data, so ``summary.json`` holds every figure of 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -21,10 +20,8 @@ from agents.baselines.one_step import GreedyAgent, LookaheadAgent, SampleAgent
 from agents.runs.optimum import Optimum, Point, best_of_n, estimated_optimum, share_of_optimal_gain
 from agents.terminal import cell
 from textgen_env.evaluation import Evaluation, evaluate
-from textgen_env.extras import is_installed
 from textgen_env.policies import Agent
 from textgen_env.prompts import PromptSource
-from textgen_env.terminal import printable
 from textgen_env.vector_env import TextGenVectorEnv
 
 if TYPE_CHECKING:
@@ -41,9 +38,6 @@ SURE = 3.0
 LEAST_BETAS, MOST_BETAS, USUAL_BETAS = 1.0, 50.0, 4.0
 """Standard deviations of the reward, in betas: below the first no reward is worth its KL, beyond the second KL hardly
 costs anything; what is advised then."""
-
-FEWEST_SAMPLES = 8
-"""Lines of the page of samples, at least: several texts a prompt where there are few prompts."""
 
 BEST = "best possible policy"
 BOUND = "at most, if all replies were known"
@@ -303,12 +297,16 @@ def evaluate_agent(
     watch: Watch = unwatched,
     name: str = "agent",
 ) -> list[Evaluation]:
-    """Return the agent's evaluation and, where it has a temperature ``beta``, those at others (half the texts)."""
-    evaluations = [evaluate(agent, env, texts, seed, prompts, deterministic, partial(watch, name))]
+    """Return the agent's evaluation and, where it has a temperature ``beta``, those at others (half the texts).
+
+    Every prompt gets a text each time, also where ``texts`` are fewer: others are measured on all prompts, too.
+    """
+    count, half = max(texts, len(prompts)), max(texts // 2, len(prompts))
+    evaluations = [evaluate(agent, env, count, seed, prompts, deterministic, partial(watch, name))]
     if hasattr(agent, "beta"):
         for factor in ACTING_FACTORS:
             acting = factor * agent.beta
-            named, half = partial(watch, f"{name} at beta {acting:g}"), max(texts // 2, 1)
+            named = partial(watch, f"{name} at beta {acting:g}")
             with _acting_at(agent, acting):
                 evaluations.append(evaluate(agent, env, half, seed, prompts, deterministic, named))
     return evaluations
@@ -354,65 +352,6 @@ def _figures(row: ReportLine) -> tuple[str, ...]:
     )
 
 
-def text_metrics(evaluation: Evaluation, references: Sequence[str | None], most: int) -> dict[str, float]:
-    """Return the figures of ``textgen_env.metrics`` for the texts, and those of all rewards.
-
-    Args:
-        evaluation: The texts.
-        references: Of each of its prompts; where all have one, texts are compared with them too.
-        most: Texts that are looked at: fewer are more diverse, so compare as many with as many.
-    """
-    from evaluate import combine
-
-    from textgen_env.metrics import METRICS
-
-    names, texts = ["distinct", "repetition", "self_bleu"], list(evaluation.completions[:most])
-    columns: dict[str, Any] = {"predictions": texts}
-    if references and None not in references:
-        names += ["bleu", "chrf", "rouge"]
-        columns["references"] = [references[i % len(references)] for i in range(len(texts))]
-    if not (is_installed("sacrebleu") and is_installed("rouge_score")):  # the extra [references]
-        names = [name for name in names if name not in ("self_bleu", "bleu", "chrf", "rouge")]
-        columns.pop("references", None)
-    figures: dict[str, float] = combine([METRICS[name]() for name in names]).compute(**columns)
-    of_rewards: dict[str, float] = METRICS["reward"]().compute(rewards=evaluation.rewards.tolist())
-    return figures | of_rewards
-
-
-def samples_page(before: Evaluation, after: Evaluation, notes: Sequence[str] = ()) -> str:
-    """Return a Markdown page: for each prompt, a text before and after training, with their rewards."""
-    lines = [
-        "# Before and after",
-        "",
-        *notes,
-        "",
-        f"Mean reward {before.reward:.2f} before, {after.reward:.2f} after. Below, the first texts of each prompt,",
-        "not a selection; both drawn with the same random numbers.",
-        "",
-        "| prompt | before | reward | after | reward |",
-        "|---|---|---:|---|---:|",
-    ]
-    rounds = -(-FEWEST_SAMPLES // before.num_prompts)
-    count = min(rounds * before.num_prompts, len(before.completions), len(after.completions))
-    for i in sorted(range(count), key=lambda text: text % before.num_prompts):
-        cells = [
-            markdown_cell(before.prompts[i]),
-            markdown_cell(_said(before, i)),
-            f"{before.rewards[i]:.2f}",
-            markdown_cell(_said(after, i)),
-            f"{after.rewards[i]:.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _said(evaluation: Evaluation, text: int) -> str:
-    """Return a completion, in a conversation with who said what."""
-    if not evaluation.turns:
-        return evaluation.completions[text]
-    return " / ".join(f"{turn.speaker}: {turn.text.strip()}" for turn in evaluation.turns[text])
-
-
 def _curve(evaluations: Sequence[Evaluation]) -> Curve:
     """Return the points with a KL, by KL."""
     points = [(evaluation.mean_kl, evaluation.reward) for evaluation in evaluations]
@@ -436,15 +375,3 @@ def _acting_at(agent: Any, beta: float) -> Iterator[None]:
 
 def _shown(value: float | None, form: str) -> str:
     return "–" if value is None else format(round(value, 6) + 0.0, form)  # no minus before a zero
-
-
-def markdown_cell(text: str) -> str:
-    """Return ``text`` as one cell of a Markdown table: generated text is not Markdown, HTML, nor a link."""
-    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
-    text = re.sub(r"(?i)(https?|ftp|mailto|xmpp):|(www)\.|@", _without_link, text)
-    return printable(" ".join(text.split("\n"))).strip()
-
-
-def _without_link(found: re.Match[str]) -> str:
-    """Return an address so that Markdown makes no link of it: its sign as an entity."""
-    return f"{found[0][:-1]}&#{ord(found[0][-1])};"

@@ -16,8 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from agents.cli.app import app
-from agents.runs.report import markdown_cell
-from agents.terminal import say, status_text, table_of
+from agents.terminal import markdown_cell, say, status_text, table_of
 from textgen_env.terminal import printable
 
 NASTY = "a\x1b[2J\x9b31m\rb\x00\x07[red]c[/b]\u202ed\ud800"
