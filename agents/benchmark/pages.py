@@ -90,7 +90,8 @@ def comparison_note(found: Comparison) -> str:
 
 
 COMPARISON_NOTE = (
-    "Normalised interquartile means. One task: two-sided Mann-Whitney U test, p corrected by Holm over the tasks. "
+    "Normalised interquartile means. One task: two-sided Mann-Whitney U test, exact for few runs, p corrected by Holm "
+    "over the tasks. "
     "All tasks: permutation test of the mean difference, runs changing sides within their task. Intervals: stratified "
     f"bootstrap. Significant: p below {1 - CONFIDENCE:.2f}."
 )
