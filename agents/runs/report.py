@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
-FRONTIER_BETAS = tuple(np.geomspace(1.0, 0.05, 13).tolist())
+FRONTIER_FACTORS = tuple(np.geomspace(10.0, 0.5, 13).tolist())
+"""The curve of the best possible policies has points at these multiples of the run's beta, and where others act."""
+
 ACTING_FACTORS = (0.5, 2.0)
 """A tilted policy is drawn on the plane at its own temperature and at these multiples of it."""
 
@@ -214,10 +216,11 @@ class Yardstick:
             *(self._plain_row(f"best of {n} samples", bests[n], kl_at_most=True) for n in shown),
             *(self.row(LOOKAHEAD, evaluation) for evaluation in self.lookahead[:1]),
             *(self.row(agent, evaluation) for evaluation in evaluations[:1]),
-            self._plain_row(best, self.best.point),
+            self._plain_row(best, self.best.point, value=float(self.best.value.mean())),
         ]
-        frontier = [self.optimum(beta).point for beta in sorted({*FRONTIER_BETAS, self.beta}, reverse=True)]
         lookahead_betas = acting_betas(LookaheadAgent()) if self.lookahead else []
+        of_frontier = {*(factor * self.beta for factor in FRONTIER_FACTORS), self.beta, *betas, *lookahead_betas}
+        frontier = [self.optimum(beta).point for beta in sorted(of_frontier, reverse=True)]
         curves = {
             best: [(0.0, self.samples.reward), *((point.kl, point.reward) for point in frontier)],
             BEST_OF_N: [(point.kl, point.reward) for point in bests.values()],
@@ -276,8 +279,8 @@ class Yardstick:
             f"{np.median(self.best.effective_samples):.0f} of its own (median): more samples, a surer estimate.",
         ]
 
-    def _plain_row(self, name: str, point: Point, kl_at_most: bool = False) -> ReportLine:
-        value = point.reward - self.beta * point.kl
+    def _plain_row(self, name: str, point: Point, kl_at_most: bool = False, value: float | None = None) -> ReportLine:
+        value = point.reward - self.beta * point.kl if value is None else value
         return ReportLine(name, point.reward, kl=point.kl, kl_at_most=kl_at_most, value=value, share=self._share(value))
 
     def _share(self, value: float | None) -> float | None:
