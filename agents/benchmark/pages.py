@@ -147,12 +147,13 @@ def processor() -> str:
 
 def command_of(config: BenchmarkConfig, folder: Path) -> str:
     """Return the command line that runs this benchmark."""
-    seeds = ",".join(map(str, config.seeds))
+    seeds = ",".join(map(str, config.seeds)) + ("," if len(config.seeds) == 1 else "")
     if config.seeds == tuple(range(len(config.seeds))):
         seeds = str(len(config.seeds))
     words = ["textgen", "benchmark", "--tasks", ",".join(map(short_name, config.tasks))]
     words += ["--agents", ",".join(config.agents), "--seeds", seeds, "--steps", str(config.steps)]
-    words += ["--envs", str(config.envs), "--texts", str(config.texts), "--out", str(folder)]
+    words += ["--envs", str(config.envs), "--evaluations", str(config.evaluations), "--texts", str(config.texts)]
+    words += ["--out", str(folder)]
     return shlex.join(words)
 
 
