@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
 
 from agents.classic.loop import LabelledBatch
+from agents.pruning.calibration import context_of
 from textgen_env.errors import ConfigError, PromptError
 from textgen_env.models.candidates import top_candidates
 
@@ -72,7 +73,7 @@ class TextDataset(IterableDataset[Choices]):
             raise PromptError(f"no *.txt file below {os.fspath(folder)!r}; give a folder with text files")
         for name, value, limit in (
             ("action_dim", action_dim, model.config.vocab_size),
-            ("window", window, model.config.max_position_embeddings),
+            ("window", window, context_of(model)),
         ):
             if not 1 <= value <= limit:
                 raise ConfigError(f"{name} must be in 1..{limit} for this model, got {value}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, BloomConfig, BloomForCausalLM, LlamaConfig
 
 from agents.classic.data import TextDataset, text_loader
 from agents.classic.loop import LabelledBatch, custom_loss, train_model
@@ -595,6 +595,13 @@ def test_folders_and_files_that_cannot_be_read_are_refused(tmp_path, letter_mode
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(PromptError, match=r"latin\.txt is not UTF-8"):
         list(TextDataset(tmp_path, letter_model, Letters()))
+
+
+def test_a_model_without_a_last_position_has_windows_of_any_length(folder):
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=len(LETTERS), hidden_size=16, n_layer=1, n_head=2))
+    choices = list(TextDataset(folder, bloom, Letters(), window=5_000))
+    assert sorted(len(choice.ids) for choice in choices) == [18, 20]  # all of a file but its last letter
 
 
 @pytest.mark.parametrize("options", [{"action_dim": 0}, {"action_dim": 99}, {"window": 0}, {"window": 65}])
