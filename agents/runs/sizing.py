@@ -168,7 +168,8 @@ def measured_sizes(
             break
         tried = sizes.steps
         again = timed(tried)
-        sizes = replace(again, steps=min(again.steps, tried))
+        steps = min(again.steps, tried)
+        sizes = replace(again, steps=steps, learning=again.learning * steps / again.steps)
     return sizes
 
 
