@@ -390,6 +390,23 @@ def test_a_batch_of_four_steps_the_optimizer_and_leaves_the_transformer_alone():
     assert not torch.equal(model.layers[0].weight, target["layers.0.weight"])
 
 
+def test_texts_are_read_with_a_tokenizer_that_has_no_padding(tiny_lm):
+    """Texts of different lengths are worth what they are alone."""
+    lm, tokenizer = tiny_lm
+    assert tokenizer.pad_token is None
+    texts = ["a film", "the long film that I saw again", "bad"]
+    seen = []
+    transformer = PrunedTransformerModel(copy.deepcopy(lm), 0.0)
+    model = DeepQLearningModel(transformer.hidden_size, 3)
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    batch = LabelledBatch(texts, None, None, torch.zeros(3, 3))
+    train_model(
+        transformer, model, torch.optim.Adam(model.parameters()), 1, tokenizer, [batch], ExperienceReplay(9), "cpu"
+    )
+    alone = [transformer(torch.tensor([tokenizer(text)["input_ids"]]))[0, -1] for text in texts]
+    torch.testing.assert_close(seen[0], torch.stack(alone), atol=1e-4, rtol=1e-4)
+
+
 def test_optimising_the_frozen_transformer_is_warned_about():
     transformer, model = nn.Embedding(10, 6), DeepQLearningModel(6, 4)
     optimizer = torch.optim.Adam([*transformer.parameters(), *model.parameters()])
