@@ -8,6 +8,7 @@ replacement characters.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -50,6 +51,12 @@ def table_of(headings: Iterable[object], rows: Iterable[Iterable[object]], title
     for row in rows:
         grid.add_row(*map(cell, row))
     return grid
+
+
+def decimals_for(values: Iterable[float]) -> int:
+    """Return with how many decimals a column is shown: 2, or as many as show three digits of the largest below 0.1."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return 2 - math.floor(math.log10(largest)) if 0 < largest < 0.1 else 2
 
 
 def markdown_cell(text: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from agents.baselines.one_step import GreedyAgent, LookaheadAgent, SampleAgent
 from agents.runs.optimum import Optimum, Point, best_of_n, estimated_optimum, share_of_optimal_gain
-from agents.terminal import cell
+from agents.terminal import cell, decimals_for
 from textgen_env.evaluation import Evaluation, evaluate
 from textgen_env.policies import Agent
 from textgen_env.prompts import PromptSource
@@ -240,7 +240,8 @@ class Yardstick:
         )
 
     def _notes(self, prompts: int, samples: int, agent: str, sees: str) -> list[str]:
-        gain = f"{self.gain:.3f} ± {2 * self.best.gain_error:.3f}"
+        decimals = 1 + decimals_for([self.samples.reward, self.best.point.reward])
+        gain = f"{self.gain:.{decimals}f} ± {2 * self.best.gain_error:.{decimals}f}"
         share = f"Its share of the optimal gain ({gain}) is 0% for the language model and 100% for the best policy."
         if self.are_conversations:
             share = (
@@ -260,7 +261,7 @@ class Yardstick:
             )
         deviation = float(self.samples.rewards.std())
         usual = float(f"{deviation / USUAL_BETAS:.1g}")
-        if not deviation:
+        if not np.ptp(self.samples.rewards):  # the deviation of equal numbers is not always 0
             notes.append("All texts of the language model have the same reward: there is nothing to learn from.")
         elif deviation < LEAST_BETAS * self.beta:
             notes.append(
@@ -330,8 +331,9 @@ def table(report: Report) -> Table:
     grid.add_column("policy", min_width=18)  # it wraps; figures never do
     for heading in ("reward", "KL", "loglik", "distinct", "J", "share"):
         grid.add_column(heading, justify="right", no_wrap=True)
+    decimals = decimals_for(row.reward for row in report.rows)
     for row in report.rows:
-        grid.add_row(cell(row.name), *_figures(row), style="bold" if row.name == report.agent else None)
+        grid.add_row(cell(row.name), *_figures(row, decimals), style="bold" if row.name == report.agent else None)
     return grid
 
 
@@ -341,16 +343,16 @@ def report_notes(report: Report) -> list[str]:
     return [units, *report.notes]
 
 
-def _figures(row: ReportLine) -> tuple[str, ...]:
-    """Return the cells of a line of the table, after its name."""
+def _figures(row: ReportLine, decimals: int) -> tuple[str, ...]:
+    """Return the cells of a line of the table, after its name; reward and J with ``decimals``."""
     half = None if row.reward_low is None or row.reward_high is None else (row.reward_high - row.reward_low) / 2
     at_least = "≥ " if row.kl_at_most else ""
     return (
-        f"{row.reward:.2f}" + ("" if half is None else f" ±{half:.2f}"),
+        f"{row.reward:.{decimals}f}" + ("" if half is None else f" ±{half:.{decimals}f}"),
         ("≤ " if row.kl_at_most else "") + _shown(row.kl, ".1f"),
         _shown(row.likelihood, ".2f"),
         _shown(row.distinct_2, ".2f"),
-        at_least + _shown(row.value, ".2f"),
+        at_least + _shown(row.value, f".{decimals}f"),
         at_least + _shown(row.share, ".0%"),
     )
 
@@ -377,4 +379,5 @@ def _acting_at(agent: Any, beta: float) -> Iterator[None]:
 
 
 def _shown(value: float | None, form: str) -> str:
-    return "–" if value is None else format(round(value, 6) + 0.0, form)  # no minus before a zero
+    text = "–" if value is None else format(value, form)
+    return text if text.strip("-0.%") else text.removeprefix("-")  # no minus before a zero

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from agents.terminal import markdown_cell
+from agents.terminal import decimals_for, markdown_cell
 from textgen_env.errors import ConfigError
 from textgen_env.evaluation import Evaluation
 from textgen_env.extras import is_installed
@@ -62,12 +62,14 @@ def samples_page(before: Evaluation, after: Evaluation, notes: Sequence[str] = (
             f"both sides of the page must be of the same prompts, got {before.num_prompts} and {after.num_prompts}: "
             "evaluate at least one text a prompt"
         )
+    decimals = decimals_for([*before.rewards, *after.rewards])
     lines = [
         "# Before and after",
         "",
         *notes,
         "",
-        f"Mean reward {before.reward:.2f} before, {after.reward:.2f} after. Below, the first texts of each prompt,",
+        f"Mean reward {before.reward:.{decimals}f} before, {after.reward:.{decimals}f} after. "
+        "Below, the first texts of each prompt,",
         "not a selection; both drawn with the same random numbers.",
         "",
         "| prompt | before | reward | after | reward |",
@@ -79,9 +81,9 @@ def samples_page(before: Evaluation, after: Evaluation, notes: Sequence[str] = (
         cells = [
             markdown_cell(before.prompts[i]),
             markdown_cell(_said(before, i)),
-            f"{before.rewards[i]:.2f}",
+            f"{before.rewards[i]:.{decimals}f}",
             markdown_cell(_said(after, i)),
-            f"{after.rewards[i]:.2f}",
+            f"{after.rewards[i]:.{decimals}f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
-from agents.runs.report import Yardstick, evaluate_agent
+from agents.runs.report import Yardstick, evaluate_agent, table
 from textgen_env.models.table import TableModel
 from textgen_env.vector_env import TextGenVectorEnv
 
@@ -60,3 +62,32 @@ def test_the_best_policy_has_all_of_the_optimal_gain_where_its_reward_is_the_lar
     assert line.kl >= 0
     assert line.share in (None, pytest.approx(1))
     assert line.value == pytest.approx(report.rows[0].reward + report.gain)
+
+
+def shown_of(report):
+    """The cells of the table by policy."""
+    columns = [list(column.cells) for column in table(report).columns]
+    return {str(row[0]): [str(cell) for cell in row[1:]] for row in zip(*columns, strict=True)}
+
+
+def test_a_constant_reward_is_said_to_be_one():
+    """Equal numbers such as 0.1 have a standard deviation of 1e-17, which is no beta to advise."""
+    notes = report_of(lambda text: 0.1, 0.1, samples=33).notes
+    assert any("have the same reward" in note for note in notes)
+    assert not any("e-" in note for note in notes)
+
+
+def test_small_rewards_are_shown_with_three_digits_and_others_with_two_decimals():
+    usual, small = (
+        report_of(lambda text, unit=unit: unit * text.count("a"), 0.1 * unit, samples=1024) for unit in (1.0, 1e-4)
+    )
+    reward, _, _, _, value, share = shown_of(usual)[BEST]
+    assert re.fullmatch(r"\d\.\d\d", reward)
+    assert re.fullmatch(r"\d\.\d\d", value)
+    reward, _, _, _, value, same_share = shown_of(small)[BEST]
+    assert re.fullmatch(r"0\.000\d\d\d", reward)
+    assert re.fullmatch(r"0\.000\d\d\d", value)
+    assert (share, same_share) == ("100%", "100%")
+    gain = re.search(r"optimal gain \(([^ ]*)", small.notes[0])[1]
+    assert float(gain) == pytest.approx(small.gain, rel=0.01)
+    assert f"({usual.gain:.3f} ± {2 * usual.gain_error:.3f})" in usual.notes[0]
