@@ -8,6 +8,8 @@ replacement characters.
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -49,6 +51,24 @@ def table_of(headings: Iterable[object], rows: Iterable[Iterable[object]], title
     for row in rows:
         grid.add_row(*map(cell, row))
     return grid
+
+
+def decimals_for(values: Iterable[float]) -> int:
+    """Return with how many decimals a column is shown: 2, or as many as show three digits of the largest below 0.1."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return 2 - math.floor(math.log10(largest)) if 0 < largest < 0.1 else 2
+
+
+def markdown_cell(text: str) -> str:
+    """Return ``text`` as one cell of a Markdown table: generated text is not Markdown, HTML, nor a link."""
+    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+    text = re.sub(r"(?i)(https?|ftp|mailto|xmpp):|(www)\.|@", _without_link, text)
+    return printable(" ".join(text.split("\n"))).strip()
+
+
+def _without_link(found: re.Match[str]) -> str:
+    """Return an address so that Markdown makes no link of it: its sign as an entity."""
+    return f"{found[0][:-1]}&#{ord(found[0][-1])};"
 
 
 def json_text(value: Any) -> str:

@@ -158,6 +158,14 @@ def test_the_card_has_the_results_in_the_metadata_of_the_hub(agent, server):
     assert "base_model" not in yaml.safe_load(metadata)  # "tiny" is no repository
 
 
+def test_the_card_takes_numbers_of_numpy():
+    results = {"reward": np.float32(0.5), "texts": np.int64(9), "greedy": np.bool_(True), "kl": np.float64("inf")}
+    _, metadata, _ = hub.card_with_results("---\nbase_model: a/b\n---\n", "user/agent", results).split("---\n", 2)
+    (model,) = yaml.safe_load(metadata)["model-index"]
+    metrics = [metric for result in model["results"] for metric in result["metrics"]]
+    assert {metric["type"]: metric["value"] for metric in metrics} == {"reward": 0.5, "texts": 9}
+
+
 def test_a_stranger_s_settings_are_checked_as_those_of_a_folder(agent, server, tmp_path):
     pushed(agent, tmp_path / "folder", server)
     settings = json.loads(server.files["agent.json"])

@@ -35,7 +35,7 @@ from agents.benchmark.statistics import (
     seeds_needed,
     stratified_interval,
 )
-from agents.runs.report import markdown_cell
+from agents.terminal import markdown_cell
 from textgen_env.errors import TextGenError
 from textgen_env.files import write_file
 from textgen_env.models.device import own_cores
@@ -90,7 +90,8 @@ def comparison_note(found: Comparison) -> str:
 
 
 COMPARISON_NOTE = (
-    "Normalised interquartile means. One task: two-sided Mann-Whitney U test, p corrected by Holm over the tasks. "
+    "Normalised interquartile means. One task: two-sided Mann-Whitney U test, exact for few runs, p corrected by Holm "
+    "over the tasks. "
     "All tasks: permutation test of the mean difference, runs changing sides within their task. Intervals: stratified "
     f"bootstrap. Significant: p below {1 - CONFIDENCE:.2f}."
 )
@@ -146,12 +147,13 @@ def processor() -> str:
 
 def command_of(config: BenchmarkConfig, folder: Path) -> str:
     """Return the command line that runs this benchmark."""
-    seeds = ",".join(map(str, config.seeds))
+    seeds = ",".join(map(str, config.seeds)) + ("," if len(config.seeds) == 1 else "")
     if config.seeds == tuple(range(len(config.seeds))):
         seeds = str(len(config.seeds))
     words = ["textgen", "benchmark", "--tasks", ",".join(map(short_name, config.tasks))]
     words += ["--agents", ",".join(config.agents), "--seeds", seeds, "--steps", str(config.steps)]
-    words += ["--envs", str(config.envs), "--texts", str(config.texts), "--out", str(folder)]
+    words += ["--envs", str(config.envs), "--evaluations", str(config.evaluations), "--texts", str(config.texts)]
+    words += ["--out", str(folder)]
     return shlex.join(words)
 
 

@@ -20,7 +20,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
 
-from agents.classic.loop import LabelledBatch
+from agents.classic.loop import LabelledBatch, padded
+from agents.pruning.calibration import context_of
 from textgen_env.errors import ConfigError, PromptError
 from textgen_env.models.candidates import top_candidates
 
@@ -72,7 +73,7 @@ class TextDataset(IterableDataset[Choices]):
             raise PromptError(f"no *.txt file below {os.fspath(folder)!r}; give a folder with text files")
         for name, value, limit in (
             ("action_dim", action_dim, model.config.vocab_size),
-            ("window", window, model.config.max_position_embeddings),
+            ("window", window, context_of(model)),
         ):
             if not 1 <= value <= limit:
                 raise ConfigError(f"{name} must be in 1..{limit} for this model, got {value}")
@@ -132,20 +133,13 @@ def text_loader(
 
 def collate(choices: Sequence[Choices]) -> LabelledBatch:
     """Join choices of one kind, padded on the right with id 0 and reward 0."""
-    input_ids, mask = _padded([c.ids for c in choices])
+    input_ids, mask = padded([c.ids for c in choices])
     if choices[0].rewards.ndim == 2:
         rewards = torch.nn.utils.rnn.pad_sequence([c.rewards for c in choices], batch_first=True)  # (B, T, k)
         return LabelledBatch(input_ids, mask, None, rewards)
-    next_ids, next_mask = _padded([c.ids if c.next_ids is None else c.next_ids for c in choices])
+    next_ids, next_mask = padded([c.ids if c.next_ids is None else c.next_ids for c in choices])
     dones = torch.tensor([c.next_ids is None for c in choices])
     return LabelledBatch(input_ids, mask, None, torch.stack([c.rewards for c in choices]), next_ids, next_mask, dones)
-
-
-def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids (B, T) and mask (B, T) of rows of ids."""
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
 
 def _pieces(file: Path) -> Iterator[str]:

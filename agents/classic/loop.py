@@ -283,11 +283,21 @@ def _hidden(
     """Return hidden states (B, T, d) in float32, and the mask (B, T)."""
     if isinstance(input_ids, torch.Tensor):
         ids, mask = input_ids, torch.ones_like(input_ids) if mask is None else mask
+    elif getattr(tokenizer, "pad_token", "") is None:  # such a tokenizer refuses to pad
+        encoded = tokenizer(list(input_ids), truncation=True)["input_ids"]
+        ids, mask = padded([torch.tensor(row, dtype=torch.long) for row in encoded])
     else:
         encoded = tokenizer(list(input_ids), padding=True, truncation=True, return_tensors="pt")
         ids, mask = encoded["input_ids"], encoded["attention_mask"]
     mask = mask.to(device)
     return transformer(ids.to(device), mask).float(), mask
+
+
+def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids (B, T), padded on the right with 0, and mask (B, T) of rows of ids."""
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
 
 def _last(mask: torch.Tensor) -> torch.Tensor:

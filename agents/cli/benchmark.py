@@ -38,11 +38,16 @@ AgentNames = Annotated[
         show_default="all",
     ),
 ]
-Seeds = Annotated[str | None, typer.Option(help="How many, from 0 on; or a comma-separated list.", show_default="5")]
+Seeds = Annotated[
+    str | None, typer.Option(help="How many, from 0 on; or a list: 0,3,4 or 7, for one.", show_default="5")
+]
 CellSteps = Annotated[
     int | None, typer.Option(help="Environment steps for an agent to learn from.", min=1, show_default="20000")
 ]
 CellEnvs = Annotated[int | None, typer.Option(help="Texts written at a time.", min=1, show_default="32")]
+Evaluations = Annotated[
+    int | None, typer.Option(help="Of an agent that learns, evenly spread.", min=2, show_default="9")
+]
 CellTexts = Annotated[int | None, typer.Option(help="Texts of each evaluation, at least.", min=1, show_default="64")]
 ResultsFolder = Annotated[
     Path | None,
@@ -64,6 +69,7 @@ def benchmark_command(
     seeds: Seeds = None,
     steps: CellSteps = None,
     envs: CellEnvs = None,
+    evaluations: Evaluations = None,
     texts: CellTexts = None,
     out: ResultsFolder = None,
     quick: Annotated[
@@ -84,7 +90,8 @@ def benchmark_command(
     if compare is not None:
         _compare(compare, out, console, as_json)
         return
-    changes: dict[str, Any] = given({"seeds": _parse_seeds(seeds), "steps": steps, "envs": envs, "texts": texts})
+    sizes = {"steps": steps, "envs": envs, "evaluations": evaluations, "texts": texts}
+    changes: dict[str, Any] = given({"seeds": _parse_seeds(seeds), **sizes})
     if agents:
         changes["agents"] = tuple(agents.split(","))
     config = _settings(tasks, changes, quick)
@@ -195,11 +202,11 @@ def _grid(table: PageTable) -> Table:
 
 
 def _parse_seeds(text: str | None) -> tuple[int, ...] | None:
-    """Return the seeds that ``5`` or ``0,3,4`` stands for."""
+    """Return the seeds that ``5``, ``0,3,4`` or ``7,`` stands for."""
     if text is None:
         return None
     try:
-        numbers = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.removesuffix(",").split(",")]
     except ValueError as error:
         raise ConfigError(f"--seeds must be a number of seeds, or a list such as 0,1,2; got {text!r}") from error
     if "," in text:

@@ -39,7 +39,10 @@ PartnerAgain = Annotated[
     str | None,
     typer.Option(help="The run's partner once more, if that is a function of yours: FILE.py:NAME."),
 ]
-Texts = Annotated[int | None, typer.Option(help="Texts to measure each agent on.", min=1, show_default="512")]
+Texts = Annotated[
+    int | None,
+    typer.Option(help="Texts to measure each agent on, one a prompt at least.", min=1, show_default="512"),
+]
 Samples = Annotated[
     int | None,
     typer.Option(help="Samples a prompt to estimate the best possible policy from.", min=2, show_default="64"),

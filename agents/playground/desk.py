@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from agents.text_dqn.validation import LANGUAGE_MODEL
 from textgen_env.errors import ConfigError
 from textgen_env.policies import Floats, kl_to, sample
 from textgen_env.prompts import Prompt
@@ -145,12 +146,14 @@ class Desk:
         scored: False: the reward is not known, and shown as nothing.
 
     Raises:
-        ConfigError: an environment of one row, or an agent without probabilities.
+        ConfigError: an environment of one row or with a partner, or an agent without probabilities.
     """
 
     def __init__(self, env: TextGenVectorEnv, agent: Any = None, name: str = "agent", scored: bool = True) -> None:
         if env.num_envs < 2:
             raise ConfigError(f"a desk needs an environment of two rows, got {env.num_envs}")
+        if env.episodes.partner is not None:
+            raise ConfigError("a desk knows no replies, and the environment has a partner: make one without partner=")
         if agent is not None and not hasattr(agent, "probabilities"):
             raise ConfigError(f"{name} has no probabilities to show; a desk takes agents such as text_dqn and ppo")
         self.env, self.agent, self.scored = env, agent, scored
@@ -159,6 +162,16 @@ class Desk:
         self._episodes = env.episodes
         self._snapshots: OrderedDict[tuple[int, str, int], Snapshot] = OrderedDict()
         self._lock = threading.RLock()
+
+    @property
+    def is_language_model(self) -> bool:
+        """True if the agent has chosen to act as the language model: it has no values to show at that temperature."""
+        return self.beta is not None and self.beta >= LANGUAGE_MODEL
+
+    @property
+    def shown_beta(self) -> float | None:
+        """The temperature that a page begins with, reward units a nat: the agent's, or what it learned for."""
+        return getattr(self.agent, "target_beta", self.beta) if self.is_language_model else self.beta
 
     # --- what a visitor does
 
@@ -299,6 +312,8 @@ class Desk:
         model, text = self._episodes.model, self._episodes.text_of(int(rows[0]))
         wholes = model.continuations(prompt, new, found.tolist())
         beta = None if writer == MODEL_WRITER or self.beta is None else self.agent.beta
+        if beta is not None and beta >= LANGUAGE_MODEL:  # Q - V would be beta times rounding errors
+            beta = None
         ends = set(model.end_ids)
         candidates = []
         for action in np.flatnonzero(np.isfinite(log_prior)).tolist():

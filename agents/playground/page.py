@@ -16,6 +16,9 @@ from textgen_env.extras import require
 HEADINGS = ("token", "language model", "Q - V", "policy")
 FIRST_PROMPT = "The movie was"
 
+BETA_RANGE = 10.0
+"""The slider of an agent's temperature goes from it divided by this to it times this."""
+
 
 def load_gradio() -> Any:
     """Return gradio, which then sends nothing about its use.
@@ -34,6 +37,7 @@ def build_page(desk: Desk, title: str = "Playground") -> Any:
         ConfigError: gradio is not installed.
     """
     gr = load_gradio()
+    own = desk.shown_beta
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         sheet = gr.State(None)
         gr.Markdown("Click a candidate to append it, a token to go back to it, or a line of the tree to return to it.")
@@ -41,15 +45,31 @@ def build_page(desk: Desk, title: str = "Playground") -> Any:
             prompt = gr.Textbox(FIRST_PROMPT, label="prompt", scale=4, elem_id="prompt")
             seed = gr.Number(0, label="luck", precision=0, minimum=0, scale=1, elem_id="luck")
             begin = gr.Button("Start", variant="primary", scale=1, elem_id="start")
+        gr.Markdown(language_model_note(desk), visible=desk.is_language_model)
         with gr.Row():
-            beta = gr.Slider(0.01, 1.0, value=desk.beta or 0.1, step=0.01, label="beta", visible=desk.beta is not None)
+            beta = gr.Slider(**slider_range(own or 1.0), value=own or 1.0, label="beta", visible=own is not None)
             way = gr.Radio(list(WRITERS), value=WRITERS[0], label="to the end")
             both = gr.Button("Write all to the end", elem_id="write-all")
         columns = [_column(gr, desk, writer) for writer in desk.writers]
         outputs = [sheet, *(part for column in columns for part in column)]
         _connect(gr, desk, columns, sheet, outputs, (prompt, seed, begin, beta, way, both))
-        page.load(lambda: _shown(gr, desk, desk.start(FIRST_PROMPT), None), None, outputs)
+        page.load(lambda: _shown(gr, desk, desk.start(FIRST_PROMPT), own), None, outputs)
     return page
+
+
+def slider_range(beta: float) -> dict[str, float]:
+    """Return limits and step of a slider around ``beta``, reward units a nat."""
+    return {"minimum": beta / BETA_RANGE, "maximum": beta * BETA_RANGE, "step": beta / BETA_RANGE}
+
+
+def language_model_note(desk: Desk) -> str:
+    """Return a line about an agent that has chosen to act as the language model; nothing about any other."""
+    if not desk.is_language_model:
+        return ""
+    return (
+        "Elsewhere this agent acts as the language model: validation found nothing better. Here it acts at the beta "
+        "of the slider, so that you see what it has learned."
+    )
 
 
 def _column(gr: Any, desk: Desk, writer: str) -> tuple[Any, ...]:

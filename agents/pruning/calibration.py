@@ -15,6 +15,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from textgen_env.errors import ConfigError
+from textgen_env.models.hf import positions_of
+
+CALIBRATED = 128
+"""Tokens of a text that a model is calibrated on, at most: its first."""
 
 Linear = nn.Linear | Conv1D
 
@@ -24,6 +28,11 @@ Text = Sequence[str] | torch.Tensor
 
 Calibration = Callable[[], list[torch.Tensor]]
 """Draws the calibration batches, each (B, T) ids without padding; called by the methods that need them."""
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """Return how many tokens ``model`` can read; 2^30 where its positions have no end."""
+    return positions_of(model, model.config.get_text_config(decoder=True))
 
 
 def self_written(model: PreTrainedModel, rows: int, length: int, seed: int) -> torch.Tensor:
@@ -48,21 +57,24 @@ def self_written(model: PreTrainedModel, rows: int, length: int, seed: int) -> t
 
 
 def calibration_batches(model: PreTrainedModel, text: Text | None, tokenizer: Any, seed: int) -> list[torch.Tensor]:
-    """Return token ids to measure activations on: batches (B, T) without padding.
+    """Return token ids to measure activations on: batches (B, T) without padding, of the first tokens of each text.
 
     Raises:
         ConfigError: no text and a model that cannot write its own, or as of ``token_batches``.
     """
+    length = min(CALIBRATED, context_of(model))
     if text is None:
         if not model.can_generate():
             raise ConfigError(f"{type(model).__name__} cannot write its own calibration text; pass calibration=[...]")
-        text = self_written(model, rows=32, length=128, seed=seed)
-    batches = token_batches(text, tokenizer, max_length=128, batch_size=8)
+        text = self_written(model, rows=32, length=length, seed=seed)
+    batches = token_batches(text, tokenizer, max_length=length, batch_size=8)
     return [batch.to(model.device) for batch in batches]
 
 
-def token_batches(text: Text, tokenizer: Any, max_length: int, batch_size: int) -> list[torch.Tensor]:
+def token_batches(text: Text, tokenizer: Any, max_length: int | None, batch_size: int) -> list[torch.Tensor]:
     """Return ids without padding: rows of a tensor (B, T) at a time, or one text (1, T) at a time.
+
+    Of each they are the first ``max_length``, or all for None.
 
     Raises:
         ConfigError: no text, or no tokenizer for it.
@@ -77,11 +89,8 @@ def token_batches(text: Text, tokenizer: Any, max_length: int, batch_size: int) 
         raise ConfigError("the calibration text is empty; give some texts that the model should handle well")
     if tokenizer is None:
         raise ConfigError("texts need the model's tokenizer: pass tokenizer=..., or token ids instead")
-    return [
-        tokenizer(line, truncation=True, max_length=max_length, return_tensors="pt")["input_ids"]
-        for line in text
-        if line.strip()
-    ]
+    given = {"truncation": max_length is not None, "max_length": max_length, "return_tensors": "pt", "verbose": False}
+    return [tokenizer(line, **given)["input_ids"] for line in text if line.strip()]
 
 
 @contextmanager

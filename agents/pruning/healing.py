@@ -29,7 +29,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from agents.pruning.calibration import Linear, Text, self_written, token_batches
+from agents.pruning.calibration import Linear, Text, context_of, self_written, token_batches
 from agents.pruning.methods import PruningReport
 from agents.pruning.model import PrunedTransformerModel, load_transformer
 from textgen_env.errors import ConfigError, ModelError, RunFolderError
@@ -73,7 +73,7 @@ def distil(
         steps: Updates; rows are reshuffled and used again when they run out.
         tokenizer: For texts, unless the student brings one.
         batch_size: Rows a step.
-        length: Tokens a row; texts are joined and cut to it.
+        length: Tokens a row, at most what both models can read; texts are joined and cut to it.
         learning_rate: AdamW's peak: 5% of the steps lead up to it, then it falls linearly to zero. The
             default was the better of 1e-4 and 4e-4 on SmolLM2-135M; larger models want less.
         seed: Of the order of the rows, and of the text that the teacher writes.
@@ -93,6 +93,7 @@ def distil(
     teacher, tokenizer = _unwrap(teacher, tokenizer)
     sizes = {"steps": steps, "batch_size": batch_size, "length": length, "checkpoint_every": checkpoint_every}
     _check(sizes, learning_rate, student, teacher)
+    length = min(length, context_of(student), context_of(teacher))
     rows = _rows(texts, teacher, tokenizer, min(steps * batch_size, WRITTEN_ROWS), length, seed, folder)
     run = _Run(student, learning_rate)
     settings: dict[str, Any] = {**sizes, "learning_rate": learning_rate, "seed": seed}
@@ -334,7 +335,7 @@ def _rows(
         return _written(teacher, count, length, seed, cached)
     if isinstance(texts, torch.Tensor):
         return torch.cat(token_batches(texts, None, length, len(texts) or 1))
-    pieces = [row[0] for row in token_batches(texts, tokenizer, teacher.config.max_position_embeddings, 1)]
+    pieces = [row[0] for row in token_batches(texts, tokenizer, None, 1)]
     end = teacher.generation_config.eos_token_id if teacher.generation_config else None
     if end is not None:
         end = torch.tensor([end if isinstance(end, int) else end[0]])

@@ -46,6 +46,7 @@ class Optimum:
     reward: Floats  # E[R] under it
     effective_samples: Floats  # how many equally weighted samples the estimate is worth
     gain_errors: Floats  # standard errors of J* - J(mu), from the jackknife; 0 where it is exact
+    largest: float = math.inf  # reward of a sampled text
 
     @property
     def kl(self) -> Floats:
@@ -54,8 +55,12 @@ class Optimum:
 
     @property
     def point(self) -> Point:
-        """The mean over prompts."""
-        return Point(float(self.reward.mean()), float(self.kl.mean()))
+        """The mean over prompts, within what there can be: no reward above the largest sampled, and no KL below 0.
+
+        The jackknife may go beyond: where few samples have a high reward, it adds more than they have.
+        """
+        reward = min(float(self.reward.mean()), self.largest)
+        return Point(reward, max(0.0, (reward - float(self.value.mean())) / self.beta))
 
     @property
     def gain_error(self) -> float:
@@ -101,6 +106,7 @@ def estimated_optimum(rewards: Floats, beta: float) -> Optimum:
         reward=_jackknife(reward, reward_without) + floor[:, 0],
         effective_samples=np.exp(2 * total - _log_sum(2 * weights)),
         gain_errors=np.sqrt((count - 1) * np.var(gain_without, axis=-1)),
+        largest=float(rewards.max()),
     )
 
 

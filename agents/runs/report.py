@@ -9,7 +9,6 @@ Everything in a report is plain data, so ``summary.json`` holds every figure of 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -19,19 +18,19 @@ import numpy as np
 
 from agents.baselines.one_step import GreedyAgent, LookaheadAgent, SampleAgent
 from agents.runs.optimum import Optimum, Point, best_of_n, estimated_optimum, share_of_optimal_gain
-from agents.terminal import cell
+from agents.terminal import cell, decimals_for
 from textgen_env.evaluation import Evaluation, evaluate
-from textgen_env.extras import is_installed
 from textgen_env.policies import Agent
 from textgen_env.prompts import PromptSource
-from textgen_env.terminal import printable
 from textgen_env.vector_env import TextGenVectorEnv
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
-FRONTIER_BETAS = tuple(np.geomspace(1.0, 0.05, 13).tolist())
+FRONTIER_FACTORS = tuple(np.geomspace(10.0, 0.5, 13).tolist())
+"""The curve of the best possible policies has points at these multiples of the run's beta, and where others act."""
+
 ACTING_FACTORS = (0.5, 2.0)
 """A tilted policy is drawn on the plane at its own temperature and at these multiples of it."""
 
@@ -41,9 +40,6 @@ SURE = 3.0
 LEAST_BETAS, MOST_BETAS, USUAL_BETAS = 1.0, 50.0, 4.0
 """Standard deviations of the reward, in betas: below the first no reward is worth its KL, beyond the second KL hardly
 costs anything; what is advised then."""
-
-FEWEST_SAMPLES = 8
-"""Lines of the page of samples, at least: several texts a prompt where there are few prompts."""
 
 BEST = "best possible policy"
 BOUND = "at most, if all replies were known"
@@ -220,10 +216,11 @@ class Yardstick:
             *(self._plain_row(f"best of {n} samples", bests[n], kl_at_most=True) for n in shown),
             *(self.row(LOOKAHEAD, evaluation) for evaluation in self.lookahead[:1]),
             *(self.row(agent, evaluation) for evaluation in evaluations[:1]),
-            self._plain_row(best, self.best.point),
+            self._plain_row(best, self.best.point, value=float(self.best.value.mean())),
         ]
-        frontier = [self.optimum(beta).point for beta in sorted({*FRONTIER_BETAS, self.beta}, reverse=True)]
         lookahead_betas = acting_betas(LookaheadAgent()) if self.lookahead else []
+        of_frontier = {*(factor * self.beta for factor in FRONTIER_FACTORS), self.beta, *betas, *lookahead_betas}
+        frontier = [self.optimum(beta).point for beta in sorted(of_frontier, reverse=True)]
         curves = {
             best: [(0.0, self.samples.reward), *((point.kl, point.reward) for point in frontier)],
             BEST_OF_N: [(point.kl, point.reward) for point in bests.values()],
@@ -243,7 +240,8 @@ class Yardstick:
         )
 
     def _notes(self, prompts: int, samples: int, agent: str, sees: str) -> list[str]:
-        gain = f"{self.gain:.3f} ± {2 * self.best.gain_error:.3f}"
+        decimals = 1 + decimals_for([self.samples.reward, self.best.point.reward])
+        gain = f"{self.gain:.{decimals}f} ± {2 * self.best.gain_error:.{decimals}f}"
         share = f"Its share of the optimal gain ({gain}) is 0% for the language model and 100% for the best policy."
         if self.are_conversations:
             share = (
@@ -263,7 +261,7 @@ class Yardstick:
             )
         deviation = float(self.samples.rewards.std())
         usual = float(f"{deviation / USUAL_BETAS:.1g}")
-        if not deviation:
+        if not np.ptp(self.samples.rewards):  # the deviation of equal numbers is not always 0
             notes.append("All texts of the language model have the same reward: there is nothing to learn from.")
         elif deviation < LEAST_BETAS * self.beta:
             notes.append(
@@ -282,8 +280,8 @@ class Yardstick:
             f"{np.median(self.best.effective_samples):.0f} of its own (median): more samples, a surer estimate.",
         ]
 
-    def _plain_row(self, name: str, point: Point, kl_at_most: bool = False) -> ReportLine:
-        value = point.reward - self.beta * point.kl
+    def _plain_row(self, name: str, point: Point, kl_at_most: bool = False, value: float | None = None) -> ReportLine:
+        value = point.reward - self.beta * point.kl if value is None else value
         return ReportLine(name, point.reward, kl=point.kl, kl_at_most=kl_at_most, value=value, share=self._share(value))
 
     def _share(self, value: float | None) -> float | None:
@@ -303,12 +301,16 @@ def evaluate_agent(
     watch: Watch = unwatched,
     name: str = "agent",
 ) -> list[Evaluation]:
-    """Return the agent's evaluation and, where it has a temperature ``beta``, those at others (half the texts)."""
-    evaluations = [evaluate(agent, env, texts, seed, prompts, deterministic, partial(watch, name))]
+    """Return the agent's evaluation and, where it has a temperature ``beta``, those at others (half the texts).
+
+    Every prompt gets a text each time, also where ``texts`` are fewer: others are measured on all prompts, too.
+    """
+    count, half = max(texts, len(prompts)), max(texts // 2, len(prompts))
+    evaluations = [evaluate(agent, env, count, seed, prompts, deterministic, partial(watch, name))]
     if hasattr(agent, "beta"):
         for factor in ACTING_FACTORS:
             acting = factor * agent.beta
-            named, half = partial(watch, f"{name} at beta {acting:g}"), max(texts // 2, 1)
+            named = partial(watch, f"{name} at beta {acting:g}")
             with _acting_at(agent, acting):
                 evaluations.append(evaluate(agent, env, half, seed, prompts, deterministic, named))
     return evaluations
@@ -329,8 +331,9 @@ def table(report: Report) -> Table:
     grid.add_column("policy", min_width=18)  # it wraps; figures never do
     for heading in ("reward", "KL", "loglik", "distinct", "J", "share"):
         grid.add_column(heading, justify="right", no_wrap=True)
+    decimals = decimals_for(row.reward for row in report.rows)
     for row in report.rows:
-        grid.add_row(cell(row.name), *_figures(row), style="bold" if row.name == report.agent else None)
+        grid.add_row(cell(row.name), *_figures(row, decimals), style="bold" if row.name == report.agent else None)
     return grid
 
 
@@ -340,77 +343,18 @@ def report_notes(report: Report) -> list[str]:
     return [units, *report.notes]
 
 
-def _figures(row: ReportLine) -> tuple[str, ...]:
-    """Return the cells of a line of the table, after its name."""
+def _figures(row: ReportLine, decimals: int) -> tuple[str, ...]:
+    """Return the cells of a line of the table, after its name; reward and J with ``decimals``."""
     half = None if row.reward_low is None or row.reward_high is None else (row.reward_high - row.reward_low) / 2
     at_least = "≥ " if row.kl_at_most else ""
     return (
-        f"{row.reward:.2f}" + ("" if half is None else f" ±{half:.2f}"),
+        f"{row.reward:.{decimals}f}" + ("" if half is None else f" ±{half:.{decimals}f}"),
         ("≤ " if row.kl_at_most else "") + _shown(row.kl, ".1f"),
         _shown(row.likelihood, ".2f"),
         _shown(row.distinct_2, ".2f"),
-        at_least + _shown(row.value, ".2f"),
+        at_least + _shown(row.value, f".{decimals}f"),
         at_least + _shown(row.share, ".0%"),
     )
-
-
-def text_metrics(evaluation: Evaluation, references: Sequence[str | None], most: int) -> dict[str, float]:
-    """Return the figures of ``textgen_env.metrics`` for the texts, and those of all rewards.
-
-    Args:
-        evaluation: The texts.
-        references: Of each of its prompts; where all have one, texts are compared with them too.
-        most: Texts that are looked at: fewer are more diverse, so compare as many with as many.
-    """
-    from evaluate import combine
-
-    from textgen_env.metrics import METRICS
-
-    names, texts = ["distinct", "repetition", "self_bleu"], list(evaluation.completions[:most])
-    columns: dict[str, Any] = {"predictions": texts}
-    if references and None not in references:
-        names += ["bleu", "chrf", "rouge"]
-        columns["references"] = [references[i % len(references)] for i in range(len(texts))]
-    if not (is_installed("sacrebleu") and is_installed("rouge_score")):  # the extra [references]
-        names = [name for name in names if name not in ("self_bleu", "bleu", "chrf", "rouge")]
-        columns.pop("references", None)
-    figures: dict[str, float] = combine([METRICS[name]() for name in names]).compute(**columns)
-    of_rewards: dict[str, float] = METRICS["reward"]().compute(rewards=evaluation.rewards.tolist())
-    return figures | of_rewards
-
-
-def samples_page(before: Evaluation, after: Evaluation, notes: Sequence[str] = ()) -> str:
-    """Return a Markdown page: for each prompt, a text before and after training, with their rewards."""
-    lines = [
-        "# Before and after",
-        "",
-        *notes,
-        "",
-        f"Mean reward {before.reward:.2f} before, {after.reward:.2f} after. Below, the first texts of each prompt,",
-        "not a selection; both drawn with the same random numbers.",
-        "",
-        "| prompt | before | reward | after | reward |",
-        "|---|---|---:|---|---:|",
-    ]
-    rounds = -(-FEWEST_SAMPLES // before.num_prompts)
-    count = min(rounds * before.num_prompts, len(before.completions), len(after.completions))
-    for i in sorted(range(count), key=lambda text: text % before.num_prompts):
-        cells = [
-            markdown_cell(before.prompts[i]),
-            markdown_cell(_said(before, i)),
-            f"{before.rewards[i]:.2f}",
-            markdown_cell(_said(after, i)),
-            f"{after.rewards[i]:.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _said(evaluation: Evaluation, text: int) -> str:
-    """Return a completion, in a conversation with who said what."""
-    if not evaluation.turns:
-        return evaluation.completions[text]
-    return " / ".join(f"{turn.speaker}: {turn.text.strip()}" for turn in evaluation.turns[text])
 
 
 def _curve(evaluations: Sequence[Evaluation]) -> Curve:
@@ -435,16 +379,5 @@ def _acting_at(agent: Any, beta: float) -> Iterator[None]:
 
 
 def _shown(value: float | None, form: str) -> str:
-    return "–" if value is None else format(round(value, 6) + 0.0, form)  # no minus before a zero
-
-
-def markdown_cell(text: str) -> str:
-    """Return ``text`` as one cell of a Markdown table: generated text is not Markdown, HTML, nor a link."""
-    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
-    text = re.sub(r"(?i)(https?|ftp|mailto|xmpp):|(www)\.|@", _without_link, text)
-    return printable(" ".join(text.split("\n"))).strip()
-
-
-def _without_link(found: re.Match[str]) -> str:
-    """Return an address so that Markdown makes no link of it: its sign as an entity."""
-    return f"{found[0][:-1]}&#{ord(found[0][-1])};"
+    text = "–" if value is None else format(value, form)
+    return text if text.strip("-0.%") else text.removeprefix("-")  # no minus before a zero

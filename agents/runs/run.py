@@ -37,10 +37,8 @@ from agents.runs.opening import AGENT_FILE, PORTABLE_AGENTS, Run, load_run, load
 from agents.runs.parts import open_env, validation_prompts
 from agents.runs.pictures import draw_learning, draw_plane
 from agents.runs.progress import JobProgress
-from agents.runs.report import (
-    Report,
-    samples_page,
-)
+from agents.runs.report import Report
+from agents.runs.samples import samples_page
 from agents.runs.signals import Stopped, stop_signals
 from agents.runs.sizing import measured_sizes, new_agent, work_of
 from agents.runs.stored import (

@@ -70,7 +70,8 @@ class Work:
     def seconds(self, share: float, speed: Speed) -> tuple[float, float]:
         """Return how long yardstick and agent take to measure with ``share`` of the usual texts and samples."""
         texts, samples = self.sizes(share)
-        agent = 2 * texts  # at its own temperature, then half as many at each of two others
+        # At its own temperature, then half as many at each of two others; every prompt gets a text.
+        agent = max(texts, self.prompts) + 2 * max(texts // 2, self.prompts)
         yardstick = max(texts, samples * self.prompts) + self.prompts + (agent if self.lookahead else 0)
         return yardstick * self.tokens * speed.score, agent * self.tokens * speed.write
 
@@ -167,7 +168,8 @@ def measured_sizes(
             break
         tried = sizes.steps
         again = timed(tried)
-        sizes = replace(again, steps=min(again.steps, tried))
+        steps = min(again.steps, tried)
+        sizes = replace(again, steps=steps, learning=again.learning * steps / again.steps)
     return sizes
 
 

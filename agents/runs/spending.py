@@ -24,6 +24,7 @@ from agents.baselines.particles import ParticlesAgent
 from agents.baselines.values import value_source
 from agents.runs.optimum import share_of_optimal_gain
 from agents.runs.parts import validation_prompts
+from agents.terminal import decimals_for
 from textgen_env.config import check_type
 from textgen_env.errors import ConfigError
 from textgen_env.evaluation import Evaluation, bootstrap_interval
@@ -53,7 +54,7 @@ TEMPERED_FILE = "particles-{n}.json"
 """Where an evaluation keeps them."""
 
 BLOCKS = 4
-"""Blocks that guided best-of-n cuts a text into."""
+"""Guided best-of-n writes blocks of this share of the longest text, rounded down, one token at least: of 7 tokens 7."""
 
 
 @dataclass(frozen=True)
@@ -242,14 +243,15 @@ def spending_table(points: Sequence[Spending], reference: float, optimal: float 
     grid.add_column("more tokens a text", min_width=16)
     for heading in ("n", "tokens", "calls", "reward", "J", "share"):
         grid.add_column(heading, justify="right", no_wrap=True)
+    decimals = decimals_for(point.reward for point in points)
     for point in points:
         grid.add_row(
             point.way,
             str(point.n),
             f"{point.tokens:.0f}",
             f"{point.judge_calls:.0f}",
-            f"{point.reward:.2f} ±{(point.reward_high - point.reward_low) / 2:.2f}",
-            f"≥ {point.value:.2f} ±{(point.value_high - point.value_low) / 2:.2f}",
+            f"{point.reward:.{decimals}f} ±{(point.reward_high - point.reward_low) / 2:.{decimals}f}",
+            f"≥ {point.value:.{decimals}f} ±{(point.value_high - point.value_low) / 2:.{decimals}f}",
             "–" if optimal is None else f"≥ {share_of_optimal_gain(point.value, reference, optimal):.0%}",
         )
     return grid

@@ -37,6 +37,9 @@ MOST = 32
 VERSIONS = ("textgen-env", "torch", "transformers", "numpy")
 """Packages whose versions a yardstick is of."""
 
+OF_ORIGIN = ("_name_or_path", "name_or_path", "transformers_version")
+"""Entries of a model's configuration that say where it came from, and change nothing that it writes."""
+
 _PARTS = ("samples", "greedy", "lookahead")
 
 
@@ -61,6 +64,7 @@ def yardstick_file(env: TextGenVectorEnv, prompts: PromptSource, **settings: Any
         return None
     depends: dict[str, Any] = {
         "weights": _digest_of_weights(weights),
+        "configs": [_settings_of(getattr(weights, name, None)) for name in ("config", "generation_config")],
         "tokens": _digest_of_tokens(model),
         "prompts": [[p.text, p.reference, dict(p.metadata), list(model.encode(p.text))] for p in prompts],
         "reward": reward,
@@ -131,6 +135,17 @@ def _digest_of_weights(module: nn.Module) -> str:
         seen.add(tensor.data_ptr())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _settings_of(config: Any) -> Any:
+    """Return a configuration of transformers as plain data, without its origin; None where there is none."""
+    return None if config is None else _without_origin(config.to_dict())
+
+
+def _without_origin(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {name: _without_origin(part) for name, part in value.items() if name not in OF_ORIGIN}
 
 
 def _digest_of_tokens(model: LanguageModel) -> str:

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,9 @@ from forked import Forked, textgen
 from typer.testing import CliRunner
 
 from agents.benchmark.cells import _open, run_cell
-from agents.benchmark.config import BenchmarkConfig, Cell, task_ids
+from agents.benchmark.config import QUICK, BenchmarkConfig, Cell, task_ids
 from agents.benchmark.grid import read_cells, run_benchmark
-from agents.benchmark.pages import overall_table, write_report
+from agents.benchmark.pages import command_of, overall_table, write_report
 from agents.benchmark.results import RESULT_COLUMNS, compare_results, read_results, scores_by_agent
 from agents.cli.app import app
 from textgen_env.errors import ConfigError, RunFolderError, UnknownName
@@ -38,6 +39,20 @@ CONFIG = BenchmarkConfig(
     texts=8,
 )
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"seeds": (7,)}, {"seeds": (0,)}, {"seeds": (0, 1, 2)}, {"evaluations": 9}, QUICK, {"seeds": (3, 1)}],
+    ids=repr,
+)
+def test_the_command_in_a_report_runs_that_benchmark(changes, monkeypatch):
+    config = BenchmarkConfig(**{"tasks": ("Needle:depth=3",), "agents": ("sample",), "evaluations": 4, **changes})
+    ran = []
+    monkeypatch.setattr("agents.cli.benchmark._run", lambda *arguments: ran.append(arguments[:2]))
+    program, *words = shlex.split(command_of(config, Path("a folder")))
+    assert (program, CliRunner().invoke(app, words).exit_code) == ("textgen", 0)
+    assert ran == [(config, Path("a folder"))]
 
 
 def in_this_process(config, cells, workers, started):
@@ -303,7 +318,11 @@ def test_the_command_line_runs_and_compares(tmp_path):
     assert "at least 1, or a list" in textgen("--seeds", "-3").stderr
     compared = textgen("--compare", "best_of_n", "random", "--out", tmp_path / "b")
     assert "Mann-Whitney" in compared.stdout
-    for seeds, message in (("0,0", "each once; got 0"), ("few", "must be a number of seeds")):
+    for seeds, message in (
+        (",", "must be a number of seeds"),
+        ("0,0", "each once; got 0"),
+        ("few", "must be a number of seeds"),
+    ):
         refused = textgen(*common, "--seeds", seeds)
         assert (refused.exit_code, message in refused.stderr) == (2, True)
 

@@ -102,6 +102,30 @@ def test_differences_of_chance_are_called_significant_rarely():
     assert sum(p < 0.05 for p in p_values) <= 6  # 2 expected; more than 6 happens once in 300 times
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "p"),
+    [
+        # Runs of 1 in all arrangements: as far from the mean as this one are ...
+        ([1, 1, 1], [0, 0, 0], 2 / 20),  # this one and its mirror image
+        ([1, 1, 1, 1], [0, 0, 0, 1], 10 / 70),  # 4 or 1 of the five 1s in the first, 5 ways each
+        ([1, 1, 1, 1, 1], [0, 0, 0, 1, 1], 42 / 252),  # 5 or 2 of the seven 1s, 21 ways each
+        ([1, 1], [1, 1], 1.0),
+    ],
+)
+def test_the_p_value_of_tied_runs_counts_all_arrangements(first, second, p):
+    runs = {"T": np.array(first, float)}, {"T": np.array(second, float)}
+    assert compare(*runs).by_task[0].p == pytest.approx(p)
+    assert not compare(*runs).by_task[0].significant
+
+
+def test_the_p_value_of_runs_without_ties_is_scipy_s():
+    rng = np.random.default_rng(0)
+    for first, second, method in ((5, 5, "exact"), (8, 9, "exact"), (12, 12, "asymptotic")):  # the last: too many
+        a, b = rng.normal(size=first), rng.normal(0.7, size=second)
+        expected = stats.mannwhitneyu(a, b, alternative="two-sided", method=method).pvalue
+        assert compare({"T": a}, {"T": b}).by_task[0].p == pytest.approx(expected)
+
+
 def test_agents_without_a_common_task_cannot_be_compared():
     with pytest.raises(ConfigError, match="no task in common"):
         compare(runs(x=1.0), runs(y=1.0))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, BloomConfig, BloomForCausalLM, LlamaConfig
 
 from agents.classic.data import TextDataset, text_loader
 from agents.classic.loop import LabelledBatch, custom_loss, train_model
@@ -390,6 +390,23 @@ def test_a_batch_of_four_steps_the_optimizer_and_leaves_the_transformer_alone():
     assert not torch.equal(model.layers[0].weight, target["layers.0.weight"])
 
 
+def test_texts_are_read_with_a_tokenizer_that_has_no_padding(tiny_lm):
+    """Texts of different lengths are worth what they are alone."""
+    lm, tokenizer = tiny_lm
+    assert tokenizer.pad_token is None
+    texts = ["a film", "the long film that I saw again", "bad"]
+    seen = []
+    transformer = PrunedTransformerModel(copy.deepcopy(lm), 0.0)
+    model = DeepQLearningModel(transformer.hidden_size, 3)
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    batch = LabelledBatch(texts, None, None, torch.zeros(3, 3))
+    train_model(
+        transformer, model, torch.optim.Adam(model.parameters()), 1, tokenizer, [batch], ExperienceReplay(9), "cpu"
+    )
+    alone = [transformer(torch.tensor([tokenizer(text)["input_ids"]]))[0, -1] for text in texts]
+    torch.testing.assert_close(seen[0], torch.stack(alone), atol=1e-4, rtol=1e-4)
+
+
 def test_optimising_the_frozen_transformer_is_warned_about():
     transformer, model = nn.Embedding(10, 6), DeepQLearningModel(6, 4)
     optimizer = torch.optim.Adam([*transformer.parameters(), *model.parameters()])
@@ -595,6 +612,13 @@ def test_folders_and_files_that_cannot_be_read_are_refused(tmp_path, letter_mode
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(PromptError, match=r"latin\.txt is not UTF-8"):
         list(TextDataset(tmp_path, letter_model, Letters()))
+
+
+def test_a_model_without_a_last_position_has_windows_of_any_length(folder):
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=len(LETTERS), hidden_size=16, n_layer=1, n_head=2))
+    choices = list(TextDataset(folder, bloom, Letters(), window=5_000))
+    assert sorted(len(choice.ids) for choice in choices) == [18, 20]  # all of a file but its last letter
 
 
 @pytest.mark.parametrize("options", [{"action_dim": 0}, {"action_dim": 99}, {"window": 0}, {"window": 65}])

@@ -16,12 +16,22 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from agents.cli.app import app
-from agents.runs.report import markdown_cell
-from agents.terminal import say, status_text, table_of
+from agents.terminal import decimals_for, markdown_cell, say, status_text, table_of
 from textgen_env.terminal import printable
 
 NASTY = "a\x1b[2J\x9b31m\rb\x00\x07[red]c[/b]\u202ed\ud800"
 SHOWN = "a\\x1b[2J\\x9b31m\\x0db\\x00\\x07[red]c[/b]\\u202ed\\ud800"
+
+
+@pytest.mark.parametrize(
+    ("values", "decimals"),
+    [
+        *(([0.5, 0.001], 2), ([0.1], 2), ([-30.0, 0.0], 2), ([0.0], 2), ([], 2), ([float("nan")], 2)),
+        *(([0.099], 4), ([0.02, -0.01], 4), ([0.00123], 5), ([-4e-9], 11)),
+    ],
+)
+def test_small_numbers_have_three_digits_and_others_two_decimals(values, decimals):
+    assert decimals_for(values) == decimals
 
 
 def test_control_characters_are_escapes_and_everything_that_prints_stays():

@@ -143,6 +143,41 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(monkeypatch):
         Desk(desk.env, object())
 
 
+def test_a_desk_with_a_partner_is_refused():
+    model = TableModel([" a", " b", " c", "<end>"], TABLE)
+    sizes = {"top_k": 3, "max_new_tokens": 4, "max_turns": 2, "max_turn_tokens": 2, "max_reply_tokens": 2}
+    env = TextGenVectorEnv(2, model, [" a"], "length", partner=lambda conversation: " b", **sizes)
+    with pytest.raises(ConfigError, match="without partner="):
+        Desk(env)
+
+
+@pytest.mark.parametrize("beta", [5.0, 0.002, 0.1, 0.025, 1e6])
+def test_the_slider_has_the_beta_that_the_page_begins_with(beta):
+    """Gradio refuses every click whose slider is not within its limits."""
+    from agents.playground.page import slider_range
+
+    agent = LookaheadAgent(beta=beta)
+    agent.target_beta = 0.3  # what choose_beta leaves where it chooses the language model, 1e6
+    shown = Desk(make_desk().env, agent, AGENT).shown_beta
+    assert shown == (0.3 if beta == 1e6 else beta)
+    limits = slider_range(shown)
+    assert limits["minimum"] < shown < limits["maximum"]
+    if beta == 0.1:
+        assert limits == pytest.approx({"minimum": 0.01, "maximum": 1.0, "step": 0.01})
+
+
+def test_an_agent_that_acts_as_the_language_model_says_so_and_shows_no_rounding_errors():
+    from agents.playground.page import candidate_rows, language_model_note
+
+    desk = Desk(make_desk().env, LookaheadAgent(beta=1e6), AGENT)
+    desk.agent.target_beta = 0.5
+    sheet = desk.start(" a")
+    assert [row[2] for row in candidate_rows(desk.view(sheet, AGENT))] == ["–"] * 3
+    assert "–" not in [row[2] for row in candidate_rows(desk.view(sheet, AGENT, 0.5))]
+    assert "acts as the language model" in language_model_note(desk)
+    assert not language_model_note(make_desk())
+
+
 def test_bars():
     assert (bar(1.0), bar(0.0)) == ("█" * 12 + " 100.0%", "·" * 12 + " 0.0%")
 
@@ -165,6 +200,18 @@ def test_the_page_goes_from_a_prompt_to_a_finished_text_in_both_columns():
     assert [part.elem_id for part in parts_of(page, "HighlightedText")] == ["text-language-model", "text-lookahead"]
     handlers = {fn.targets[0][1]: fn for fn in page.fns.values() if fn.targets}
     assert {"click", "select", "load", "release"} <= set(handlers)
+
+
+@pytest.mark.skipif("PLAYGROUND" not in os.environ, reason="gradio leaves sockets behind: set PLAYGROUND=1")
+@pytest.mark.parametrize("beta", [5.0, 0.002, 1e6])
+def test_the_slider_of_the_page_takes_the_beta_that_it_shows(beta):
+    pytest.importorskip("gradio", reason="the page needs textgen-env[play]")
+    from agents.playground.page import build_page
+
+    agent = LookaheadAgent(beta=beta)
+    agent.target_beta = 0.1
+    (slider,) = parts_of(build_page(Desk(make_desk().env, agent, AGENT)), "Slider")
+    assert slider.preprocess(slider.value) == slider.value
 
 
 def test_an_end_is_shown_as_such_and_text_stays_text():

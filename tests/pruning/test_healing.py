@@ -7,7 +7,14 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+)
 
 from agents.pruning.healing import distil, prune_and_heal
 from agents.pruning.model import PrunedTransformerModel, prune_
@@ -165,6 +172,41 @@ def test_texts_are_joined_with_end_tokens_and_cut_into_rows(monkeypatch):
     distil(model(1), teacher, ["abcd", "", "ef"], 1, tokenizer=Letters(), batch_size=2, length=4, progress=False)
 
     assert sorted(seen[0].tolist()) == [[2, 7, 8, 2], [3, 4, 5, 6]]  # abcd, then end, e, f, end
+
+
+def test_a_text_beyond_the_context_is_read_to_its_end(tiny_lm, monkeypatch):
+    lm, tokenizer = tiny_lm
+    text = " ".join(f"the cat sat on {i} mats" for i in range(300))
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    assert len(ids) > lm.config.max_position_embeddings
+    seen = []
+    forward = lm.forward
+    monkeypatch.setattr(lm, "forward", lambda **kw: seen.append(kw["input_ids"]) or forward(**kw))
+    count = len(ids) // 16
+    distil(copy.deepcopy(lm), lm, [text], 1, tokenizer=tokenizer, batch_size=count, length=16, progress=False)
+    assert sorted(seen[0].tolist()) == sorted(ids[16 * i : 16 * i + 16] for i in range(count))
+
+
+@pytest.mark.parametrize("given", ["ids", "nothing"])
+def test_rows_are_cut_to_the_context(given):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=12, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=2
+    )
+    short = GPT2LMHeadModel(config).eval()
+    ids = torch.randint(3, VOCAB, (4, 20)) if given == "ids" else None
+    expected = None if ids is None else kl(short, model(0), ids[:, :12])
+    losses = distil(copy.deepcopy(short), model(0), ids, 1, batch_size=4, progress=False)
+    assert expected is None or losses == [pytest.approx(expected, rel=1e-4)]
+    assert len(losses) == 1
+
+
+def test_a_model_without_a_last_position_learns_from_texts(tiny_lm):
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=tiny_lm[0].config.vocab_size, hidden_size=16, n_layer=1, n_head=2))
+    texts = ["hello there my friend, how are you today"] * 2
+    losses = distil(bloom, copy.deepcopy(bloom), texts, 1, tokenizer=tiny_lm[1], length=8, progress=False)
+    assert losses == [pytest.approx(0, abs=1e-6)]  # its own teacher
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from agents.pruning.calibration import self_written
 from agents.pruning.methods import METHODS, PruningReport, parse_pruning
@@ -401,6 +401,21 @@ def test_layers_and_channels_name_what_an_architecture_lacks(ids):
     for method in ("layers", "ffn"):
         with pytest.raises(ModelError, match="no list of its 3 layers"):
             prune_(shared, method, 0.34, calibration=ids)
+
+
+def test_calibration_is_cut_to_the_context():
+    """Of 12 tokens: the model writes no longer text, and of longer ids it reads the beginning."""
+
+    def short():
+        torch.manual_seed(0)
+        sizes = {"vocab_size": VOCAB, "n_positions": 12, "n_embd": 16, "n_layer": 1, "n_head": 2}
+        return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=2)).eval()
+
+    ids = torch.randint(3, VOCAB, (4, 20), generator=torch.Generator().manual_seed(0))
+    long, cut = (prune_(short(), "wanda", 0.5, calibration=given)[0].state_dict() for given in (ids, ids[:, :12]))
+    assert all(torch.equal(long[name], cut[name]) for name in cut)
+    _, report = prune_(short(), "wanda", 0.5)
+    assert report.zeros
 
 
 @pytest.mark.parametrize(

@@ -332,6 +332,29 @@ def test_similarity_is_the_mean_of_the_encoders_states():
     assert score("similarity", "a cat", reference="two dogs ran") == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_encoder_of_half_precision_is_computed_with_in_float32(dtype, tmp_path):
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    from textgen_env.rewards.neural import _minilm_folder
+
+    tokenizer = AutoTokenizer.from_pretrained(_minilm_folder())
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(vocab_size=tokenizer.vocab_size, **sizes)).to(getattr(torch, dtype)).eval()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    model.float()
+    with torch.no_grad():
+        a, b = (
+            model(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0) for t in ("a cat", "two dogs ran")
+        )
+    expected = torch.cosine_similarity(a, b, dim=0).item()
+    found = score("similarity", "a cat", reference="two dogs ran", model=str(tmp_path))
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
 def test_fluency_is_the_mean_log_probability_of_the_environments_model():
     assert score("fluency", "a b", logprobs=(-1.0, -2.0)) == -1.5
     assert score("fluency", "") == 0

@@ -134,6 +134,20 @@ def test_the_jackknife_by_brute_force():
         assert (value, reward) == pytest.approx(tuple(expected))
 
 
+def test_the_best_policy_has_a_reward_that_there_is_and_a_kl_that_there_can_be():
+    """Rewards are 0 and 1, and 2 of 100 samples have 1: an estimate with the jackknife exceeds 1."""
+    beyond = 0
+    for seed in range(60):
+        rewards = np.random.default_rng(seed).binomial(1, 0.02, (32, 64)).astype(float)
+        optimum = estimated_optimum(rewards, 0.1)
+        beyond += optimum.reward.mean() > 1
+        assert 0 <= optimum.point.reward <= 1
+        assert optimum.point.kl >= 0
+    assert beyond
+    for beta in (0.01, 0.1):  # one sample in 64: J* itself is estimated above 1
+        assert estimated_optimum(np.eye(1, 64), beta).point == (1.0, 0.0)
+
+
 def test_the_jackknife_removes_most_of_the_bias():
     beta, chance = 0.5, 0.1
     truth = beta * math.log(1 - chance + chance * math.exp(1 / beta))

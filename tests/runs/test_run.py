@@ -16,8 +16,9 @@ from agents.baselines.one_step import LookaheadAgent, SampleAgent
 from agents.runs.config import RunConfig
 from agents.runs.optimum import TextTree
 from agents.runs.parts import split_prompts
-from agents.runs.report import samples_page, table
+from agents.runs.report import table
 from agents.runs.run import load_run, open_run, train
+from agents.runs.samples import samples_page
 from agents.zoo import AGENTS, MASK_AWARE
 from textgen_env.errors import ConfigError, RewardError, RunFolderError, TextGenError
 from textgen_env.evaluation import evaluate

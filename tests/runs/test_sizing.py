@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import time
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 from weather import CONFIG, weather
 
+from agents.runs.config import RunConfig
 from agents.runs.progress import JobProgress, minutes
 from agents.runs.run import train
-from agents.runs.sizing import LEAST_STEPS, Speed, Work, fit, measured_speed
+from agents.runs.sizing import AGAIN, LEAST_STEPS, Speed, Work, fit, measured_sizes, measured_speed
 from textgen_env.errors import ConfigError
 from textgen_env.models import load_language_model
 from textgen_env.models.slots import HFSlots
@@ -77,6 +79,16 @@ def test_a_sized_run_says_its_sizes_and_is_the_run_of_its_configuration(tmp_path
     assert [row.reward for row in first.report.rows] == [row.reward for row in again.report.rows]
     assert [row.kl for row in first.report.rows] == [row.kl for row in again.report.rows]
     assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "b" / "config.json").read_text()
+
+
+def test_learning_is_expected_to_take_the_time_of_the_steps_that_are_taken(monkeypatch):
+    """The first timing is slow, and its few steps have cheaper settings: the run keeps those steps and settings."""
+    speeds = iter([Speed(1e-4, 1e-4, 1e-2), *[Speed(1e-4, 1e-4, 2e-3)] * AGAIN])
+    monkeypatch.setattr("agents.runs.sizing.measured_speed", lambda *arguments: next(speeds))
+    work = Work(prompts=32, tokens=20, texts=512, samples=64, lookahead=True)
+    found = measured_sizes(RunConfig(steps=70_000), None, None, work, 4.0, time.perf_counter())
+    assert found.steps < 30_000  # what fits at 1e-2 seconds a step
+    assert found.learning == pytest.approx(2e-3 * found.steps)
 
 
 def test_a_second_timing_is_not_answered_from_memory(monkeypatch):

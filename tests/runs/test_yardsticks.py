@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -80,6 +81,24 @@ def test_each_thing_that_it_depends_on_gives_another_file(model, tiny_lm):
         weight.data.copy_(kept)
     assert len(set(paths)) == len(paths)
     assert path(opened(model)) == paths[0]
+
+
+def test_a_setting_of_the_model_gives_another_file_and_its_origin_does_not(tiny_lm):
+    """With the same weights, these change the texts, or the tokens that are proposed."""
+    lm, tokenizer = tiny_lm
+
+    def path(**changes):
+        same = copy.deepcopy(lm)
+        for name, value in changes.items():
+            owner = same.generation_config if name == "suppress_tokens" else same.config
+            setattr(owner, name, value)
+        run = opened(HFModel(same, tokenizer, name="tiny"))
+        return yardstick_file(run.scoring_env(), run.test_prompts, beta=0.1)
+
+    rope = {"rope_type": "default", "rope_theta": 10.0}
+    paths = [path(), path(rope_parameters=rope), path(rms_norm_eps=0.1), path(suppress_tokens=[5])]
+    assert len(set(paths)) == len(paths)
+    assert path(_name_or_path="elsewhere", transformers_version="4.0") == paths[0]
 
 
 def test_a_function_as_reward_or_a_file_in_it_is_measured_anew(model, tmp_path, monkeypatch):

@@ -18,8 +18,10 @@ from textgen_env.errors import ConfigError
 from textgen_env.evaluation import evaluate
 from textgen_env.prompts import Prompt
 from textgen_env.tasks import OptimalAgent
+from textgen_env.tasks.conversation.numbers import GuessNumber
 from textgen_env.tasks.conversation.questions import ANIMALS, QUESTIONS
 from textgen_env.tasks.conversation.words import WORD_LIST, marks
+from textgen_env.tasks.exact import Process, expected_reward
 from textgen_env.testing import check_vector_env
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -89,6 +91,29 @@ def test_the_best_guess_halves_what_is_left(numbers, turns):
     """A tree of guesses of depth ``turns`` holds 2 ** turns - 1 numbers."""
     best = make_task("TextGen/GuessNumber-v0", numbers=numbers, turns=turns).bounds().best
     assert best == pytest.approx(min(1, (2**turns - 1) / numbers))
+
+
+@pytest.mark.parametrize(("numbers", "turns"), [(100, 3), (1000, 16)])
+def test_bounds_of_many_numbers_follow_no_guess(numbers, turns, monkeypatch):
+    """All guesses after all others are some millions: a formula knows what they come to."""
+    task = make_task("TextGen/GuessNumber-v0", numbers=numbers, turns=turns)
+    monkeypatch.setattr(GuessNumber, "follow", lambda *arguments: pytest.fail("goes through the guesses"))
+    bounds = task.bounds()
+    monkeypatch.undo()
+    assert bounds.best == pytest.approx(min(1, (2**turns - 1) / numbers))
+    if turns == 3:  # long games take their time
+        sampled = evaluate(SampleAgent(), task.make_vec(64), 1000, 0, task.test_prompts)
+        error = sampled.rewards.std() / len(sampled.rewards) ** 0.5
+        assert abs(sampled.reward - bounds.language_model) < 4 * error
+
+
+@pytest.mark.parametrize("best", [True, False])
+@pytest.mark.parametrize(("numbers", "turns"), [(2, 2), (7, 3), (12, 3), (23, 2)])
+def test_the_formula_of_guessing_equals_dynamic_programming(numbers, turns, best, monkeypatch):
+    process = GuessNumber(numbers, turns, seed=3)
+    found = expected_reward(process, best)
+    monkeypatch.setattr(GuessNumber, "value", Process.value)
+    assert expected_reward(process, best) == pytest.approx(found, abs=1e-12)
 
 
 def test_the_planted_optimal_policy_scores_1_and_the_language_model_0(task):

@@ -93,11 +93,13 @@ def _embed(model: str, texts: Sequence[str]) -> npt.NDArray[np.float32]:
 
 @lru_cache(maxsize=2)
 def _encoder(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
     from transformers import AutoModel, AutoTokenizer
 
     source = _minilm_folder() if model == MINILM else str(Path(model).expanduser())
     try:
-        return AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
+        encoder = AutoModel.from_pretrained(source, dtype=torch.float32)  # NumPy has no bfloat16
+        return encoder.eval(), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no encoder at {model!r}: {str(error).splitlines()[0]}") from error
 

@@ -129,6 +129,13 @@ class Process(ABC):
         summary: Hashable = state
         return summary
 
+    def value(self, state: State, best: bool) -> float | None:
+        """Return the value of ``state`` if a formula has it, of the best policy or of the language model.
+
+        None, the default, leaves it to dynamic programming.
+        """
+        return None
+
 
 class ExactValues:
     """Expected rewards by dynamic programming: one value for each summary of a state and steps left.
@@ -156,6 +163,8 @@ class ExactValues:
         if not replies and (left == 0 or process.ended(state)):
             return process.worth(state)
         key = (left, process.summary(state))
+        if key not in self._known and (found := process.value(state, self._best)) is not None:
+            self._known[key] = found
         if replies and key not in self._known:
             after = ((reduce(process.follow, ids, state), p) for ids, p in replies.items())
             self._known[key] = sum(p * self.of_state(answered, left) for answered, p in after)

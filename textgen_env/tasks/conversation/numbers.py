@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -46,7 +47,8 @@ class GuessNumber(Game):
 
     ## Bounds
     Best: halving what is left finds 2 ** turns - 1 numbers, so 1 or (2 ** turns - 1) / numbers. Language model:
-    by dynamic programming.
+    its guesses do not depend on the answers, so it misses a number with the product of its chances to miss it in
+    each turn.
 
     ## Reference
     Guess my city in Abdulhai et al. 2023, "LMRL Gym", arXiv:2311.18232, for games of asking; binary search.
@@ -97,3 +99,23 @@ class GuessNumber(Game):
         digits = [digit for digit in range(10) if (begun + digit) * later < self.numbers]
         values[digits] = ranked(0.8, len(digits), self.seed, state.asked, len(state.said))
         return values
+
+    def value(self, state: Played, best: bool) -> float | None:
+        if state.said:
+            return None
+        fitting, turns = list(state.fitting), range(state.asked, self.turns)
+        if best:
+            return min(1.0, (2 ** len(turns) - 1) / len(fitting))
+        missed = np.prod([1 - guesses(self, asked)[fitting] for asked in turns], axis=0)
+        return float(1 - np.mean(missed))
+
+
+@lru_cache(64)
+def guesses(game: GuessNumber, asked: int) -> Floats:
+    """Return the language model's probability of each guess after ``asked`` turns, (numbers,)."""
+    found = np.ones(game.numbers)
+    for number in range(game.numbers):
+        said = tuple(map(int, str(number).zfill(game.turn_tokens)))
+        for place, digit in enumerate(said):
+            found[number] *= game.probabilities(Played((), asked, said[:place], (), False))[digit]
+    return found
