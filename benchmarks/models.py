@@ -318,9 +318,9 @@ Of {total} classes {built} could be built small: {exact} are exact to 1e-4 nats 
 and {refused} refused. {unbuilt} could not be built from a shrunken configuration alone; they are named at the end. The
 engine checks every model once at loading, so a class that is not in the table is run exactly or refused.
 
-A GGUF file is read by transformers: of GPT-2, Llama, Mistral, Qwen 2 and 3, Gemma 2, 3 and 4, LFM2, Phi-3, Falcon, Bloom, StableLM,
-StarCoder2, Nemotron, Mamba and a few others; it says which it does not know. The file is converted once. Plain weights (F32, F16) keep their
-precision, quantized ones become bfloat16.
+A GGUF file is read by transformers: of GPT-2, Llama, Mistral, Qwen 2 and 3, Gemma 2, 3 and 4, LFM2, Phi-3, Falcon,
+Bloom, StableLM, StarCoder2, Nemotron, Mamba and a few others; it says which it does not know. The file is converted
+once. Plain weights (F32, F16) keep their precision, quantized ones become bfloat16.
 
 The ways to run a model, fastest first; the first that agrees with the model's own uncached forward is taken:
 
