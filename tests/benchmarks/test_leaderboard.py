@@ -45,7 +45,7 @@ def test_a_leaderboard_by_hand():
     )
 
 
-@pytest.mark.parametrize("name", ["language", "diagnostic"])
+@pytest.mark.parametrize("name", ["language", "language_100k", "diagnostic"])
 def test_the_page_shows_what_the_file_says(name):
     page = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
     assert leaderboard(read_results(ROOT / "benchmarks" / "results" / f"{name}.csv")) in page
