@@ -46,6 +46,9 @@ STEEPEST = 8.0
 NEWTON_STEPS = 3
 """From the straight fit on."""
 
+FARTHEST = 100.0
+"""Largest z, either way, that is told from larger ones: the link is level there."""
+
 ROUNDS = 8
 """Steps of Newton's method by which two numbers are found: they converge."""
 
@@ -143,7 +146,7 @@ class Logistic(NamedTuple):
     high: float
 
     def expected(self, z: Floats) -> Floats:
-        return np.asarray(self.low + (self.high - self.low) / (1 + np.exp(-z)))
+        return np.asarray(self.low + (self.high - self.low) / (1 + np.exp(-np.clip(z, -FARTHEST, FARTHEST))))
 
     def tangent(self, z: Floats, rewards: Floats) -> tuple[Floats, Floats]:
         """Return targets and weights for z (..., n): least squares on them are a step of Newton's method from there.
@@ -349,9 +352,10 @@ def rising_curve(predictions: Floats, rewards: Floats) -> tuple[Floats, Floats]:
 
 def straight_line(predictions: Floats, rewards: Floats) -> tuple[Floats, Floats]:
     """Return knots (x, y) of the line of least squares, from the lowest to the highest reward."""
-    slope, offset = np.polyfit(predictions, rewards, 1)
+    centred = predictions - predictions.mean()
+    slope = max(float(centred @ rewards / (centred @ centred)), SMALLEST)
     ends = np.array([rewards.min(), rewards.max()])
-    return (ends - offset) / max(slope, SMALLEST), ends
+    return predictions.mean() + (ends - rewards.mean()) / slope, ends
 
 
 def best_curve(fitted: Fitted, counted: npt.NDArray[np.bool_], rewards: Floats) -> tuple[Floats, Floats]:

@@ -1,7 +1,7 @@
 """A learned running score: what a text is worth so far, from rewards of finished texts alone.
 
 A judge says one number about a finished text. The scorer spreads it over the text: an index z, a
-sum of contributions of what occurs in it, and a rising curve g from z to the reward.
+sum of contributions of what occurs in it, and a curve g from z to the reward.
 
     finished texts, rewards  ->  fit      ->  contributions, potentials
     a prefix, k candidates   ->  forward  ->  score (B, 1), candidate_scores (B, k)
@@ -9,9 +9,9 @@ sum of contributions of what occurs in it, and a rising curve g from z to the re
 The contributions are a ridge regression on sparse features, which need few texts: tokens, tokens
 that occur for the first time, pairs of neighbours, the last token, tokens that the prompt has too, the
 length in characters. Judges differ in which of these kinds matter, so each kind is shrunk by a factor
-of its own, chosen by predictions for texts that were left out. The curve is fitted to such predictions.
-It bends where the judge saturates, and it is flat where nothing was learned: a random judge scores
-every prefix alike.
+of its own, chosen by predictions for texts that were left out; the curve is fitted to such predictions.
+Where a judge saturates, both go through a logistic link. Where nothing was learned every prefix is scored
+alike: a random judge.
 
 The score of a prefix is the soft value beta log E[exp(g / beta)] over what the rest of the text will
 add, if the language model writes on as it does on average after the last token: roughly what the

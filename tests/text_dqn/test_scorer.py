@@ -96,6 +96,16 @@ def test_a_constant_judge_is_scored_alike_everywhere():
     assert bool((candidates == score).all())
 
 
+@pytest.mark.parametrize("outlier", [1e6, -1e30])
+def test_one_wild_reward_leaves_numbers(outlier):
+    found = texts(JUDGES["saturating"], count=200)
+    found.rewards[7] = outlier
+    scorer, held_out = fitted(found)
+    score, candidates = scorer(*arguments(texts(JUDGES["a token"])))
+    assert np.isfinite(held_out)
+    assert bool(torch.isfinite(torch.cat([score, candidates], -1)).all())
+
+
 def arguments(found, count=50):
     tokens = torch.from_numpy(found.tokens[:count])
     steps = torch.arange(LENGTH).expand(tokens.shape)
