@@ -174,16 +174,16 @@ def test_texts_are_joined_with_end_tokens_and_cut_into_rows(monkeypatch):
     assert sorted(seen[0].tolist()) == [[2, 7, 8, 2], [3, 4, 5, 6]]  # abcd, then end, e, f, end
 
 
-def test_a_text_beyond_the_context_is_read_to_its_end(tiny_lm, monkeypatch):
+def test_a_text_beyond_the_context_is_read_to_its_end(tiny_lm):
     lm, tokenizer = tiny_lm
     text = " ".join(f"the cat sat on {i} mats" for i in range(300))
     ids = tokenizer(text, verbose=False)["input_ids"]
     assert len(ids) > lm.config.max_position_embeddings
     seen = []
-    forward = lm.forward
-    monkeypatch.setattr(lm, "forward", lambda **kw: seen.append(kw["input_ids"]) or forward(**kw))
+    teacher = copy.deepcopy(lm)
+    teacher.register_forward_pre_hook(lambda module, inputs, named: seen.append(named["input_ids"]), with_kwargs=True)
     count = len(ids) // 16
-    distil(copy.deepcopy(lm), lm, [text], 1, tokenizer=tokenizer, batch_size=count, length=16, progress=False)
+    distil(copy.deepcopy(lm), teacher, [text], 1, tokenizer=tokenizer, batch_size=count, length=16, progress=False)
     assert sorted(seen[0].tolist()) == sorted(ids[16 * i : 16 * i + 16] for i in range(count))
 
 

@@ -482,7 +482,7 @@ def test_an_unknown_name_is_an_unknown_name():
         (lambda batch: np.zeros((2, 1)), r"answered shape \(2, 1\)"),
         (lambda batch: 0.5, r"answered shape \(\)"),
         (lambda batch: ["a", "b"], "answered dtype <U1, not numbers"),
-        (lambda batch: [None, 1.0], r"answered dtype object, not numbers \(None\)"),
+        (lambda batch: [None, 1.0], r"answered dtype object, not numbers, for .* \(got None\)"),
         (lambda batch: [1j, 1.0], "answered dtype complex128, not numbers"),
         (lambda batch: [[1.0], [1.0, 2.0]], "ValueError"),
     ],

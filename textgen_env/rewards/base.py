@@ -165,7 +165,7 @@ def _checked(who: str, function: Callable[[], Any], completions: Sequence[str]) 
     if answer.dtype.kind not in "biuf":
         example = next((value for value in answer.ravel().tolist() if not isinstance(value, int | float)), None)
         raise RewardError(
-            f"{who} answered dtype {answer.dtype}, not numbers ({repr(example)[:80]}), for {_texts(completions)}; "
+            f"{who} answered dtype {answer.dtype}, not numbers, for {_texts(completions)} (got {repr(example)[:80]}); "
             "return one float a text"
         )
     if answer.shape != (len(completions),):
