@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agents.runs.report import BEST, BEST_OF_N, BOUND, LOOKAHEAD, Report
+from agents.text_dqn.validation import LANGUAGE_MODEL
 from textgen_env.files import whole_file
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def draw_plane(report: Report, path: Path) -> None:
         axes.plot(*zip(*curve, strict=True), label=f"{name} ({sees})" if sees else name, **look)
         for point, beta in zip(curve, report.betas.get(name, ()), strict=False):
             place: dict[str, Any] = {"xytext": (4, -9), "textcoords": "offset points", "fontsize": 7}
-            axes.annotate(f"β {beta:.2g}", point, color=look["color"], **place)
+            said = "as the language model" if beta == LANGUAGE_MODEL else f"β {beta:.2g}"
+            axes.annotate(said, point, color=look["color"], **place)
     language_model = report.rows[0]
     axes.plot(0, language_model.reward, "k*", markersize=11, label="language model")
     axes.set_xlabel("KL to the language model, nats a text")

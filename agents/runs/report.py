@@ -19,6 +19,7 @@ import numpy as np
 from agents.baselines.one_step import GreedyAgent, LookaheadAgent, SampleAgent
 from agents.runs.optimum import Optimum, Point, best_of_n, estimated_optimum, share_of_optimal_gain
 from agents.terminal import cell, decimals_for
+from agents.text_dqn.validation import LANGUAGE_MODEL
 from textgen_env.evaluation import Evaluation, evaluate
 from textgen_env.policies import Agent
 from textgen_env.prompts import PromptSource
@@ -307,19 +308,22 @@ def evaluate_agent(
     """
     count, half = max(texts, len(prompts)), max(texts // 2, len(prompts))
     evaluations = [evaluate(agent, env, count, seed, prompts, deterministic, partial(watch, name))]
-    if hasattr(agent, "beta"):
-        for factor in ACTING_FACTORS:
-            acting = factor * agent.beta
-            named = partial(watch, f"{name} at beta {acting:g}")
-            with _acting_at(agent, acting):
-                evaluations.append(evaluate(agent, env, half, seed, prompts, deterministic, named))
+    for acting in acting_betas(agent)[1:]:
+        named = partial(watch, f"{name} at beta {acting:g}")
+        with _acting_at(agent, acting):
+            evaluations.append(evaluate(agent, env, half, seed, prompts, deterministic, named))
     return evaluations
 
 
 def acting_betas(agent: Agent) -> list[float]:
-    """Return the temperatures of ``evaluate_agent``, its own first; none for an agent without."""
+    """Return the temperatures of ``evaluate_agent``, its own first; none for an agent without.
+
+    An agent that chose to act as the language model has its own alone: the others would be the same policy.
+    """
     own = getattr(agent, "beta", None)
-    return [] if own is None else [own, *(factor * own for factor in ACTING_FACTORS)]
+    if own is None:
+        return []
+    return [own] if own == LANGUAGE_MODEL else [own, *(factor * own for factor in ACTING_FACTORS)]
 
 
 def table(report: Report) -> Table:

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from agents.runs.report import Yardstick, evaluate_agent, table
+from agents.runs.report import Yardstick, acting_betas, evaluate_agent, table
+from agents.text_dqn.validation import LANGUAGE_MODEL
 from textgen_env.models.table import TableModel
 from textgen_env.vector_env import TextGenVectorEnv
 
@@ -53,6 +54,19 @@ def test_the_curve_reaches_where_the_agent_acts():
     report = report_of(lambda text: float(text.count("a")), 0.1, agent=Best(), betas=[0.02, 0.01, 0.04])
     furthest = max(kl for kl, _ in report.curves["agent"])
     assert max(kl for kl, _ in report.curves[BEST]) == pytest.approx(furthest, rel=0.2)
+
+
+def test_an_agent_that_acts_as_the_language_model_is_measured_at_no_other_temperature():
+    class Cautious:
+        beta = LANGUAGE_MODEL
+
+        def probabilities(self, observation):
+            return np.full((len(observation["candidates"]), 8), 1 / 8)
+
+    report = report_of(lambda text: float(text.count("a")), 0.1, agent=Cautious(), betas=acting_betas(Cautious()))
+    assert report.betas["agent"] == [LANGUAGE_MODEL]
+    ((kl, _),) = report.curves["agent"]
+    assert kl == pytest.approx(0)
 
 
 def test_the_best_policy_has_all_of_the_optimal_gain_where_its_reward_is_the_largest():
