@@ -306,13 +306,18 @@ def evaluate_agent(
 
     Every prompt gets a text each time, also where ``texts`` are fewer: others are measured on all prompts, too.
     """
-    count, half = max(texts, len(prompts)), max(texts // 2, len(prompts))
-    evaluations = [evaluate(agent, env, count, seed, prompts, deterministic, partial(watch, name))]
+    own, other = text_counts(texts, len(prompts))
+    evaluations = [evaluate(agent, env, own, seed, prompts, deterministic, partial(watch, name))]
     for acting in acting_betas(agent)[1:]:
         named = partial(watch, f"{name} at beta {acting:g}")
         with _acting_at(agent, acting):
-            evaluations.append(evaluate(agent, env, half, seed, prompts, deterministic, named))
+            evaluations.append(evaluate(agent, env, other, seed, prompts, deterministic, named))
     return evaluations
+
+
+def text_counts(texts: int, prompts: int) -> tuple[int, int]:
+    """Return how many texts an agent writes at its own temperature, and at each other one: one a prompt at least."""
+    return max(texts, prompts), max(texts // 2, prompts)
 
 
 def acting_betas(agent: Agent) -> list[float]:

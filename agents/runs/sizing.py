@@ -19,6 +19,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from agents.baselines.one_step import SampleAgent
 from agents.runs.config import RunConfig
 from agents.runs.progress import minutes
+from agents.runs.report import ACTING_FACTORS, text_counts
 from agents.zoo import AGENTS, Budget, make_agent, tuned_settings
 from textgen_env.errors import ConfigError
 from textgen_env.evaluation import play
@@ -70,8 +71,8 @@ class Work:
     def seconds(self, share: float, speed: Speed) -> tuple[float, float]:
         """Return how long yardstick and agent take to measure with ``share`` of the usual texts and samples."""
         texts, samples = self.sizes(share)
-        # At its own temperature, then half as many at each of two others; every prompt gets a text.
-        agent = max(texts, self.prompts) + 2 * max(texts // 2, self.prompts)
+        own, other = text_counts(texts, self.prompts)
+        agent = own + len(ACTING_FACTORS) * other
         yardstick = max(texts, samples * self.prompts) + self.prompts + (agent if self.lookahead else 0)
         return yardstick * self.tokens * speed.score, agent * self.tokens * speed.write
 

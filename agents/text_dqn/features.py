@@ -64,7 +64,8 @@ def design_of(texts: JudgedTexts, vectors: Floats, characters: Floats) -> tuple[
     padding = of_echoes + 2 * (LONGEST + 1)
     tokens, places = texts.tokens, np.arange(texts.tokens.shape[1])
     inside = places < texts.lengths[:, None]
-    fresh = inside & (_first_of_each(tokens) == places)
+    first = first_occurrences(torch.from_numpy(tokens)).gather(1, torch.from_numpy(tokens % RESIDUES)).numpy()
+    fresh = inside & (first == places)
     pairs = pair_index(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])).numpy()
     echo = of_echoes + np.minimum(characters[tokens], LONGEST).astype(np.int64)
     echoes = np.concatenate([echo, echo + LONGEST + 1], 1)
@@ -82,12 +83,6 @@ def design_of(texts: JudgedTexts, vectors: Floats, characters: Floats) -> tuple[
     for place in places:  # one after the other: all at once are large
         means += vectors[tokens[:, place]] * inside[:, place, None]
     return Design.of(sparse, {"vector": means, "length": hats(length, marks)}, padding), marks
-
-
-def _first_of_each(tokens: Indices) -> Indices:
-    """Return where the residue of each token of (n, T) occurs first, (n, T)."""
-    found: Indices = first_occurrences(torch.from_numpy(tokens)).gather(1, torch.from_numpy(tokens % RESIDUES)).numpy()
-    return found
 
 
 def directions(language_model: LanguageModel) -> Floats:
@@ -118,5 +113,4 @@ def hats(length: Floats, marks: tuple[float, float]) -> Floats:
     """Return (..., marks) weights of the marks next to each length, which sum to 1."""
     mean, deviation = marks
     place = np.clip((length - mean) / deviation, MARKS[0], MARKS[-1])
-    hats: Floats = np.maximum(0.0, 1 - np.abs(place[..., None] - MARKS) / (MARKS[1] - MARKS[0]))
-    return hats
+    return np.asarray(np.maximum(0.0, 1 - np.abs(place[..., None] - MARKS) / (MARKS[1] - MARKS[0])))

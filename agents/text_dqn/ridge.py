@@ -151,9 +151,10 @@ class Logistic(NamedTuple):
     def tangent(self, z: Floats, rewards: Floats) -> tuple[Floats, Floats]:
         """Return targets and weights for z (..., n): least squares on them are a step of Newton's method from there.
 
-        Weights are 1 on average.
+        Weights are 1 on average, and z counts up to ``STEEPEST`` either way.
         """
-        share, wanted = 1 / (1 + np.exp(-z)), (rewards - self.low) / (self.high - self.low)
+        z, wanted = np.clip(z, -STEEPEST, STEEPEST), (rewards - self.low) / (self.high - self.low)
+        share = 1 / (1 + np.exp(-z))
         slope = np.maximum(share * (1 - share), FLAT)
         return z + (wanted - share) / slope, slope / slope.mean(-1, keepdims=True)
 
@@ -164,7 +165,7 @@ class Logistic(NamedTuple):
         """
         stretch, offset = 1.0, 0.0
         for _ in range(ROUNDS):
-            targets, weights = self.tangent(np.clip(stretch * index + offset, -STEEPEST, STEEPEST), rewards)
+            targets, weights = self.tangent(stretch * index + offset, rewards)
             shares = weights / weights.sum()
             centred = index - shares @ index
             stretch = max(0.0, float((shares * centred) @ targets / ((shares * centred) @ centred)))
@@ -206,6 +207,11 @@ class Fitted:
     penalty: float
     error: float  # mean squared, of ``left_out``
     link: Logistic | None = None  # None: the index is the reward
+
+
+def penalties_up_to(strongest: float) -> list[float]:
+    """Return those of ``PENALTIES`` that are no stronger."""
+    return [penalty for penalty in PENALTIES if penalty <= 1.01 * strongest]  # as float32 keeps them
 
 
 def cross_fit(
@@ -279,15 +285,12 @@ def bent(problem: Problem, count: int, straight: Fitted) -> Fitted:
     link = Logistic(float(rewards.min()), float(rewards.max()))
     share = (float(rewards.mean()) - link.low) / (link.high - link.low)
     scale = 1 / ((link.high - link.low) * share * (1 - share))
-    start = straight.weights * scale  # the first step of Newton's method from the same z everywhere
+    best, penalty, start = straight, straight.penalty, straight.weights * scale  # a first step, from one z everywhere
     biases = np.log(share / (1 - share)) + (straight.biases - rewards.mean()) * scale
-    best, penalty = straight, straight.penalty
     error = min(straight.error, _curved_error(problem, straight)) - BENT * float(rewards.var())
     for _ in range(NEWTON_STEPS):
         near = np.stack([problem.design.times(w) + bias for w, bias in zip(start, biases, strict=True)])
-        near = np.clip(near, -STEEPEST, STEEPEST)
-        weaker = [value for value in PENALTIES if value <= 1.01 * penalty]
-        found = cross_fit(problem, count, weaker, start, Bend(link, near))
+        found = cross_fit(problem, count, penalties_up_to(penalty), start, Bend(link, near))
         start, biases, penalty = found.weights, found.biases, found.penalty
         if (curved := _curved_error(problem, found)) < error:
             best, error = found, curved
@@ -297,7 +300,12 @@ def bent(problem: Problem, count: int, straight: Fitted) -> Fitted:
 def _curved_error(problem: Problem, fitted: Fitted) -> float:
     """Return the mean squared error of the rising curve through what was left out."""
     index, rewards = fitted.index[problem.counted], problem.rewards[problem.counted]
-    return float(((rewards - np.interp(index, *rising_curve(index, rewards))) ** 2).mean())
+    return _error_along(rising_curve(index, rewards), index, rewards)
+
+
+def _error_along(knots: tuple[Floats, Floats], index: Floats, rewards: Floats) -> float:
+    """Return the mean squared error of the curve through ``knots``."""
+    return float(((rewards - np.interp(index, *knots)) ** 2).mean())
 
 
 def _solve(design: Design, targets: Floats, sizes: Floats, penalty: float, start: Floats) -> tuple[Floats, float]:
@@ -367,7 +375,7 @@ def best_curve(fitted: Fitted, counted: npt.NDArray[np.bool_], rewards: Floats) 
     if fitted.link is not None:
         return fitted.link.curve(index, rewards)
     curves = straight_line(index, rewards), rising_curve(index, rewards)
-    return min(curves, key=lambda knots: float(((rewards - np.interp(index, *knots)) ** 2).mean()))
+    return min(curves, key=lambda knots: _error_along(knots, index, rewards))
 
 
 def correlates(predicted: Floats, rewards: Floats) -> bool:

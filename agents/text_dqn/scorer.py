@@ -49,6 +49,7 @@ from agents.text_dqn.ridge import (
     best_curve,
     correlates,
     cross_fit,
+    penalties_up_to,
     weigh_groups,
 )
 from textgen_env.models.base import LanguageModel
@@ -286,7 +287,7 @@ class TextScorer(nn.Module):
         problem = Problem(design, texts.rewards, texts.folds, texts.finished)
         problem = problem.sized(**dict(zip(GROUPS, self.relevance.tolist(), strict=True)))
         strongest = 3 * float(self.penalty) or max(PENALTIES)
-        return problem, cross_fit(problem, FOLDS, [penalty for penalty in PENALTIES if penalty <= strongest * 1.01])
+        return problem, cross_fit(problem, FOLDS, penalties_up_to(strongest))
 
     def _fitted(self, design: Design, texts: JudgedTexts) -> tuple[Design, Fitted]:
         """Return the features, as large as they are relevant, and their weights; note both for the next fit."""
