@@ -38,8 +38,27 @@ def tiny_lm():
         initializer_range=0.3,  # distributions far from uniform
         bos_token_id=None,
         eos_token_id=0,
+        dtype="float32",
+        architectures=["LlamaForCausalLM"],  # as save_pretrained notes it
     )
     return LlamaForCausalLM(config).eval(), tokenizer
+
+
+def state_of(model, tokenizer):
+    """What a test could leave changed in a model and a tokenizer that all tests share."""
+    weights = {name: value.tolist() for name, value in model.state_dict().items()}
+    learns = [parameter.requires_grad for parameter in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    return weights, learns, modes, model.config.to_dict(), tokenizer.special_tokens_map, tokenizer.padding_side
+
+
+@pytest.fixture(autouse=True)
+def shared_model_stays(request):
+    """A test that changes ``tiny_lm`` fails itself, not one that comes after it in some order."""
+    shared = request.getfixturevalue("tiny_lm") if "tiny_lm" in request.fixturenames else None
+    before = shared and state_of(*shared)
+    yield
+    assert shared is None or state_of(*shared) == before, "the test changed tiny_lm: change a copy"
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import gymnasium as gym
@@ -152,7 +153,7 @@ def test_a_folder_without_a_model_its_weights_or_its_tokenizer_is_named(folder, 
 
 
 def test_weights_without_an_output_layer_are_refused_rather_than_made_up(tiny_lm, tmp_path):
-    tiny_lm[0].model.save_pretrained(tmp_path)  # the trunk alone
+    copy.deepcopy(tiny_lm[0].model).save_pretrained(tmp_path)  # the trunk alone, whose name goes into its configuration
     tiny_lm[1].save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"lack lm_head.weight: they are not those of a model that generates text"):
         load_language_model(tmp_path)

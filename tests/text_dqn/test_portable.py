@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import os
@@ -288,7 +289,7 @@ def test_security_a_pickled_replay_does_not_run(agent, tmp_path, bomb):
 
 
 def test_security_a_pickled_checkpoint_of_healing_does_not_run(tmp_path, bomb, tiny_lm):
-    model, tokenizer = tiny_lm
+    model, tokenizer = copy.deepcopy(tiny_lm)
     rows = torch.zeros((4, 8), dtype=torch.long)
     distil(model, model, rows, 1, tokenizer=tokenizer, length=8, folder=tmp_path, checkpoint_every=1, progress=False)
     (checkpoint,) = (path for path in tmp_path.iterdir() if path.is_file())

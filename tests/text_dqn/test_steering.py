@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
@@ -58,9 +59,16 @@ def trained(env, beta=0.3):
     return agent
 
 
+def padding(tokenizer):
+    """Return a copy that pads with the token that ends a text: tests share the tokenizer."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def batch(tokenizer):
     """The prompts, padded on the left with the very token that ends a text."""
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = padding(tokenizer)
     return dict(tokenizer(TEXTS, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False))
 
 
@@ -336,7 +344,7 @@ def test_smollm2_writes_the_environment_s_tokens():
         actions, _ = agent.predict(observation, deterministic=True)
         expected.append(observation["candidates"][np.arange(4), actions])
         observation, *_ = env.step(actions)
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = padding(tokenizer)
     inputs = tokenizer(TEXTS, padding=True, padding_side="left", return_tensors="pt")
     with agent.logits_processor(model) as steer:
         ids = model.generate(**inputs, logits_processor=[steer], **(steer.settings | {"do_sample": False}))
