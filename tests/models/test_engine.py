@@ -28,7 +28,14 @@ from textgen_env.models.hf import HFModel
 from textgen_env.models.llama import LlamaDecoder
 from textgen_env.models.one_row import OneRow
 from textgen_env.models.products import multiply
-from textgen_env.models.projections import ColumnProjection, PackedProjection, Projection, can_pack
+from textgen_env.models.projections import (
+    ACTIVATIONS,
+    ColumnProjection,
+    PackedProjection,
+    Projection,
+    RMSNorm,
+    can_pack,
+)
 from textgen_env.models.slots import LRUCache
 from textgen_env.models.stateful import StatefulDecoder
 
@@ -38,6 +45,14 @@ IDS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1, "max_position_em
 GROUPED = {**SIZE, **IDS, "intermediate_size": 48, "num_key_value_heads": 2}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0}
 LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+GEMMA3 = {"head_dim": 8, "sliding_window": 40, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 4}
+GEMMA3 |= {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {  # far apart, as the kinds of layers turn
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    },
+}
 
 LEAN = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)),
@@ -51,15 +66,23 @@ LEAN = {
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPED, sliding_window=40)),
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**GROUPED)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, head_dim=8)),
+    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**GROUPED, head_dim=8)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(
+            **GROUPED, head_dim=8, sliding_window=40, final_logit_softcapping=2.0, attn_logit_softcapping=0.5
+        )
+    ),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**GROUPED, **GEMMA3)),
 }
+PLAIN = [name for name in LEAN if name != "qwen3" and not name.startswith("gemma")]  # no norms of their own
 GENERIC = {
     "gpt2": lambda: hf.GPT2LMHeadModel(
         hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=48, bos_token_id=1, eos_token_id=1)
     ),
     "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZE, **IDS, intermediate_size=48)),
     "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**SIZE, **IDS, ffn_dim=48, word_embed_proj_dim=32)),
-    "gemma2 with capped logits": lambda: hf.Gemma2ForCausalLM(
-        hf.Gemma2Config(**GROUPED, head_dim=8, sliding_window=40, final_logit_softcapping=2.0)
+    "gemma3 with a setting that it does not heed": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(**GROUPED, **GEMMA3, attn_logit_softcapping=0.5)
     ),
     "cohere with scaled logits": lambda: hf.CohereForCausalLM(hf.CohereConfig(**GROUPED, logit_scale=0.25)),
     "llama with a layer of its own": lambda: with_own_layer(hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED))),
@@ -265,7 +288,7 @@ def test_a_row_does_not_depend_on_its_neighbours(name):
             crowd.advance(np.array([row]), step[row : row + 1])
 
 
-@pytest.mark.parametrize("name", sorted(LEAN.keys() - {"qwen3"}))  # whose queries have norms
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_single_token_of_a_single_row_equals_the_forward_of_many(name):
     model, ids = engine(name, memo_bytes=0), np.random.default_rng(2).integers(2, VOCAB, 30)
     assert model.decoder.alone
@@ -283,7 +306,7 @@ def test_a_single_token_of_a_single_row_equals_the_forward_of_many(name):
 
 
 def test_half_precision_stays_near_the_uncached_forward():
-    for name in ("llama", "gpt2"):
+    for name in ("llama", "gpt2", "gemma3"):
         model = engine(name, dtype=torch.bfloat16)
         pair = model.slots(3, 40, None), UncachedSlots(model, 3, 40, None)
         for slots in pair:
@@ -618,11 +641,15 @@ def test_a_projection_of_each_kind_equals_the_layers_behind_the_norm(rows, bias,
     with torch.inference_mode():
         normed = torch.nn.functional.rms_norm(x.double(), (64,), norm.weight.double(), 1e-3)
         expected = torch.cat([layer(normed) for layer in layers], -1)
-        projection = kind([layer.to(dtype) for layer in layers], norm)
+        projection = kind([layer.to(dtype) for layer in layers], RMSNorm.of(norm))
         read = projection.normed(x)
         for found, wanted in [
             (projection(read), expected),
-            (projection.silu(read), torch.nn.functional.silu(expected)),
+            (projection.activated(read, ACTIVATIONS["silu"]), torch.nn.functional.silu(expected)),
+            (
+                projection.activated(read, ACTIVATIONS["gelu_pytorch_tanh"]),
+                torch.nn.functional.gelu(expected, approximate="tanh"),
+            ),
             (projection.multiplied(read, other.clone()), expected * other),
             (projection.added_to(other, read), expected + other),
         ]:
@@ -637,7 +664,7 @@ def test_a_module_keeps_its_values_and_shares_its_memory_only_where_it_may_be_la
     norm.weight.data.uniform_(0.5, 2.0)
     before = [layer.weight.detach().clone() for layer in layers]
     expected = torch.cat([layer(norm(x)) for layer in layers], -1).detach()
-    projection = ColumnProjection(layers, norm, relayout)
+    projection = ColumnProjection(layers, RMSNorm.of(norm), relayout)
     for layer, weight in zip(layers, before, strict=True):
         assert torch.equal(layer.weight, weight)
         assert layer.weight.is_contiguous() != relayout

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from textgen_env.models.products import Float32s
-from textgen_env.models.projections import ColumnProjection, takes_columns
+from textgen_env.models.projections import ColumnProjection, RMSNorm, takes_columns
 
 Layer = tuple[ColumnProjection, ColumnProjection, ColumnProjection, ColumnProjection, ColumnProjection]
 """Queries, keys and values as one; output; gate; up; down."""
@@ -46,11 +46,15 @@ class OneRow:
 
     @classmethod
     def fits(cls, model: Any) -> bool:
-        """Return True if ``model``, a Llama, is in float32, on the CPU, small, and without norms of its queries."""
-        if hasattr(model.model.layers[0].self_attn, "q_norm"):
-            return False
-        weights = list(model.parameters())
-        return all(takes_columns(w) for w in weights) and sum(w.nbytes for w in weights) <= cls.LIMIT
+        """Return True if ``model`` is a plain Llama in float32 on the CPU: no further norms, SiLU, one rotation."""
+        layer = model.model.layers[0]
+        plain = not hasattr(layer.self_attn, "q_norm") and hasattr(layer.input_layernorm, "variance_epsilon")
+        return plain and all(takes_columns(weight) for weight in model.parameters())
+
+    @classmethod
+    def is_small(cls, model: Any) -> bool:
+        """Return True if its weights may be copied."""
+        return sum(weight.nbytes for weight in model.parameters()) <= cls.LIMIT
 
     def __call__(
         self, token: int, row: int, position: int, rotation: tuple[Tensor, Tensor], keys: Tensor, values: Tensor
@@ -83,8 +87,8 @@ def column_layers(model: Any) -> tuple[list[Layer], ColumnProjection]:
     """Return copies of the products of a Llama's layers, and of its output layer, for ``OneRow``."""
     layers = []
     for x in model.model.layers:
-        attention, mlp, after = x.self_attn, x.mlp, x.post_attention_layernorm
-        qkv = ColumnProjection([attention.q_proj, attention.k_proj, attention.v_proj], x.input_layernorm)
+        attention, mlp, after = x.self_attn, x.mlp, RMSNorm.of(x.post_attention_layernorm)
+        qkv = ColumnProjection([attention.q_proj, attention.k_proj, attention.v_proj], RMSNorm.of(x.input_layernorm))
         gate, up = (ColumnProjection([part], after) for part in (mlp.gate_proj, mlp.up_proj))
         layers.append((qkv, ColumnProjection([attention.o_proj]), gate, up, ColumnProjection([mlp.down_proj])))
     return layers, ColumnProjection([model.lm_head])

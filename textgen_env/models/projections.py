@@ -12,7 +12,9 @@ Which one a model gets follows flags of the machine, never a stopwatch: results 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,29 +26,63 @@ from textgen_env.models.device import available_bytes, numpy_blas
 from textgen_env.models.products import Float32s, multiply
 
 
+@dataclass(frozen=True)
+class RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
+
+    weight: Tensor  # (d,)
+    eps: float
+
+    @classmethod
+    def of(cls, module: Any) -> RMSNorm:
+        """Return what a module computes: Gemma's stores its weight less one, Llama's the weight."""
+        if hasattr(module, "variance_epsilon"):
+            return cls(module.weight.detach(), module.variance_epsilon)
+        return cls(1 + module.weight.detach().float(), module.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.to(self.weight.dtype), (x.shape[-1],), self.weight, self.eps).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A function of each number."""
+
+    apply: Callable[[Tensor], Tensor]
+    onednn: tuple[str, str]  # name and algorithm of the operation behind oneDNN's product
+
+
+ACTIVATIONS = {
+    "silu": Activation(partial(F.silu, inplace=True), ("swish", "")),
+    "gelu_pytorch_tanh": Activation(partial(F.gelu, approximate="tanh"), ("gelu", "tanh")),
+}
+"""By the names of transformers."""
+
+
 class Projection:
     """Linear layers that read the same input, as one: (N, d) -> (N, sum of outputs).
 
     Args:
         linears: The layers.
-        norm: The RMS norm before them, if there is one.
+        norm: The norm before them, if there is one.
         relayout: The weights may be laid out anew: the module keeps its values and goes on working.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], norm: Any = None, relayout: bool = False) -> None:
-        self._linears, self._norm = linears, norm
+    def __init__(self, linears: Sequence[nn.Linear], norm: RMSNorm | None = None, relayout: bool = False) -> None:
+        self._linears: Sequence[nn.Linear] = linears
+        self._norm: Any = norm
 
     def normed(self, x: Tensor) -> Tensor:
         """Return ``x`` as the layers read it: its root mean square 1, times the norm's weight unless that is folded."""
-        return F.rms_norm(x, (x.shape[-1],), self._norm.weight, self._norm.variance_epsilon)
+        return self._norm(x)
 
     def __call__(self, x: Tensor) -> Tensor:
         found = [F.linear(x, linear.weight, linear.bias) for linear in self._linears]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
-    def silu(self, x: Tensor) -> Tensor:
-        """Return SiLU of the projection of ``x``."""
-        return F.silu(self(x), inplace=True)
+    def activated(self, x: Tensor, activation: Activation) -> Tensor:
+        """Return the activation of the projection of ``x``."""
+        return activation.apply(self(x))
 
     def multiplied(self, x: Tensor, factor: Tensor) -> Tensor:
         """Return the projection of ``x`` times ``factor``, which may be overwritten."""
@@ -60,14 +96,14 @@ class Projection:
 class PackedProjection(Projection):
     """Weights packed once for oneDNN: 1.3 to 2.5 times as fast as ``F.linear`` on CPUs with AVX512 or AMX.
 
-    oneDNN also does the operation that follows the product (SiLU, the gate, the residual sum), before the
+    oneDNN also does the operation that follows the product (activation, gate, residual sum), before the
     result is rounded: a pass over memory less. The weight of the norm before the layers is folded in.
     """
 
     MANY = 64  # rows from which multiplying within oneDNN is the faster way
 
-    def __init__(self, linears: Sequence[nn.Linear], norm: Any = None, relayout: bool = False) -> None:
-        self._norm = norm
+    def __init__(self, linears: Sequence[nn.Linear], norm: RMSNorm | None = None, relayout: bool = False) -> None:
+        self._norm: Any = norm
         weight = torch.cat([linear.weight for linear in linears])
         if norm is not None:
             weight = (weight.float() * norm.weight.float()).to(weight.dtype)
@@ -75,7 +111,7 @@ class PackedProjection(Projection):
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def normed(self, x: Tensor) -> Tensor:
-        width, eps = x.shape[-1], self._norm.variance_epsilon
+        width, eps = x.shape[-1], self._norm.eps
         if x.dtype == torch.float32:
             return F.rms_norm(x, (width,), None, eps)
         # Batch norm with rows as channels: one pass in bfloat16, where rms_norm makes float32 copies.
@@ -86,8 +122,9 @@ class PackedProjection(Projection):
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return found
 
-    def silu(self, x: Tensor) -> Tensor:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "swish", [], "")
+    def activated(self, x: Tensor, activation: Activation) -> Tensor:
+        name, algorithm = activation.onednn
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, name, [], algorithm)
         return found
 
     def multiplied(self, x: Tensor, factor: Tensor) -> Tensor:
@@ -109,19 +146,19 @@ class ColumnProjection(Projection):
     the weights of the layers become views of the new layout.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], norm: Any = None, relayout: bool = False) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], norm: RMSNorm | None = None, relayout: bool = False) -> None:
         weights = [linear.weight.detach() for linear in linears]
         columns = [
             weight.t().contiguous() for weight in (weights if relayout else [torch.cat(weights)])
         ]  # (d, outputs)
-        self._eps = 0.0 if norm is None else norm.variance_epsilon
+        self._eps = 0.0 if norm is None else norm.eps
         self._scale: Float32s | None = None
         if relayout:
             for linear, own in zip(linears, columns, strict=True):
                 linear.weight.data = own.t()
-            self._scale = None if norm is None else norm.weight.detach().numpy()
+            self._scale = None if norm is None else norm.weight.numpy()
         elif norm is not None:
-            columns[0] *= norm.weight.detach()[:, None]
+            columns[0] *= norm.weight[:, None]
         bias = joined_bias(linears)
         self._columns: list[Float32s] = [own.numpy() for own in columns]
         self._outputs = sum(own.shape[1] for own in columns)
