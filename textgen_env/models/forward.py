@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from textgen_env.models.device import forward_lock
+from textgen_env.models.fast_linears import FastLinears
 
 
 class Forward:
@@ -25,6 +26,7 @@ class Forward:
         self.lock = forward_lock(model)
         self.accepts = frozenset(inspect.signature(model.forward).parameters)
         self._modules = list(model.modules())
+        self._linears = FastLinears(model)
         self._head_is_called = True
 
     def __call__(self, inputs: Mapping[str, Any], pick: Tensor | None = None) -> tuple[Tensor, Tensor, Any]:
@@ -45,7 +47,7 @@ class Forward:
 
         head = self.model.get_output_embeddings() if self._head_is_called else None
         hook = nullcontext() if head is None else head.register_forward_pre_hook(keep_last)
-        with without_dropout(self._modules), hook:
+        with self.running(), hook:
             found = self.model(**inputs, **({} if head is not None else {"output_hidden_states": True}))
         if kept:
             return found.logits[:, -1], kept[-1][:, -1], found
@@ -55,6 +57,12 @@ class Forward:
         states = found.decoder_hidden_states if "decoder_input_ids" in inputs else found.hidden_states
         logits, hidden = found.logits[:, -1], states[-1][:, -1]
         return (logits, hidden, found) if pick is None else (logits[pick], hidden[pick], found)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the module, or a part of it, run as here, without dropout and with fast products."""
+        with without_dropout(self._modules), self._linears.in_place():
+            yield
 
 
 @contextmanager

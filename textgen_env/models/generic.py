@@ -28,9 +28,8 @@ class GenericDecoder(PackedDecoder):
 
     name = "packed"
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._forward = Forward(model)
+    def __init__(self, forward: Forward) -> None:
+        self._model, self._forward = forward.model, forward
         self.lock = self._forward.lock
         self.shape = self._probe()
 

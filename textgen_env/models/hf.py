@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from textgen_env.errors import CapacityError, ConfigError, ModelError
 from textgen_env.models.agreement import Reach, agreeing_decoder, causal_decoders
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.device import available_bytes, compute_alone_after_fork, forward_lock, release_freed_memory
-from textgen_env.models.forward import no_cache
+from textgen_env.models.forward import Forward, no_cache
 from textgen_env.models.packing import Decoder, PackedDecoder
 from textgen_env.models.parts import ModuleParts
 from textgen_env.models.slots import HFSlots
@@ -106,8 +106,14 @@ class HFModel(LanguageModel):
         if _output_sizes(self.model) != (self.vocab_size, self.hidden_size):
             raise ModelError(f"the vocabulary or width of model {self.name!r} has changed: make the environment anew")
         self._further: dict[Reach, Decoder] = {}
+        vars(self).pop("_forward", None)  # of older weights
         self.decoder = agreeing_decoder(self, self._windows)
         self._parts = ModuleParts(self.model)
+
+    @cached_property
+    def _forward(self) -> Forward:
+        """The module's own forward, with weights as they are now."""
+        return Forward(self.model)
 
     def _written_embedding(self, model: Any) -> Any:
         """Return the module that embeds the tokens that are written."""
@@ -172,7 +178,7 @@ class HFModel(LanguageModel):
 
     def candidate_decoders(self, reach: Reach) -> Iterator[partial[Any]]:
         """Return functions that make decoders of this model, fastest first."""
-        return causal_decoders(self.model, reach, self._relayout)
+        return causal_decoders(self.model, reach, lambda: self._forward, self._relayout)
 
     def check_prompt(self, ids: Sequence[int], length: int) -> list[int]:
         """Return a prompt of ``length`` tokens for a row whose text goes on with ``ids``."""

@@ -22,13 +22,8 @@ from textgen_env.models.projections import (
 )
 
 FAMILY = {
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "GemmaForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
+    *("LlamaForCausalLM", "MistralForCausalLM", "MinistralForCausalLM", "SeedOssForCausalLM", "CwmForCausalLM"),
+    *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
 }
 CAPPED = {"Gemma2ForCausalLM"}  # Gemma 3 has the setting for scores, and does not heed it
 ROPES = {"default", "linear", "llama3", "yarn"}

@@ -56,11 +56,11 @@ class Seq2SeqDecoder(StatefulDecoder):
         return self._first_forward(*ids)
 
     def _first_forward(self, ids: Tensor, sources: Tensor | None) -> tuple[Tensor, Tensor, Any]:
-        read = (
-            {"encoder_outputs": self.model.get_encoder()(input_ids=sources)}
-            if self._reads_apart
-            else {"input_ids": sources}
-        )
+        if self._reads_apart:
+            with self.forward.running():
+                read = {"encoder_outputs": self.model.get_encoder()(input_ids=sources)}
+        else:
+            read = {"input_ids": sources}
         return self.forward({**read, "decoder_input_ids": ids, **self._use_cache()})
 
     def _keep(self, found: Any) -> Any:
@@ -180,7 +180,7 @@ class Seq2SeqModel(HFModel):
 
     def candidate_decoders(self, reach: Reach) -> Iterator[partial[Any]]:
         ways = [way for way in SEQ2SEQ_WAYS if reach is not Reach.UNCACHED or not way.cached]
-        return (partial(Seq2SeqDecoder, self.model, way) for way in ways)
+        return (partial(Seq2SeqDecoder, self._forward, way) for way in ways)
 
     def check_prompt(self, ids: Sequence[int], length: int) -> list[int]:
         return list(ids[::-1][:length])

@@ -93,7 +93,7 @@ class StatefulDecoder:
     """A causal LM on its own cache.
 
     Args:
-        model: The causal LM.
+        forward: Of the causal LM.
         way: How it runs.
 
     Raises:
@@ -103,10 +103,10 @@ class StatefulDecoder:
     alone = False
     POSITIONS = "position_ids"
 
-    def __init__(self, model: Any, way: Way) -> None:
-        self.model, self.way, self.name = model, way, way.name
-        self.forward = Forward(model)
-        self.lock = self.forward.lock
+    def __init__(self, forward: Forward, way: Way) -> None:
+        self.model, self.way, self.name = forward.model, way, way.name
+        self.forward, self.lock = forward, forward.lock
+        model = forward.model
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self._name = ""  # of the cache, among the arguments of the model
