@@ -13,13 +13,7 @@ from textgen_env.models.cache import CacheShape, KeyValues
 from textgen_env.models.device import forward_lock, one_blas_thread
 from textgen_env.models.one_row import OneRow, column_layers
 from textgen_env.models.packing import AttentionGroup, PackedDecoder, RaggedBatch
-from textgen_env.models.projections import (
-    ACTIVATIONS,
-    ColumnProjection,
-    Projection,
-    RMSNorm,
-    best_projection,
-)
+from textgen_env.models.projections import ACTIVATIONS, ColumnProjection, Projection, RMSNorm, best_projection
 
 FAMILY = {
     *("LlamaForCausalLM", "MistralForCausalLM", "MinistralForCausalLM", "SeedOssForCausalLM", "CwmForCausalLM"),
@@ -84,8 +78,7 @@ class LlamaDecoder(PackedDecoder):
         linears = [m for name, m in model.named_modules() if name.endswith(("_proj", "lm_head"))]
         return (
             _activation(config) in ACTIVATIONS
-            and all(rope.get("rope_type", "default") in ROPES for rope in _ropes(config).values())
-            and all(rope.get("partial_rotary_factor", 1.0) == 1.0 for rope in _ropes(config).values())
+            and all(_turns_whole_heads(rope) for rope in _ropes(config).values())
             and (type(model).__name__ in CAPPED or getattr(config, "attn_logit_softcapping", None) is None)
             and all(type(m) is nn.Linear for m in linears)
             and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -228,6 +221,10 @@ def _ropes(config: Any) -> dict[str | None, dict[str, Any]]:
     """Return the settings of rotations by kind of layer; None stands for every kind."""
     rope = getattr(config, "rope_parameters", None) or {}
     return rope if any(isinstance(settings, dict) for settings in rope.values()) else {None: rope}
+
+
+def _turns_whole_heads(rope: dict[str, Any]) -> bool:
+    return rope.get("rope_type", "default") in ROPES and rope.get("partial_rotary_factor", 1.0) == 1.0
 
 
 def _turned_norm(attention: Any) -> tuple[Tensor, float] | None:
