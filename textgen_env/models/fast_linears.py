@@ -6,6 +6,7 @@ replaced is 1.5 to 1.7 times as fast on CPUs with AVX512 (see docs/engine.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -29,12 +30,11 @@ class FastLinears:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers: list[tuple[nn.Module, _FastLinear]] = []
-        modules: list[Any] = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
-        for module in filter(_is_plain, modules):
-            kind = best_projection(model, module.weight) if _is_large(module.weight) else Projection
-            if kind is not Projection:
-                self._layers.append((module, _FastLinear(module, kind)))
+        layers: list[Any] = [module for module in model.modules() if _is_plain(module)]
+        weights = {layer.weight.dtype: layer.weight for layer in layers}  # one of each dtype
+        kinds = {dtype: best_projection(model, weight) for dtype, weight in weights.items()}
+        pairs = [(layer, kinds[layer.weight.dtype]) for layer in layers]
+        self._layers = [(layer, _FastLinear(layer, kind)) for layer, kind in pairs if kind is not Projection]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -66,12 +66,11 @@ class _FastLinear:
         return found.view(*x.shape[:-1], -1)
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: Any) -> bool:
+    """Return True for a large linear layer with nothing of its own."""
+    if type(module) not in (nn.Linear, Conv1D) or module.weight.numel() < LEAST.get(module.weight.dtype, math.inf):
+        return False
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def _is_large(weight: Tensor) -> bool:
-    return weight.dtype in LEAST and weight.numel() >= LEAST[weight.dtype]
 
 
 def _as_linear(module: Any) -> Any:
