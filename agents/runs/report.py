@@ -233,7 +233,7 @@ class Yardstick:
             self.beta,
             rows,
             {name: curve for name, curve in curves.items() if curve},
-            [*notes, *self._notes(len(rewards), rewards.shape[1], agent, sees)],
+            [*notes, *self._notes(len(rewards), rewards.shape[1], agent, sees), *self._behind(agent, evaluations)],
             self.gain,
             self.best.gain_error,
             {LOOKAHEAD: _by_kl(self.lookahead, lookahead_betas), agent: _by_kl(evaluations, betas)},
@@ -280,6 +280,15 @@ class Yardstick:
             f"{estimated} is estimated from {samples} samples for each of {prompts} prompts, worth "
             f"{np.median(self.best.effective_samples):.0f} of its own (median): more samples, a surer estimate.",
         ]
+
+    def _behind(self, agent: str, evaluations: Sequence[Evaluation]) -> list[str]:
+        """Return what to do where looking one token ahead, without learning, has the clearly larger J."""
+        values = [found[0].values(self.beta) for found in (self.lookahead, evaluations) if found]
+        known = [value for value in values if value is not None]
+        errors = [value.std() / np.sqrt(len(value)) for value in known]
+        if len(known) < 2 or known[0].mean() - known[1].mean() < SURE * np.hypot(*errors):
+            return []
+        return [f"{LOOKAHEAD.capitalize()} does not learn, and is ahead of {agent}: let it learn for longer."]
 
     def _plain_row(self, name: str, point: Point, kl_at_most: bool = False, value: float | None = None) -> ReportLine:
         value = point.reward - self.beta * point.kl if value is None else value
@@ -362,7 +371,7 @@ def _figures(row: ReportLine, decimals: int) -> tuple[str, ...]:
         _shown(row.likelihood, ".2f"),
         _shown(row.distinct_2, ".2f"),
         at_least + _shown(row.value, f".{decimals}f"),
-        at_least + _shown(row.share, ".0%"),
+        "< -100%" if (row.share or 0) < -1 else at_least + _shown(row.share, ".0%"),
     )
 
 

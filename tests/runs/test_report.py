@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 import numpy as np
 import pytest
+from rich.console import Console
+from toys import Worth
 
 from agents.runs.report import Yardstick, acting_betas, evaluate_agent, table
 from agents.text_dqn.validation import LANGUAGE_MODEL
 from textgen_env.models.table import TableModel
+from textgen_env.rewards.base import Reward
 from textgen_env.vector_env import TextGenVectorEnv
 
 LETTERS = list("abcdefgh")
@@ -18,7 +22,9 @@ BEST = "best possible policy"
 
 def make_env(reward):
     model = TableModel(LETTERS, np.ones(8) / 8, end=None)
-    return TextGenVectorEnv(64, model, ["a"], reward, top_k=8, max_new_tokens=3, max_prompt_tokens=4)
+    sizes = {"top_k": 8, "max_new_tokens": 3, "max_prompt_tokens": 4}
+    seen = "full" if isinstance(reward, Reward) else "default"
+    return TextGenVectorEnv(64, model, ["a"], reward, observation=seen, **sizes)
 
 
 def report_of(reward, beta, samples=1024, agent=None, betas=()):
@@ -105,3 +111,35 @@ def test_small_rewards_are_shown_with_three_digits_and_others_with_two_decimals(
     gain = re.search(r"optimal gain \(([^ ]*)", small.notes[0])[1]
     assert float(gain) == pytest.approx(small.gain, rel=0.01)
     assert f"({usual.gain:.3f} ± {2 * usual.gain_error:.3f})" in usual.notes[0]
+
+
+class Leaning:
+    """It raises the odds of the letter that is worth something: e to the ``power`` times."""
+
+    beta = 0.1
+
+    def __init__(self, power):
+        self.power = power
+
+    def probabilities(self, observation):
+        policy = np.exp(self.power * (observation["candidates"] == 0))
+        return policy / policy.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize(("power", "ahead"), [(0.0, True), (10.0, False)])
+def test_lookahead_that_is_ahead_is_said_to_be(power, ahead):
+    """An a is worth 1 or more: at 0.1 a nat its best odds are at least e^10 times the language model's."""
+    report = report_of(Worth(), 0.1, agent=Leaning(power))
+    assert any("is ahead of agent: let it learn for longer" in note for note in report.notes) == ahead
+
+
+def test_a_share_far_below_the_language_model_s_is_shown_as_such():
+    """Three tokens cost log 8 nats each, at 5 a nat."""
+    report = report_of(Worth(), 5.0, agent=Leaning(50.0))
+    line = next(row for row in report.rows if row.name == "agent")
+    assert line.kl == pytest.approx(3 * np.log(8))
+    assert line.share < -1
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table(report))
+    shown = next(row for row in console.export_text().splitlines() if row.startswith(" agent"))
+    assert shown.rstrip().endswith(" < -100%")
