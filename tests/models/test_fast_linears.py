@@ -110,6 +110,44 @@ def test_layers_with_something_of_their_own_keep_it(dtype):
     assert moved.forward(1) == 1
 
 
+def test_a_forward_that_the_owner_sets_later_is_used_and_stays(dtype):
+    layers = Layers(dtype)
+    fast, x = FastLinears(layers), torch.randn(2, 24, dtype=dtype)
+    own = layers.parts[1].forward = lambda x: x
+    with torch.inference_mode(), fast.in_place():
+        assert layers(x)[1] is x
+    assert vars(layers.parts[1])["forward"] is own
+    with fast.in_place(), FastLinears(layers).in_place():  # of another model with the same layers, in another thread
+        pass
+    assert "forward" not in vars(layers.parts[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 24), (0, 5, 24), (2, 0, 24)])
+def test_a_layer_may_be_called_with_no_rows(shape, dtype):
+    """As an expert is that nobody has chosen."""
+    layers, x = Layers(dtype), torch.zeros(shape, dtype=dtype)
+    with torch.inference_mode(), FastLinears(layers).in_place():
+        assert [part.shape for part in layers(x)] == [(*shape[:-1], outputs) for outputs in (40, 8, 16)]
+
+
+def test_autocast_chooses_precisions_itself(dtype):
+    layers, x = Layers(dtype), torch.randn(2, 24, dtype=dtype)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        own = layers(x)
+        with FastLinears(layers).in_place():
+            assert all(torch.equal(a, b) for a, b in zip(layers(x), own, strict=True))
+
+
+def test_a_module_that_its_owner_has_compiled_is_left_alone(dtype):
+    layers = Layers(dtype)
+    whole = torch.compile(layers, backend="eager")
+    with FastLinears(whole).in_place():
+        assert not any("forward" in vars(layer) for layer in layers.parts)
+    layers.parts[0].compile(backend="eager")
+    with FastLinears(layers).in_place():
+        assert not any("forward" in vars(layer) for layer in layers.parts)
+
+
 def test_an_input_in_another_precision_takes_the_layer_s_own_way(dtype):
     layer = nn.Linear(24, 8).to(dtype)
     other = torch.randn(2, 24, dtype=torch.float64)

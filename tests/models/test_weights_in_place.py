@@ -14,6 +14,7 @@ from conftest import WORDS
 from toys import letters
 
 from textgen_env.errors import ConfigError, ModelError
+from textgen_env.models import fast_linears
 from textgen_env.models.hf import HFModel
 from textgen_env.models.parts import ModuleParts
 
@@ -26,9 +27,11 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.6, bos_token_id=0, eos_token_id=0)).eval()
 
 
-@pytest.fixture(params=["llama", "gpt2"])
-def pair(request, tiny_lm):
+@pytest.fixture(params=["llama", "gpt2", "gpt2 on fast products"])
+def pair(request, tiny_lm, monkeypatch):
     model, tokenizer = tiny_lm
+    if "fast" in request.param:
+        monkeypatch.setattr(fast_linears, "LEAST", {torch.float32: 0})
     return (copy.deepcopy(model) if request.param == "llama" else gpt2()), tokenizer
 
 
@@ -57,6 +60,22 @@ def optimiser_step(model):
     model(input_ids=torch.tensor([[2, 3, 4]]), labels=torch.tensor([[2, 3, 4]])).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def fused_step(model):
+    """It raises no counter."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.2, fused=True)
+    model(input_ids=torch.tensor([[2, 3, 4]]), labels=torch.tensor([[2, 3, 4]])).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def written_behind_torch(model):
+    for i, weight in enumerate(model.parameters()):
+        if i % 2:
+            weight.data.mul_(1.5)
+        else:
+            weight.detach().numpy()[...] *= 1.5
 
 
 def load_others(model):
@@ -101,7 +120,16 @@ def pruned(model):
     prune.l1_unstructured(getattr(parent, name), "weight", 0.9)
 
 
-CHANGES = [optimiser_step, load_others, data_replaced, parameters_replaced, module_wrapped, pruned]
+CHANGES = [
+    optimiser_step,
+    fused_step,
+    written_behind_torch,
+    load_others,
+    data_replaced,
+    parameters_replaced,
+    module_wrapped,
+    pruned,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -170,6 +198,10 @@ def test_an_adapter_of_peft_is_noticed_and_its_training_too(pair):
                 weight.mul_(2.0)
     seen, _ = env.reset(seed=0)
     np.testing.assert_allclose(shown(seen), uncached(model, seen), atol=1e-4)
+    for move in (adapted.merge_adapter, adapted.unmerge_adapter):  # into the weights, and out again
+        move()
+        seen, _ = env.reset(seed=0)
+        np.testing.assert_allclose(shown(seen), uncached(model, seen), atol=1e-4)
 
 
 def test_embeddings_are_those_of_the_module_as_it_is_now(pair):

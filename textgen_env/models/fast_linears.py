@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from transformers.pytorch_utils import Conv1D
 
 from textgen_env.models.device import one_blas_thread
@@ -26,10 +27,14 @@ LEAST = {torch.float32: 1 << 17, torch.bfloat16: 1 << 14}
 class FastLinears:
     """The linear layers of ``model`` that have nothing of their own: no hooks, no other forward, no other class.
 
-    Weights are copied when a layer is first called, so what text never reaches costs no memory.
+    Weights are copied when a layer is first called, so what text never reaches costs no memory. A module that its owner
+    has compiled is left alone: a layer that comes and goes would be compiled anew each time.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._layers: list[tuple[Any, _FastLinear]] = []
+        if any(isinstance(module, OptimizedModule) or module._compiled_call_impl for module in model.modules()):
+            return
         layers: list[Any] = [module for module in model.modules() if _is_plain(module)]
         weights = {layer.weight.dtype: layer.weight for layer in layers}  # one of each dtype
         kinds = {dtype: best_projection(model, weight) for dtype, weight in weights.items()}
@@ -39,14 +44,16 @@ class FastLinears:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Let the module's forward use them; for its owner nothing has changed afterwards."""
-        for module, fast in self._layers:
-            vars(module)["forward"] = fast
+        if not torch.is_autocast_enabled("cpu"):  # which chooses precisions itself
+            for module, fast in self._layers:
+                vars(module).setdefault("forward", fast)  # its owner may have set one since, or another thread ours
         try:
             with one_blas_thread():
                 yield
         finally:
-            for module, _ in self._layers:
-                del vars(module)["forward"]
+            for module, fast in self._layers:
+                if vars(module).get("forward") is fast:
+                    vars(module).pop("forward", None)
 
 
 class _FastLinear:
@@ -57,13 +64,13 @@ class _FastLinear:
         self._projection: Projection | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype != self._dtype:
+        if x.dtype != self._dtype or not x.numel():
             own: Tensor = type(self._module).forward(self._module, x)
             return own
         if self._projection is None:
             self._projection = self._kind([_as_linear(self._module)])
         found = self._projection(x.reshape(-1, x.shape[-1]))
-        return found.view(*x.shape[:-1], -1)
+        return found.view(*x.shape[:-1], found.shape[-1])
 
 
 def _is_plain(module: Any) -> bool:

@@ -49,6 +49,7 @@ class OneRow:
         """Return True if ``model`` is a plain Llama in float32 on the CPU: no further norms, SiLU, one rotation."""
         layer = model.model.layers[0]
         plain = not hasattr(layer.self_attn, "q_norm") and hasattr(layer.input_layernorm, "variance_epsilon")
+        plain = plain and model.config.hidden_act == "silu"
         return plain and all(takes_columns(weight) for weight in model.parameters())
 
     @classmethod

@@ -167,7 +167,11 @@ def _padded(tensor: Tensor, axis: int, by: int, left: bool) -> Tensor:
 
 
 class OwnCaches:
-    """What R rows keep: each is a place in a batch, or nothing."""
+    """What R rows keep: each is a place in a batch, or nothing.
+
+    ``_home`` is the truth. A batch may still list rows that have moved on to another one; only those whose home it is
+    count. It goes when the last of them has left.
+    """
 
     recomputes_last = False  # the answer for the last token is kept: a state cannot be taken back by a token
 

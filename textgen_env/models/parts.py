@@ -1,14 +1,18 @@
 """The parts of a module, looked at once a step: has its owner changed or replaced any?
 
 Noticed are writes through torch (each raises a tensor's counter), another tensor behind ``weight.data``, another
-parameter, and another module in its place. These leave no trace: a write in place through ``weight.data`` or NumPy,
-a hook, another ``forward``, and a switch in plain Python, such as the ``disable_adapter`` of ``peft``.
+parameter, and another module in its place. Fused optimisers, ``weight.data.mul_`` and NumPy write without raising a
+counter: they are noticed by two numbers of each tensor on the CPU. These leave no trace: a write that passes by all of
+those numbers, a hook, another ``forward``, and a switch in plain Python, such as the ``disable_adapter`` of ``peft``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, call
+from typing import Any
 
 import torch
 
@@ -16,6 +20,9 @@ _KINDS = ("_modules", "_parameters", "_buffers")
 """Attributes in which a torch module holds its parts."""
 
 _writes = attrgetter("_version")
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the bytes of a number. Bits are compared: a number that is none differs from itself."""
 
 
 class ModuleParts:
@@ -32,13 +39,22 @@ class ModuleParts:
         self._tensors = [found for found in self._found if isinstance(found, torch.Tensor)]
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]  # those have no counter
         self._memory = [tensor.detach() for tensor in self._tensors]
+        self._looks = list(chain.from_iterable(map(_looks_at, self._memory)))
         self._seen = self._state()
 
     def have_changed(self) -> bool:
-        """Return True if one was replaced or written to since. No look at the numbers: 0.1 ms for SmolLM2."""
+        """Return True if one was replaced or written to since: 0.15 ms for SmolLM2."""
         return self._state() != self._seen
 
     def _state(self) -> tuple[list[int], ...]:
-        """Return which parts there are, where each tensor is, and how often it has been written to."""
+        """Return which parts there are, where each tensor is, how often it was written to, and a few of its numbers."""
         found = chain.from_iterable(map(dict.values, self._dicts))
-        return list(map(id, found)), list(map(torch.Tensor.data_ptr, self._tensors)), list(map(_writes, self._counted))
+        places, writes = map(torch.Tensor.data_ptr, self._tensors), map(_writes, self._counted)
+        return list(map(id, found)), list(places), list(writes), list(map(call, self._looks))
+
+
+def _looks_at(tensor: torch.Tensor) -> Iterator[Callable[[], Any]]:
+    """Yield functions that read two numbers of a tensor, as integers, where that costs next to nothing."""
+    if tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.itemsize in _INTEGERS:
+        numbers = tensor.view(_INTEGERS[tensor.itemsize]).numpy()
+        yield from (partial(numbers.item, third * tensor.numel() // 3) for third in (1, 2) if tensor.numel())
