@@ -288,7 +288,7 @@ class Yardstick:
         errors = [value.std() / np.sqrt(len(value)) for value in known]
         if len(known) < 2 or known[0].mean() - known[1].mean() < SURE * np.hypot(*errors):
             return []
-        return [f"{LOOKAHEAD.capitalize()} does not learn, and is ahead of {agent}: let it learn for longer."]
+        return [f"Score lookahead, which does not learn, is ahead of {agent}: let it learn for longer."]
 
     def _plain_row(self, name: str, point: Point, kl_at_most: bool = False, value: float | None = None) -> ReportLine:
         value = point.reward - self.beta * point.kl if value is None else value
