@@ -44,7 +44,7 @@ PARTICLES = "particles"
 SPENDING_NOTE = (
     "Tokens and judge calls a text, all rows together. J and its share of the optimal gain are certified: at least so "
     "much (± is half of the 95% interval). Weighted: drawn by exp(reward / beta), not the best. Guided: a quarter of a "
-    "text at a time, the agent's V keeps the best. Particles: n texts written together, weighted and copied by Q on the way."
+    "text at a time, the agent's V keeps the best. Particles: n texts at once, weighted, and copied where Q says so."
 )
 """Below ``spending_table``."""
 
