@@ -1,7 +1,7 @@
 """The linear layers of somebody else's module, multiplied as this machine does it fastest, while our forward runs.
 
 Most of a step is products with large weights, whatever the architecture: a module's own forward with these layers
-replaced is 1.5 to 1.7 times as fast on CPUs with AVX512 (see docs/engine.md).
+replaced is 1.4 to 1.7 times as fast on CPUs with AVX512 (see docs/engine.md).
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ class ModuleParts:
 
 def _looks_at(tensor: torch.Tensor) -> Iterator[Callable[[], Any]]:
     """Yield functions that read two numbers of a tensor, as integers, where that costs next to nothing."""
-    if tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.itemsize in _INTEGERS:
+    plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided and not tensor.is_complex()
+    if plain and tensor.device.type == "cpu" and tensor.itemsize in _INTEGERS:
         numbers = tensor.view(_INTEGERS[tensor.itemsize]).numpy()
         yield from (partial(numbers.item, third * tensor.numel() // 3) for third in (1, 2) if tensor.numel())
