@@ -17,8 +17,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -34,6 +33,7 @@ from agents.pruning.methods import PruningReport
 from agents.pruning.model import PrunedTransformerModel, load_transformer
 from textgen_env.errors import ConfigError, ModelError, RunFolderError
 from textgen_env.files import check_keys, locked, reporting_full_disk, whole_file
+from textgen_env.models.forward import without_dropout
 
 CHECKPOINT = "distil.pt"
 HEALING = "healing"  # the folder of the checkpoint
@@ -98,7 +98,7 @@ def distil(
     run = _Run(student, learning_rate)
     settings: dict[str, Any] = {**sizes, "learning_rate": learning_rate, "seed": seed}
     settings["text and weights"] = _fingerprint([rows, *run.weights])
-    with _without_dropout(student, teacher):
+    with without_dropout([*student.modules(), *teacher.modules()]):
         try:
             _distil(run, student, teacher, rows, settings, None if folder is None else Path(folder), progress)
         finally:
@@ -119,18 +119,6 @@ def _check(sizes: dict[str, int], learning_rate: float, student: PreTrainedModel
             f"student and teacher must share a vocabulary, got {student.config.vocab_size} and "
             f"{teacher.config.vocab_size} tokens"
         )
-
-
-@contextmanager
-def _without_dropout(*models: PreTrainedModel) -> Iterator[None]:
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
 
 
 def _distil(

@@ -62,11 +62,11 @@ class LlamaDecoder(PackedDecoder):
 
     def _for_one_row(self, model: Any) -> OneRow | None:
         """Return the decoder of a lone row, on this one's own products where those are NumPy's."""
-        products: Any = [(x.qkv, x.out, x.gate, x.up, x.down) for x in self._layers], self._head
         if not OneRow.fits(model):
             return None
         if self._in_numpy:
-            return OneRow(model, *products)
+            products: Any = [(x.qkv, x.out, x.gate, x.up, x.down) for x in self._layers]
+            return OneRow(model, products, self._head)  # type: ignore[arg-type]
         return OneRow(model, *column_layers(model)) if OneRow.is_small(model) else None
 
     @staticmethod

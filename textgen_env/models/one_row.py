@@ -48,9 +48,8 @@ class OneRow:
     def fits(cls, model: Any) -> bool:
         """Return True if ``model`` is a plain Llama in float32 on the CPU: no further norms, SiLU, one rotation."""
         layer = model.model.layers[0]
-        plain = not hasattr(layer.self_attn, "q_norm") and hasattr(layer.input_layernorm, "variance_epsilon")
-        plain = plain and model.config.hidden_act == "silu"
-        return plain and all(takes_columns(weight) for weight in model.parameters())
+        norms_of_llama = hasattr(layer.input_layernorm, "variance_epsilon") and not hasattr(layer.self_attn, "q_norm")
+        return norms_of_llama and model.config.hidden_act == "silu" and all(map(takes_columns, model.parameters()))
 
     @classmethod
     def is_small(cls, model: Any) -> bool:
