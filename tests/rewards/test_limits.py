@@ -113,6 +113,7 @@ def test_unique_items_agrees_with_jsonschema_on_all_pairs():
 def test_unique_items_obeys_the_time_limit(monkeypatch):
     reward = make_reward({"name": "json", "schema": {"uniqueItems": True}, "timeout": 0.5})
     many = Generation("", json.dumps([[i] for i in range(20_000)]))  # 2e8 comparisons in jsonschema's own way
+    monkeypatch.setattr(time, "monotonic", time.process_time)  # a machine that stalls costs no time of ours
     assert reward([many]) == [1.0]
     now = time.monotonic()
     clock = itertools.chain([now] * 3, itertools.repeat(now + 1))
