@@ -52,7 +52,7 @@ def diagnose(suite: Suite, cell: Cell, states: int, **settings: Any) -> dict[str
         noise = (halves[0] - halves[1]) ** 2 / 2
         sums += [(mu * x).sum() for x in (errors[0] * errors[1], noise, between, halves[0] * halves[1])]
     rms, rollouts, between, signal = np.sqrt(np.maximum(sums / states, 0.0))
-    return {"rms": rms, "rollouts": rollouts, "heads": between, "signal": signal, "held_out": agent.learner.held_out}
+    return {"rms": rms, "rollouts": rollouts, "heads": between, "signal": signal, "held_out": agent.learner.scorer_r2}
 
 
 def _visited(episodes: Episodes, prompt: Any, rng: np.random.Generator) -> tuple[dict[str, Any], Floats]:

@@ -140,7 +140,7 @@ class Suite:
             "validated": own if chosen.beta == BETA else self._measured(agent, stick, reward, judge),
             "acting_beta": chosen.beta,
             "judge_calls": agent.learner.judge_calls,
-            "held_out": agent.learner.held_out,
+            "held_out": agent.learner.scorer_r2,
             "seconds": seconds,
             "cpu_seconds": cpu,
             **self._bounds(stick.rewards(judge)),

@@ -20,6 +20,8 @@ from agents.baselines.one_step import SampleAgent
 from agents.runs.config import RunConfig
 from agents.runs.progress import minutes
 from agents.runs.report import ACTING_FACTORS, text_counts
+from agents.text_dqn.agent import TextDQN
+from agents.text_dqn.unjudged import UNJUDGED_ROWS
 from agents.zoo import AGENTS, Budget, make_agent, tuned_settings
 from textgen_env.errors import ConfigError
 from textgen_env.evaluation import play
@@ -208,8 +210,21 @@ def measured_speed(config: RunConfig, own: TextGenVectorEnv, scoring: TextGenVec
     started = time.perf_counter()
     agent.learn(trial, callback=clock)
     learn = (time.perf_counter() - started) / agent.num_timesteps
+    if isinstance(agent, TextDQN):
+        learn += agent.learner.unjudged * _unjudged_seconds(agent)
     write = float(np.median(clock.seconds[2 : 2 + TRIED] or [learn * config.envs])) / config.envs
     return Speed(_scoring_seconds(scoring), min(write, learn), learn)
+
+
+def _unjudged_seconds(agent: TextDQN) -> float:
+    """Return the seconds a token of an unjudged text, 0 where the agent writes none."""
+    learner = agent.learner
+    if agent.q_net.scorer is None or not learner.unjudged:
+        return 0.0
+    learner.unjudged_owed = float(UNJUDGED_ROWS * learner.network.max_new_tokens)
+    before, started = learner.unjudged_steps, time.perf_counter()
+    agent.learn_unjudged()
+    return (time.perf_counter() - started) / max(1, learner.unjudged_steps - before)
 
 
 def _scoring_seconds(env: TextGenVectorEnv) -> float:

@@ -34,13 +34,15 @@ from agents.hub import MOST_WEIGHT_BYTES, fetched, push
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn import portable
 from agents.text_dqn.learner import Learner
-from agents.text_dqn.networks import CandidateQNetwork, check_observation_space
+from agents.text_dqn.networks import NEEDED_KEYS, CandidateQNetwork, check_observation_space
 from agents.text_dqn.policy import CandidatePolicy
 from agents.text_dqn.replay import EpisodeReplay
 from agents.text_dqn.settings import check_settings
 from agents.text_dqn.sources import EpisodeSource, add_step
 from agents.text_dqn.steering import Steering
+from agents.text_dqn.targets import TRACES
 from agents.text_dqn.task import check_fits, check_trained_on, env_to_write_in, task_of
+from agents.text_dqn.unjudged import UNJUDGED_ROWS, UnjudgedTexts
 from agents.text_dqn.validation import Validated, validate
 from textgen_env.config import check_at_least
 from textgen_env.errors import ConfigError
@@ -75,6 +77,9 @@ class TextDQN(DQN):
             ``"auto"``: given where the reward can score a prefix and the observation shows it, else learned.
         lm_share: Share of the texts that the language model itself writes while learning, which is what
             the scorer learns most from. None: a half with learned scores, else 0.
+        unjudged: Where scores are learned: texts that the agent writes and learns from without asking the reward, for
+            each one that is judged. They are no environment steps, but cost about as much time, and teach about as
+            much where the reward is simple. 0: none. None are written in conversations.
         learning_starts: Environment steps before the first update.
         batch_size: Whole episodes a gradient step.
         buffer_size: Steps kept; see ``EpisodeReplay`` for the bytes.
@@ -109,6 +114,7 @@ class TextDQN(DQN):
         score: str | None = "auto",
         trace_lambda: float = 1.0,
         lm_share: float | None = None,
+        unjudged: float = 4.0,
         learning_rate: float | Any = 1e-3,
         learning_starts: int = 5_000,
         steps_per_update: int = 80,
@@ -135,6 +141,7 @@ class TextDQN(DQN):
                 "score": score,
                 "trace_lambda": trace_lambda,
                 "lm_share": lm_share,
+                "unjudged": unjudged,
                 "learning_rate": learning_rate,
                 "learning_starts": learning_starts,
                 "steps_per_update": steps_per_update,
@@ -148,6 +155,7 @@ class TextDQN(DQN):
             }
         )
         self.episode_source: EpisodeSource | None = None  # None: its own environment
+        self._unjudged: UnjudgedTexts | None = None  # made when the first ones are due
         self.task: dict[str, Any] | None = None  # what it has learned on, as plain data
         self.model_name: str | None = None
         self.language_model: LanguageModel = None  # type: ignore[assignment]  # found in _setup_model
@@ -345,10 +353,30 @@ class TextDQN(DQN):
             return
         self._update_learning_rate(self.policy.optimizer)
         losses = self.learner.update(owed)
+        if self.learner.unjudged_owed > 0:
+            self.learn_unjudged()
         self._n_updates = self.learner.updates
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/loss", float(losses.mean()))
         self.logger.record("train/behaviour_beta", self.learner.behaviour_beta(self._progress))
+        self.logger.record("train/unjudged_steps", self.learner.unjudged_steps)
+
+    def learn_unjudged(self) -> None:
+        """Write and learn from the unjudged texts that are due, if the environment is one to write in alone."""
+        assert self.env is not None
+        episodes = self.env.get_attr("episodes")[0] if self.env.has_attr("episodes") else None
+        if episodes is None or episodes.partner is not None or self.settings["target"] not in TRACES:
+            self.learner.unjudged_owed = 0.0
+            return
+        if self._unjudged is None:
+            env, _ = env_to_write_in(
+                self.env, self.task, self.language_model, lambda text: 0.0, sees_scores=False, rows=UNJUDGED_ROWS,
+                prompts=episodes.prompts, observation=NEEDED_KEYS,
+            )  # fmt: skip
+            self._unjudged = UnjudgedTexts(env, self.device)
+        while self.learner.unjudged_owed >= self._unjudged.steps:
+            self._unjudged.write(self.learner, self._progress)
+            self.learner.learn_unjudged(self._unjudged, self._unjudged.steps)
 
     def fit(self, gradient_steps: int) -> npt.NDArray[np.float64]:
         """Do gradient steps on the texts in the replay, without stepping an environment; return their losses.
@@ -476,6 +504,7 @@ class TextDQN(DQN):
         env = self._wrap_env(env, self.verbose)
         check_fits(env, self.task, self.observation_space, self.action_space)
         super().set_env(env, force_reset)
+        self._unjudged = None
 
     def set_random_seed(self, seed: int | None = None) -> None:
         super().set_random_seed(seed)

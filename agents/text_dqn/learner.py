@@ -7,6 +7,7 @@ score lookahead, where the observation has ``candidate_scores``).
     act      observation -> slow network -> Q (N, k) -> + log mu, / beta -> pi -> actions (N,)
     add      one step of N texts -> EpisodeReplay
     update   whole episodes -> objective -> AdamW -> the slow network follows
+    learn_unjudged   updates on texts that the reward was not asked about
 
 It knows torch and numpy, and neither Stable-Baselines3 nor files: ``agent.TextDQN`` is the shell.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,8 +44,19 @@ ASKED = 4
 LEAST_CARRIED = 0.7
 """Share of a return that is carried back a token however good the learned scores are: what they miss may matter."""
 
+UNJUDGED_PER_UPDATE = 8
+"""Unjudged steps that owe as many updates as one judged step."""
+
 VISITED = 2_000
 """Texts from which the scorer takes what the language model adds on average; fewer where they are longer than 20."""
+
+
+class EpisodeSampler(Protocol):
+    """Whole episodes to learn from."""
+
+    def sample(self, batch_size: int) -> EpisodeBatch:
+        """Return ``batch_size`` of them."""
+        ...
 
 
 class Learner:
@@ -60,6 +72,7 @@ class Learner:
         beta_start: Temperature of the behaviour at the first step; it falls geometrically to
             ``beta`` over ``exploration_fraction`` of the training. None: four times ``target_beta``.
         lm_share: Share of the texts that the language model writes: what the scorer learns most from.
+        unjudged: Steps of unjudged texts for each step of a judged one, once learned scores explain something.
         target, trace_lambda, gamma: See ``agents.text_dqn.targets``; beside learned scores less of the
             lambda, see ``objective_now``.
         steps_per_update: Environment steps for each update.
@@ -84,6 +97,7 @@ class Learner:
         trace_lambda: float = 1.0,
         gamma: float = 1.0,
         lm_share: float = 0.0,
+        unjudged: float = 0.0,
         steps_per_update: int = 80,
         batch_size: int = 32,
         tau: float = 0.02,
@@ -99,6 +113,7 @@ class Learner:
         self.target = target
         self.objective = ObjectiveSettings(target_beta, trace_lambda, gamma)
         self.lm_share = lm_share
+        self.unjudged = unjudged
         self.steps_per_update = steps_per_update
         self.batch_size = batch_size
         self.tau = tau
@@ -107,6 +122,8 @@ class Learner:
         self.steps = 0  # environment steps ever learned from
         self.updates = 0
         self.offline_updates = 0  # updates that no environment step has paid for
+        self.unjudged_owed = 0.0  # steps of unjudged texts that are due
+        self.unjudged_steps = 0  # steps of unjudged texts ever learned from
         self.judge_calls = 0  # texts and prefixes that the reward has judged
         self.scorer_r2 = 0.0  # on texts that were left out of its fit
         self._fit_at = LEAST_TEXTS  # finished texts at which the scorer is fitted next
@@ -130,14 +147,22 @@ class Learner:
             observation: (N, ...) a key.
             progress: Share of the training that is done.
         """
-        rows = np.arange(len(observation["logprobs"]))
+        return self._acted(observation, progress, self._chosen_by_lm(observation["budget"][:, 0]))
+
+    def act_freely(self, observation: Mapping[str, npt.NDArray[Any]], progress: float) -> Acted:
+        """Do as ``act`` does, but leave no text to the language model."""
+        return self._acted(observation, progress, np.zeros(len(observation["logprobs"]), bool))
+
+    def _acted(
+        self, observation: Mapping[str, npt.NDArray[Any]], progress: float, by_language_model: npt.NDArray[np.bool_]
+    ) -> Acted:
         tensors = {key: torch.as_tensor(value, device=self.network.device) for key, value in observation.items()}
         logprobs = self.log_policy(tensors, self.behaviour_beta(progress))
         log_mu, _ = renormalise(observation["logprobs"], observation["action_mask"])
-        by_language_model = self._chosen_by_lm(observation["budget"][:, 0])
         logprobs = np.where(by_language_model[:, None], log_mu, logprobs)
         policy = np.exp(logprobs)
         actions = self.draw(policy)
+        rows = np.arange(len(actions))
         return Acted(actions, logprobs[rows, actions], by_language_model, float(kl_to(policy, log_mu).mean()))
 
     def log_policy(self, observation: Tensors, beta: float) -> Floats:
@@ -209,13 +234,18 @@ class Learner:
         """Remember one step of N rows; see ``EpisodeReplay.add``."""
         self.replay.add(observation, next_observation, acted, rewards, done, truncated, judged)
         self.judge_calls += int(done.sum()) + (0 if judged is None else int(np.isfinite(judged).sum()))
-        self.steps += len(acted.actions)
+        self._count(len(acted.actions))
 
     def put(self, steps: Mapping[str, npt.NDArray[Any]], lengths: npt.NDArray[np.int64], counted: int) -> None:
         """Remember whole episodes that were written elsewhere; ``counted`` steps are paid for by them."""
         self.replay.put(steps, lengths)
         self.judge_calls += len(lengths)
-        self.steps += counted
+        self._count(counted)
+
+    def _count(self, steps: int) -> None:
+        self.steps += steps
+        if self.scorer_r2 > 0:
+            self.unjudged_owed += self.unjudged * steps
 
     @property
     def updates_owed(self) -> int:
@@ -232,11 +262,12 @@ class Learner:
         carried = max(LEAST_CARRIED, 1.0 - max(0.0, self.scorer_r2))
         return replace(self.objective, trace_lambda=self.objective.trace_lambda * carried)
 
-    def update(self, count: int = 1, offline: bool = False) -> Floats:
+    def update(self, count: int = 1, offline: bool = False, texts: EpisodeSampler | None = None) -> Floats:
         """Do ``count`` gradient steps and return their losses.
 
         Args:
             offline: They are extra, and no environment step pays for them.
+            texts: To learn from. None: the replay.
 
         Raises:
             ConfigError: the replay holds no finished text.
@@ -251,14 +282,25 @@ class Learner:
         self.network.train()
         losses = np.zeros(count)
         for i in range(count):
-            losses[i] = self._update()
+            losses[i] = self._update((texts or self.replay).sample(self.batch_size))
             self.updates += 1
             self.offline_updates += offline
         self.network.eval()
         return losses
 
-    def _update(self) -> float:
-        batch = self._scored(self.replay.sample(self.batch_size))
+    def learn_unjudged(self, texts: EpisodeSampler, steps: int) -> None:
+        """Do the updates that unjudged texts of so many steps are worth, and as many on judged ones.
+
+        The latter keep what the scores miss and only the reward has told.
+        """
+        for _ in range(max(1, steps // (UNJUDGED_PER_UPDATE * self.steps_per_update))):
+            self.update(offline=True, texts=texts)
+            self.update(offline=True)
+        self.unjudged_owed -= steps
+        self.unjudged_steps += steps
+
+    def _update(self, batch: EpisodeBatch) -> float:
+        batch = self._scored(batch)
         loss = OBJECTIVES[self.target](self.network, self.slow_network, batch, self.objective_now)
         self.optimizer.zero_grad()
         loss.backward()
@@ -327,6 +369,8 @@ class Learner:
             "steps": self.steps,
             "updates": self.updates,
             "offline_updates": self.offline_updates,
+            "unjudged_owed": self.unjudged_owed,
+            "unjudged_steps": self.unjudged_steps,
             "fit_at": self._fit_at,
             "held_out": self.scorer_r2,
             "judge_calls": self.judge_calls,
@@ -352,6 +396,8 @@ class Learner:
         self.steps, self.updates, self.offline_updates = steps, updates, offline
         self._fit_at = COUNT.check("fit_at", stored.get("fit_at", LEAST_TEXTS))
         self.judge_calls = COUNT.check("judge_calls", stored.get("judge_calls", 0))
+        self.unjudged_steps = COUNT.check("unjudged_steps", stored.get("unjudged_steps", 0))
+        self.unjudged_owed = Range(-MANY, MANY).check("unjudged_owed", stored.get("unjudged_owed", 0.0))
         self.scorer_r2 = Range(-MANY, 1).check("held_out", stored.get("held_out", 0.0))
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

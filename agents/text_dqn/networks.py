@@ -9,10 +9,6 @@ would lead to:
     tokens (B, T)         ->  contributions, summed  ->  memory (B, m)
     candidates (B, k)     ->  memory + contribution, embedding, log mu  ->  Q (B, k)
 
-What a token is worth changes sharply towards the end of a text: an article is a good last token but
-one for no judge that wants a whole sentence. So the output layer has weights of their own for the
-last tokens, beside those for all.
-
 Token embeddings are the language model's own: read from it when needed, never copied or saved.
 """
 
@@ -20,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,6 +26,7 @@ from torch.nn import functional
 
 from agents.text_dqn.echoes import Echoes
 from agents.text_dqn.features import JudgedTexts, directions
+from agents.text_dqn.head import CandidateHead, LookedUp, near_the_end
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.scorer import TextScorer
 from textgen_env.conversation import AGENT
@@ -38,9 +35,6 @@ from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
 NEEDED_KEYS = ("tokens", "length", "budget", "candidates", "logprobs", "action_mask", "hidden")
-LAST_TOKENS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
-"""Tokens left for which the network has weights of their own, linear in between; from the last one on it has none."""
-
 TURN_KEYS = ("turn", "turn_budget")
 """What a state of a conversation has beside its budget; read where the observation has it."""
 
@@ -89,25 +83,9 @@ def own_text(observations: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens.gather(1, places), own.sum(1, keepdim=True)
 
 
-def near_the_end(left: torch.Tensor) -> torch.Tensor:
-    """Return how much each of ``LAST_TOKENS`` but the last counts, (..., m) in 0..1, with ``left`` (..., 1) to come."""
-    marks = torch.tensor(LAST_TOKENS, dtype=left.dtype, device=left.device)
-    widths = functional.pad(marks.diff(), (1, 0), value=1.0)
-    away = left - marks[:-1]
-    return (1 - torch.where(away < 0, -away / widths[:-1], away / widths[1:])).clamp(min=0)
-
-
 def shifted(vectors: torch.Tensor) -> torch.Tensor:
     """Return the vector before each one, (B, t, e), zero before the first."""
     return functional.pad(vectors, (0, 0, 1, 0))[:, :-1]
-
-
-class LookedUp(NamedTuple):
-    """Token embeddings: the distinct vectors, and which of them each candidate and each token has."""
-
-    vectors: torch.Tensor  # (U, e)
-    candidates: torch.Tensor  # (..., k) int64 rows of ``vectors``
-    tokens: torch.Tensor  # (B, t) int64
 
 
 def at_actions(observations: Tensors, looked_up: LookedUp, actions: torch.Tensor) -> tuple[Tensors, LookedUp]:
@@ -118,85 +96,6 @@ def at_actions(observations: Tensors, looked_up: LookedUp, actions: torch.Tensor
         for key, value in observations.items()
     }
     return picked, looked_up._replace(candidates=looked_up.candidates.gather(-1, index))
-
-
-class CandidateHead(nn.Module):
-    """``outputs`` numbers a candidate. The last layer starts at zero, so before learning all are equal.
-
-    Args:
-        hidden_size: d.
-        embedding_size: e, of the language model's tokens.
-        width: h, of the state and of the two layers above it.
-        memory: m, of the running memory.
-        uses_score: The state reads the running score.
-        turn_scalars: Numbers of the running turn that it reads.
-        uses_candidate_scores: Each candidate is also judged by what it adds to the score.
-        dropout: Share of units dropped while learning.
-        outputs: n, numbers a candidate.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        embedding_size: int,
-        *,
-        width: int = 128,
-        memory: int = 32,
-        uses_score: bool = False,
-        turn_scalars: int = 0,
-        uses_candidate_scores: bool = False,
-        dropout: float = 0.1,
-        outputs: int = 1,
-    ) -> None:
-        super().__init__()
-        token = 64
-        self.outputs = outputs
-        self.embed = nn.Linear(embedding_size, token, bias=False)
-        self.from_token = nn.Linear(token, token)
-        self.from_previous = nn.Linear(token, token, bias=False)
-        self.contribution = nn.Linear(token, memory)
-        self.from_hidden = nn.Linear(hidden_size, width)
-        self.from_scalars = nn.Linear((2 if uses_score else 1) + turn_scalars, width, bias=False)
-        self.from_left = nn.Linear(len(LAST_TOKENS) - 1, width, bias=False)
-        self.from_candidate = nn.Linear(token, width, bias=False)
-        self.from_candidate_scalars = nn.Linear(2 if uses_candidate_scores else 1, width, bias=False)
-        self.from_memory = nn.Linear(memory, width, bias=False)
-        self.mix = nn.Linear(width, width)
-        self.value = nn.Linear(width, len(LAST_TOKENS) * outputs)
-        self.dropout = nn.Dropout(dropout)
-        nn.init.zeros_(self.value.weight)
-        nn.init.zeros_(self.value.bias)
-
-    def embedded(self, looked_up: LookedUp) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the vectors of the candidates (..., k, 64) and of the tokens (B, t, 64)."""
-        vectors = self.embed(looked_up.vectors)
-        # Not vectors[index]: the gradient of plain indexing sums in an order that changes from run to run.
-        return functional.embedding(looked_up.candidates, vectors), functional.embedding(looked_up.tokens, vectors)
-
-    def contributions(self, tokens: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-        """Return what each token adds to the memory after its predecessor: (..., 64) twice to (..., m)."""
-        return self.contribution(functional.gelu(self.from_token(tokens) + self.from_previous(previous)))
-
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        scalars: torch.Tensor,
-        places: torch.Tensor,
-        candidates: torch.Tensor,
-        candidate_scalars: torch.Tensor,
-        memory: torch.Tensor,
-        last: torch.Tensor,
-    ) -> torch.Tensor:
-        hidden = functional.layer_norm(hidden.float(), hidden.shape[-1:])
-        state = self.from_hidden(self.dropout(hidden)) + self.from_scalars(scalars) + self.from_left(places)  # (..., h)
-        after = memory.unsqueeze(-2) + self.contributions(candidates, last.unsqueeze(-2))  # (..., k, m)
-        x = state.unsqueeze(-2) + self.from_candidate(candidates) + self.from_memory(after)  # (..., k, h)
-        x = self.dropout(functional.gelu(x + self.from_candidate_scalars(candidate_scalars)))
-        x = x + functional.gelu(self.mix(x))
-        by_place = self.value(x).unflatten(-1, (-1, self.outputs))  # (..., k, places, n)
-        weights = functional.pad(places, (1, 0), value=1.0)  # the first ones hold for all
-        values: torch.Tensor = (by_place * weights[..., None, :, None]).sum(-2)  # (..., k, n)
-        return values
 
 
 class CandidateQNetwork(nn.Module):

@@ -75,6 +75,7 @@ SETTINGS: Mapping[str, Range] = {
     "exploration_fraction": Range(0, 1),
     "trace_lambda": Range(0, 1),
     "lm_share": Range(0, 1, optional=True),
+    "unjudged": Range(0, 100),
     "learning_rate": Range(0),
     "learning_starts": COUNT,
     "steps_per_update": Range(1, MANY, whole=True),

@@ -51,7 +51,7 @@ def task_of(env: VecEnv) -> dict[str, Any]:
 
 def env_to_write_in(
     env: VecEnv | None, task: Mapping[str, Any] | None, model: LanguageModel, reward: Any, sees_scores: bool,
-    rows: int = 1, **changed: Any,
+    rows: int = 1, prompts: Any = None, **changed: Any,
 ) -> tuple[TextGenVectorEnv, bool]:  # fmt: skip
     """Return an environment like the one that an agent was trained in, and True if its reward is known.
 
@@ -62,6 +62,7 @@ def env_to_write_in(
         reward: See ``make_reward``. None: that of ``env`` or ``task``; where that was not stored every text gets 0.
         sees_scores: The agent's observation has running scores.
         rows: N.
+        prompts: See ``make_prompts``.
         changed: Keywords of ``TextGenVectorEnv`` that should have other values.
 
     Raises:
@@ -86,7 +87,7 @@ def env_to_write_in(
     else:
         raise ConfigError("the agent does not know its task: it was trained in an environment of another make")
     judge = (lambda text: 0.0) if reward is None else reward
-    return TextGenVectorEnv(rows, model, None, judge, **settings | changed), reward is not None
+    return TextGenVectorEnv(rows, model, prompts, judge, **settings | changed), reward is not None
 
 
 def refuse_conversations(task: Mapping[str, Any]) -> None:

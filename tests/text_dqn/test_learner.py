@@ -56,7 +56,7 @@ def test_returns_are_carried_back_less_far_where_learned_scores_explain_the_rewa
 
 @pytest.mark.parametrize("reset", [True, False])
 def test_updates_are_owed_for_every_step_of_every_learn(reset):
-    agent = agent_in(make())
+    agent = agent_in(make(), unjudged=0.0)
     for steps in (160, 320, 480):
         before = [weight.clone() for weight in agent.q_net.parameters()]
         agent.learn(160, reset_num_timesteps=reset)

@@ -21,7 +21,8 @@ from agents.baselines.values import LearnedValues
 from agents.runs.optimum import TextTree
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
-from agents.text_dqn.networks import LAST_TOKENS, NEEDED_KEYS, near_the_end
+from agents.text_dqn.head import LAST_TOKENS, near_the_end
+from agents.text_dqn.networks import NEEDED_KEYS
 from agents.text_dqn.targets import OBJECTIVES, soft_value
 from agents.text_dqn.validation import LANGUAGE_MODEL
 from textgen_env import TableModel
