@@ -211,7 +211,7 @@ class ActorPool:
         self._envs = run.config.envs
         self._seeds = np.random.SeedSequence([run.config.seed, run.agent.num_timesteps])  # a resumed run draws anew
         batch = self._envs * run.config.env_config().max_new_tokens
-        usual = engine.actors * OUTSTANDING * max(batch / run.agent.learner.steps_per_update, engine.publish_every)
+        usual = engine.actors * OUTSTANDING * max(batch * run.agent.learner.updates_per_step, engine.publish_every)
         self.max_lag = int(LAG_FACTOR * usual) if engine.max_lag is None else engine.max_lag
         self.replaced = self.dropped_episodes = self.stale_steps = self.max_seen_lag = self.steps = 0
         self._weights: tuple[int, Any] | None = None

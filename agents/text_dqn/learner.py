@@ -254,6 +254,12 @@ class Learner:
         return max(0, owed) if self.replay.episodes_seen else 0
 
     @property
+    def updates_per_step(self) -> float:
+        """Updates that a judged step leads to, those of the unjudged ones with it included."""
+        with_it = 0.0 if self.network.scorer is None else 2 * self.unjudged / UNJUDGED_PER_UPDATE
+        return (1 + with_it) / self.steps_per_update
+
+    @property
     def objective_now(self) -> ObjectiveSettings:
         """The objective, with returns carried back less far where learned scores explain the reward.
 
