@@ -94,5 +94,6 @@ def _of_heads(agent: TextDQN, observation: dict[str, Any]) -> Floats:
     network = agent.q_net_target
     tensors, _ = agent.policy.obs_to_tensor(observation)
     with torch.inference_mode():
-        found: Floats = network.head_values(tensors).squeeze(1).double().numpy()  # type: ignore[arg-type]
+        scored = network.scored(tensors)  # type: ignore[arg-type]
+        found: Floats = network.head_values(scored).squeeze(1).double().numpy()
     return found

@@ -140,6 +140,7 @@ class Suite:
             "validated": own if chosen.beta == BETA else self._measured(agent, stick, reward, judge),
             "acting_beta": chosen.beta,
             "judge_calls": agent.learner.judge_calls,
+            "unjudged_steps": agent.learner.unjudged_steps,
             "held_out": agent.learner.scorer_r2,
             "seconds": seconds,
             "cpu_seconds": cpu,

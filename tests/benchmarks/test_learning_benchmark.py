@@ -13,8 +13,10 @@ import toys
 from agents.runs.optimum import estimated_optimum
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.networks import NEEDED_KEYS
+from benchmarks.diagnose import diagnose
 from benchmarks.grpo import TunedModel
 from benchmarks.learning import BETA, Bench, Contestant, Course, _seconds_to, middle, print_table
+from benchmarks.suite import Cell, Suite
 from textgen_env.policies import renormalise
 from textgen_env.prompts import Prompt
 from textgen_env.vector_env import TextGenVectorEnv
@@ -90,6 +92,18 @@ def test_more_tokens_a_text_are_measured_and_summed_up(tmp_path, capsys):
     )
     assert "particles, n = 2" in capsys.readouterr().out
     assert bench._spending(replace(contestant, counts=()), None, env) == {}
+
+
+def test_a_cell_of_the_suite_is_learned_measured_and_kept(tmp_path):
+    suite, cell = Suite(tmp_path, samples=16, texts=32), Cell("length", tokens=4, steps=600)
+    settings = {"learning_starts": 300, "batch_size": 4, "unjudged": 1.0}
+    found = suite.run(cell, **settings)
+    assert found["judge_calls"] == pytest.approx(600 / 4, abs=64)
+    assert found["own"]["low"] <= found["own"]["share"] <= found["own"]["high"]
+    assert suite.run(cell, steps_per_update=0) == found  # from its file: no agent is made with that
+    errors = diagnose(suite, cell, states=1, **settings)
+    assert errors["rms"] >= 0
+    assert errors["held_out"] == found["held_out"]  # the same agent, learned again
 
 
 def test_the_rival_before_training_is_the_language_model_also_from_its_cache(tiny_lm):
