@@ -71,7 +71,7 @@ class TextDQN(DQN):
         target_beta: The trade E[R] - target_beta KL that Q is trained for. None: ``beta``.
         beta_start, exploration_fraction, target, trace_lambda, steps_per_update, tau: See ``Learner``.
         score: Where the running scores come from that tell candidates apart before a text is finished:
-            ``"given"``, the observation's, if it has any; ``"learned"``, from rewards of finished
+            ``"given"``, the observation's; ``"learned"``, from rewards of finished
             texts, by a ``TextScorer``; ``"judge"``, learned as well, and while learning the reward is
             also asked about some prefixes, about ``learner.ASKED`` a text, as long as that helps; None, Q alone.
             ``"auto"``: given where the reward can score a prefix and the observation shows it, else learned.
@@ -478,6 +478,11 @@ class TextDQN(DQN):
         if score in ("learned", "judge") and self.gamma != 1.0:
             raise ConfigError(
                 f"score={score!r} needs gamma=1, got {self.gamma}: potentials keep the optimum undiscounted"
+            )
+        if score == "given" and not given:
+            raise ConfigError(
+                "score='given' needs running scores, and this environment shows none: take a reward that can score a "
+                "prefix and observation='full', or score='auto', which learns scores where none are given"
             )
         return score in ("learned", "judge") or (score == "auto" and not given and self.gamma == 1.0)
 

@@ -489,3 +489,8 @@ def test_another_temperature_than_the_one_learned_for_is_chosen_on_evidence_only
 def test_an_unknown_way_to_score_is_named():
     with pytest.raises(ConfigError, match="score must be one of"):
         agent(worth, score="guess")
+
+
+def test_scores_that_are_not_there_cannot_be_given():
+    with pytest.raises(ConfigError, match="score='given' needs running scores"):
+        agent(worth, score="given")
