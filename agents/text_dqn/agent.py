@@ -362,10 +362,11 @@ class TextDQN(DQN):
         self.logger.record("train/unjudged_steps", self.learner.unjudged_steps)
 
     def learn_unjudged(self) -> None:
-        """Write and learn from the unjudged texts that are due, if the environment is one to write in alone."""
+        """Write and learn from the unjudged texts that are due, where they can teach something."""
         assert self.env is not None
         episodes = self.env.get_attr("episodes")[0] if self.env.has_attr("episodes") else None
-        if episodes is None or episodes.partner is not None or self.settings["target"] not in TRACES:
+        needs_ends = self.settings["target"] not in TRACES or self.q_net.max_new_tokens == 1
+        if episodes is None or episodes.partner is not None or needs_ends:
             self.learner.unjudged_owed = 0.0
             return
         if self._unjudged is None:

@@ -120,7 +120,8 @@ def regression(
     # The loss reads Q of the taken candidates alone, so that alone is computed: a k-th of the work.
     observations, taken = at_actions(batch.observations, looked_up, batch.actions)
     values = online.episode_values(observations, taken).squeeze(-1)  # (heads, B, T)
-    return (((values - target) / online.unit) ** 2)[:, batch.acted].mean()
+    errors = (((values - target) / online.unit) ** 2)[:, batch.acted]
+    return errors.mean() if batch.acted.any() else errors.sum()  # 0 where texts of one token were cut
 
 
 for _name in TRACES:

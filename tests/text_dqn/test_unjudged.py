@@ -106,6 +106,14 @@ def test_a_resumed_run_ends_as_the_one_that_went_on(tmp_path):
         assert torch.equal(tensor, other.policy.state_dict()[name]), name
 
 
+def test_texts_of_one_token_leave_the_weights_finite():
+    """A stop string may end each of a few texts at once: cut, they have no action left."""
+    agent = agent_in(make(stop=("a", "b", " ", ".")), batch_size=1, score="learned")
+    agent.learn(400)
+    assert agent.learner.unjudged_steps > 0
+    assert all(torch.isfinite(weight).all() for weight in agent.q_net.parameters())
+
+
 def positions(ids):
     """Hidden states that tell every text of up to four tokens apart: one-hot by position."""
     hidden = np.zeros((4, 3), np.float32)
@@ -145,6 +153,7 @@ def test_they_carry_back_what_the_last_tokens_are_worth():
     [
         ({}, {"unjudged": 0.0}),
         ({}, {"target": "residual"}),  # it needs whole texts
+        ({"max_new_tokens": 1}, {}),  # nothing is left of one when it is cut
         ({"partner": lambda talk: " b", "max_turns": 2, "max_new_tokens": 2}, {}),
     ],
 )
