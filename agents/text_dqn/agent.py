@@ -45,7 +45,7 @@ from agents.text_dqn.task import check_fits, check_trained_on, env_to_write_in, 
 from agents.text_dqn.unjudged import UNJUDGED_ROWS, UnjudgedTexts
 from agents.text_dqn.validation import Validated, validate
 from textgen_env.config import check_at_least
-from textgen_env.errors import ConfigError
+from textgen_env.errors import CapacityError, ConfigError
 from textgen_env.files import MOST_BYTES
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.hub import load_language_model
@@ -78,8 +78,8 @@ class TextDQN(DQN):
         lm_share: Share of the texts that the language model itself writes while learning, which is what
             the scorer learns most from. None: a half with learned scores, else 0.
         unjudged: Where scores are learned: texts that the agent writes and learns from without asking the reward, for
-            each one that is judged. They are no environment steps, but cost about as much time, and teach about as
-            much where the reward is simple. 0: none. None are written in conversations.
+            each one that is judged. They are no environment steps, but a step of them costs as much time, and memory
+            for ``unjudged.UNJUDGED_ROWS`` further rows. 0: none. None are written in conversations.
         learning_starts: Environment steps before the first update.
         batch_size: Whole episodes a gradient step.
         buffer_size: Steps kept; see ``EpisodeReplay`` for the bytes.
@@ -362,7 +362,11 @@ class TextDQN(DQN):
         self.logger.record("train/unjudged_steps", self.learner.unjudged_steps)
 
     def learn_unjudged(self) -> None:
-        """Write and learn from the unjudged texts that are due, where they can teach something."""
+        """Write and learn from the unjudged texts that are due, where they can teach something.
+
+        Raises:
+            CapacityError: so many rows beside the environment's own do not fit into memory.
+        """
         assert self.env is not None
         episodes = self.env.get_attr("episodes")[0] if self.env.has_attr("episodes") else None
         needs_ends = self.settings["target"] not in TRACES or self.q_net.max_new_tokens == 1
@@ -370,10 +374,13 @@ class TextDQN(DQN):
             self.learner.unjudged_owed = 0.0
             return
         if self._unjudged is None:
-            env, _ = env_to_write_in(
-                self.env, self.task, self.language_model, lambda text: 0.0, sees_scores=False, rows=UNJUDGED_ROWS,
-                prompts=episodes.prompts, observation=NEEDED_KEYS,
-            )  # fmt: skip
+            try:
+                env, _ = env_to_write_in(
+                    self.env, self.task, self.language_model, lambda text: 0.0, sees_scores=False, rows=UNJUDGED_ROWS,
+                    prompts=episodes.prompts, observation=NEEDED_KEYS,
+                )  # fmt: skip
+            except CapacityError as error:
+                raise CapacityError(f"unjudged texts, {UNJUDGED_ROWS} at a time: {error}; or set unjudged=0") from error
             self._unjudged = UnjudgedTexts(env, self.device)
         while self.learner.unjudged_owed >= self._unjudged.steps:
             self._unjudged.write(self.learner, self._progress)

@@ -14,6 +14,7 @@ from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.networks import NEEDED_KEYS
 from agents.text_dqn.unjudged import UNJUDGED_ROWS, UnjudgedTexts
 from textgen_env import TableModel, TextGenVectorEnv
+from textgen_env.errors import CapacityError
 
 LENGTH = 4
 
@@ -162,6 +163,17 @@ def test_none_are_written_where_they_could_teach_nothing(of_env, of_agent):
     agent = agent_in(env, score="learned", **of_agent).learn(1_000)
     assert agent.learner.scorer_r2 > 0
     assert agent.learner.unjudged_steps == 0
+
+
+def test_rows_that_do_not_fit_say_how_to_do_without(monkeypatch):
+    agent = agent_in(make())
+
+    def full(*args, **settings):
+        raise CapacityError(f"{settings['rows']} rows of 9 tokens need 2 bytes and 1 are free: use fewer rows")
+
+    monkeypatch.setattr("agents.text_dqn.agent.env_to_write_in", full)
+    with pytest.raises(CapacityError, match=r"unjudged texts, 64 at a time: 64 rows .* or set unjudged=0"):
+        agent.learn(1_000)
 
 
 def test_none_are_written_beside_scores_that_are_given():
