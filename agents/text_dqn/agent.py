@@ -45,11 +45,11 @@ from agents.text_dqn.task import check_fits, check_trained_on, env_to_write_in, 
 from agents.text_dqn.unjudged import UNJUDGED_ROWS, UnjudgedTexts
 from agents.text_dqn.validation import Validated, validate
 from textgen_env.config import check_at_least
-from textgen_env.errors import CapacityError, ConfigError
+from textgen_env.errors import CapacityError, ConfigError, PromptError
 from textgen_env.files import MOST_BYTES
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.hub import load_language_model
-from textgen_env.prompts import Prompt
+from textgen_env.prompts import Prompt, PromptSource
 from textgen_env.vector_env import TextGenVectorEnv
 
 Self = TypeVar("Self", bound="TextDQN")
@@ -79,7 +79,8 @@ class TextDQN(DQN):
             the scorer learns most from. None: a half with learned scores, else 0.
         unjudged: Where scores are learned: texts that the agent writes and learns from without asking the reward, for
             each one that is judged. They are no environment steps, but a step of them costs as much time, and memory
-            for ``unjudged.UNJUDGED_ROWS`` further rows. 0: none. None are written in conversations.
+            for ``unjudged.UNJUDGED_ROWS`` further rows. 0: none. None are written in conversations, nor where a
+            function makes the prompts: it may have an order, or an end. Prompts are those of the first environment.
         learning_starts: Environment steps before the first update.
         batch_size: Whole episodes a gradient step.
         buffer_size: Steps kept; see ``EpisodeReplay`` for the bytes.
@@ -368,16 +369,18 @@ class TextDQN(DQN):
             CapacityError: so many rows beside the environment's own do not fit into memory.
         """
         assert self.env is not None
+        if self.learner.unjudged_owed < UNJUDGED_ROWS * self.q_net.max_new_tokens:
+            return
         episodes = self.env.get_attr("episodes")[0] if self.env.has_attr("episodes") else None
-        needs_ends = self.settings["target"] not in TRACES or self.q_net.max_new_tokens == 1
-        if episodes is None or episodes.partner is not None or needs_ends:
+        useless = not self.learner.unjudged or self.settings["target"] not in TRACES or self.q_net.max_new_tokens == 1
+        if useless or episodes is None or episodes.partner is not None or not _is_countable(episodes.prompts):
             self.learner.unjudged_owed = 0.0
             return
         if self._unjudged is None:
             try:
                 env, _ = env_to_write_in(
-                    self.env, self.task, self.language_model, lambda text: 0.0, sees_scores=False, rows=UNJUDGED_ROWS,
-                    prompts=episodes.prompts, observation=NEEDED_KEYS,
+                    self.env, self.task, episodes.model, lambda text: 0.0, sees_scores=False, rows=UNJUDGED_ROWS,
+                    prompts=episodes.prompts, observation=NEEDED_KEYS, reward_at="end",
                 )  # fmt: skip
             except CapacityError as error:
                 raise CapacityError(f"unjudged texts, {UNJUDGED_ROWS} at a time: {error}; or set unjudged=0") from error
@@ -758,3 +761,10 @@ class TextDQN(DQN):
             ConfigError: no replay file, or one of another shape.
         """
         portable.read_replay(self.replay_buffer, Path(path))
+
+
+def _is_countable(prompts: PromptSource) -> bool:
+    try:
+        return len(prompts) > 0
+    except PromptError:
+        return False

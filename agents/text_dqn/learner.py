@@ -45,7 +45,7 @@ LEAST_CARRIED = 0.7
 """Share of a return that is carried back a token however good the learned scores are: what they miss may matter."""
 
 UNJUDGED_PER_UPDATE = 8
-"""Unjudged steps that owe as many updates as one judged step."""
+"""Unjudged steps that owe as many updates as one judged step; as many again follow on judged texts."""
 
 VISITED = 2_000
 """Texts from which the scorer takes what the language model adds on average; fewer where they are longer than 20."""
@@ -299,11 +299,12 @@ class Learner:
 
         The latter keep what the scores miss and only the reward has told.
         """
-        for _ in range(max(1, steps // (UNJUDGED_PER_UPDATE * self.steps_per_update))):
-            self.update(offline=True, texts=texts)
-            self.update(offline=True)
+        before, each = self.unjudged_steps, UNJUDGED_PER_UPDATE * self.steps_per_update
         self.unjudged_owed -= steps
         self.unjudged_steps += steps
+        for _ in range(self.unjudged_steps // each - before // each):
+            self.update(offline=True, texts=texts)
+            self.update(offline=True)
 
     def _update(self, batch: EpisodeBatch) -> float:
         batch = self._scored(batch)

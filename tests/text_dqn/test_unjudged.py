@@ -115,6 +115,28 @@ def test_texts_of_one_token_leave_the_weights_finite():
     assert all(torch.isfinite(weight).all() for weight in agent.q_net.parameters())
 
 
+def test_a_reward_that_is_paid_by_step_is_left_out_too():
+    agent = agent_in(make(reward=Worth(), reward_at="step")).learn(1_200)
+    assert agent.learner.unjudged_steps > 0
+
+
+def test_another_environment_brings_its_own_language_model():
+    agent = agent_in(make()).learn(800)
+    other = make()
+    agent.set_env(other)
+    agent.learn(800, reset_num_timesteps=False)
+    assert agent._unjudged is not None
+    assert agent._unjudged._env.language_model is other.unwrapped.language_model
+
+
+@pytest.mark.parametrize("steps_per_update", [16, 80, 400])
+def test_updates_are_as_many_as_their_rule_says(steps_per_update):
+    learner = agent_in(make(), steps_per_update=steps_per_update).learn(4_000).learner
+    rest = 4_000 - learner.unjudged_steps / 4  # steps before there were learned scores, and less than a write
+    expected = 4_000 * learner.updates_per_step - rest / steps_per_update
+    assert learner.updates == pytest.approx(expected, abs=4)
+
+
 def positions(ids):
     """Hidden states that tell every text of up to four tokens apart: one-hot by position."""
     hidden = np.zeros((4, 3), np.float32)
@@ -154,6 +176,7 @@ def test_they_carry_back_what_the_last_tokens_are_worth():
     [
         ({}, {"unjudged": 0.0}),
         ({}, {"target": "residual"}),  # it needs whole texts
+        ({"prompts": lambda rng: "a"}, {}),  # its prompts may have an order, or an end
         ({"max_new_tokens": 1}, {}),  # nothing is left of one when it is cut
         ({"partner": lambda talk: " b", "max_turns": 2, "max_new_tokens": 2}, {}),
     ],
