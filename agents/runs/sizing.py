@@ -207,20 +207,22 @@ def measured_speed(config: RunConfig, own: TextGenVectorEnv, scoring: TextGenVec
         settings["learning_starts"] = trial // 2  # updates are owed for the steps before it, too
     agent = new_agent(replace(config, agent_settings=settings), own)
     clock = _StepTimes()
+    unjudged = 0.0
+    if isinstance(agent, TextDQN):  # its unjudged texts are timed on their own
+        unjudged, agent.learner.unjudged = agent.learner.unjudged, 0.0
     started = time.perf_counter()
     agent.learn(trial, callback=clock)
     learn = (time.perf_counter() - started) / agent.num_timesteps
-    if isinstance(agent, TextDQN):
-        learn += agent.learner.unjudged * _unjudged_seconds(agent)
+    if unjudged and agent.q_net.scorer is not None:
+        agent.learner.unjudged = unjudged
+        learn += unjudged * _unjudged_seconds(agent)
     write = float(np.median(clock.seconds[2 : 2 + TRIED] or [learn * config.envs])) / config.envs
     return Speed(_scoring_seconds(scoring), min(write, learn), learn)
 
 
 def _unjudged_seconds(agent: TextDQN) -> float:
-    """Return the seconds a token of an unjudged text, 0 where the agent writes none."""
+    """Return the seconds a token of an unjudged text; nearly 0 where the agent writes none."""
     learner = agent.learner
-    if agent.q_net.scorer is None or not learner.unjudged:
-        return 0.0
     learner.unjudged_owed = float(UNJUDGED_ROWS * learner.network.max_new_tokens)
     before, started = learner.unjudged_steps, time.perf_counter()
     agent.learn_unjudged()

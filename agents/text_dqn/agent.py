@@ -45,11 +45,11 @@ from agents.text_dqn.task import check_fits, check_trained_on, env_to_write_in, 
 from agents.text_dqn.unjudged import UNJUDGED_ROWS, UnjudgedTexts
 from agents.text_dqn.validation import Validated, validate
 from textgen_env.config import check_at_least
-from textgen_env.errors import CapacityError, ConfigError, PromptError
+from textgen_env.errors import CapacityError, ConfigError
 from textgen_env.files import MOST_BYTES
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.hub import load_language_model
-from textgen_env.prompts import Prompt, PromptSource
+from textgen_env.prompts import Prompt
 from textgen_env.vector_env import TextGenVectorEnv
 
 Self = TypeVar("Self", bound="TextDQN")
@@ -78,8 +78,8 @@ class TextDQN(DQN):
         lm_share: Share of the texts that the language model itself writes while learning, which is what
             the scorer learns most from. None: a half with learned scores, else 0.
         unjudged: Where scores are learned: texts that the agent writes and learns from without asking the reward, for
-            each one that is judged. They are no environment steps, but a step of them costs as much time, and memory
-            for ``unjudged.UNJUDGED_ROWS`` further rows. 0: none. None are written in conversations, nor where a
+            each one that is judged. They are no environment steps, but cost time, and memory for
+            ``unjudged.UNJUDGED_ROWS`` further rows. 0: none. None are written in conversations, nor where a
             function makes the prompts: it may have an order, or an end. Prompts are those of the first environment.
         learning_starts: Environment steps before the first update.
         batch_size: Whole episodes a gradient step.
@@ -354,8 +354,7 @@ class TextDQN(DQN):
             return
         self._update_learning_rate(self.policy.optimizer)
         losses = self.learner.update(owed)
-        if self.learner.unjudged_owed > 0:
-            self.learn_unjudged()
+        self.learn_unjudged()
         self._n_updates = self.learner.updates
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/loss", float(losses.mean()))
@@ -368,15 +367,17 @@ class TextDQN(DQN):
         Raises:
             CapacityError: so many rows beside the environment's own do not fit into memory.
         """
-        assert self.env is not None
-        if self.learner.unjudged_owed < UNJUDGED_ROWS * self.q_net.max_new_tokens:
+        length = self.q_net.max_new_tokens
+        if self.learner.unjudged_owed < UNJUDGED_ROWS * length:
             return
-        episodes = self.env.get_attr("episodes")[0] if self.env.has_attr("episodes") else None
-        useless = not self.learner.unjudged or self.settings["target"] not in TRACES or self.q_net.max_new_tokens == 1
-        if useless or episodes is None or episodes.partner is not None or not _is_countable(episodes.prompts):
+        assert self.env is not None
+        task = self.task or {}
+        useless = not self.learner.unjudged or self.settings["target"] not in TRACES or length == 1
+        if useless or "partner" in task or not task.get("prompts"):  # a function's have no number
             self.learner.unjudged_owed = 0.0
             return
         if self._unjudged is None:
+            episodes = self.env.get_attr("episodes")[0]
             try:
                 env, _ = env_to_write_in(
                     self.env, self.task, episodes.model, lambda text: 0.0, sees_scores=False, rows=UNJUDGED_ROWS,
@@ -761,10 +762,3 @@ class TextDQN(DQN):
             ConfigError: no replay file, or one of another shape.
         """
         portable.read_replay(self.replay_buffer, Path(path))
-
-
-def _is_countable(prompts: PromptSource) -> bool:
-    try:
-        return len(prompts) > 0
-    except PromptError:
-        return False

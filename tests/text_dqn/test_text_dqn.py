@@ -21,7 +21,7 @@ from agents.baselines.values import LearnedValues
 from agents.runs.optimum import TextTree
 from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
-from agents.text_dqn.head import LAST_TOKENS, near_the_end
+from agents.text_dqn.head import LAST_TOKENS, TOGETHER, CandidateHead, near_the_end
 from agents.text_dqn.networks import NEEDED_KEYS
 from agents.text_dqn.targets import OBJECTIVES, soft_value
 from agents.text_dqn.validation import LANGUAGE_MODEL
@@ -179,6 +179,20 @@ def test_values_of_single_states_are_those_of_whole_episodes():
 
     assert len(seen) > 1
     torch.testing.assert_close(episodes, torch.stack(single, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_values_of_many_states_are_the_same_a_part_at_a_time():
+    """Without gradients they are computed ``TOGETHER`` at a time."""
+    head = CandidateHead(6, 5, dropout=0.0)
+    torch.nn.init.normal_(head.value.weight)
+    states = (9, 40)
+    assert states[0] * states[1] > 2 * TOGETHER
+    hidden, scalars, places = (torch.randn(*states, n) for n in (6, 1, len(LAST_TOKENS) - 1))
+    candidates, candidate_scalars = torch.randn(*states, 3, 64), torch.randn(*states, 3, 1)
+    given = (hidden, scalars, places, candidates, candidate_scalars, torch.randn(*states, 32), torch.randn(*states, 64))
+    with torch.no_grad():
+        parts = head(*given)
+    torch.testing.assert_close(parts, head(*given).detach())
 
 
 def test_the_last_tokens_have_weights_of_their_own_and_others_share_theirs():
