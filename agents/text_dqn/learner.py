@@ -22,11 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from agents.text_dqn.echoes import Echoes
 from agents.text_dqn.networks import CandidateQNetwork, Tensors, prior
-from agents.text_dqn.outlook import Visited
 from agents.text_dqn.replay import Acted, EpisodeBatch, EpisodeReplay
 from agents.text_dqn.scorer import LEAST_TEXTS
+from agents.text_dqn.scores import fit_scores, scored_batch
 from agents.text_dqn.settings import COUNT, MANY, NATS, Range
 from agents.text_dqn.targets import OBJECTIVES, ObjectiveSettings, log_policy
 from textgen_env.errors import ConfigError, DivergenceError
@@ -46,9 +45,6 @@ LEAST_CARRIED = 0.7
 
 UNJUDGED_PER_UPDATE = 8
 """Unjudged steps that owe as many updates as one judged step; as many again follow on judged texts."""
-
-VISITED = 2_000
-"""Texts from which the scorer takes what the language model adds on average; fewer where they are longer than 20."""
 
 
 class EpisodeSampler(Protocol):
@@ -126,7 +122,7 @@ class Learner:
         self.unjudged_steps = 0  # steps of unjudged texts ever learned from
         self.judge_calls = 0  # texts and prefixes that the reward has judged
         self.scorer_r2 = 0.0  # on texts that were left out of its fit
-        self._fit_at = LEAST_TEXTS  # finished texts at which the scorer is fitted next
+        self._fit_at = LEAST_TEXTS  # finished texts at which the scores are fitted next
         self._lm_takes_over_at: npt.NDArray[np.int64] = np.zeros(replay.n_envs, np.int64)  # step of each row's text
 
     @property
@@ -188,6 +184,8 @@ class Learner:
             values = self.slow_network.head_values(tensors).mean(0)
             if self.slow_network.scorer is not None:  # its values count from the learned score
                 values = values + tensors["score"]
+            elif self.slow_network.score_value is not None:  # from the value of the score that was given
+                values = values + tensors["score"] - seen["score"]
         q: Floats = values.double().cpu().numpy()
         return q
 
@@ -279,9 +277,9 @@ class Learner:
             ConfigError: the replay holds no finished text.
         """
         if count:
-            self._fit_scorer_if_due()
+            self._fit_scores_if_due()
         if count and self.updates == 0:
-            first = self._scored(self.replay.sample(FIRST_SAMPLE))
+            first = scored_batch(self.network, self.replay.sample(FIRST_SAMPLE))
             returns = (first.rewards * first.acted).sum(-1)
             self.network.start_at(returns)
             self.slow_network.start_at(returns)
@@ -307,7 +305,7 @@ class Learner:
             self.update(offline=True)
 
     def _update(self, batch: EpisodeBatch) -> float:
-        batch = self._scored(batch)
+        batch = scored_batch(self.network, batch)
         loss = OBJECTIVES[self.target](self.network, self.slow_network, batch, self.objective_now)
         self.optimizer.zero_grad()
         loss.backward()
@@ -326,37 +324,18 @@ class Learner:
                 torch.add(slow, own, alpha=self.tau, out=slow)
         return float(loss.detach())
 
-    def _fit_scorer_if_due(self) -> None:
-        """Fit the learned scorer, where there is one, each time that the texts are more by ``REFIT``."""
+    def _fit_scores_if_due(self) -> None:
+        """Fit the scores of prefixes each time that the texts are more by ``REFIT``."""
         seen = self.replay.episodes_seen
-        if self.network.scorer is None or self.slow_network.scorer is None or seen < self._fit_at:
+        if seen < self._fit_at:
             return
-        texts = self.replay.texts()
-        if len(texts.lengths) < LEAST_TEXTS:
+        r2 = fit_scores(self.network, self.replay, self.objective.beta)
+        if r2 is None:
             return
-        count = min(VISITED, VISITED * 20 // self.network.max_new_tokens + 1)
-        some = self.replay.spread(count, ("candidates", "logprobs", "action_mask"))
-        assert some.folds is not None  # the replay has set them
-        mu = prior(some.observations).exp()
-        candidates = some.observations["candidates"].long()
-        echoes = Echoes.among(candidates, some.echoes, some.tokens)
-        visited = Visited(some.tokens, candidates, mu, some.acted, some.by_language_model, echoes, some.folds)
-        self.scorer_r2 = self.network.fit_scorer(texts, visited, self.objective.beta)
-        self.slow_network.scorer.load_state_dict(self.network.scorer.state_dict())
+        self.scorer_r2 = r2
+        for own, slow in zip(self.network.scores, self.slow_network.scores, strict=True):
+            slow.load_state_dict(own.state_dict())
         self._fit_at = max(seen + LEAST_TEXTS, int(seen * REFIT))
-
-    def _scored(self, batch: EpisodeBatch) -> EpisodeBatch:
-        """Return the batch with learned scores in its observations, and as potentials in its rewards."""
-        if self.network.scorer is None:
-            return batch
-        candidates = batch.observations["candidates"].long()
-        steps = torch.arange(candidates.shape[1], device=candidates.device).expand(candidates.shape[:2])
-        echoes = Echoes.among(candidates, batch.echoes, batch.tokens)
-        score, scores = self.network.scorer(batch.tokens, steps, candidates, echoes, batch.folds)
-        after = torch.nn.functional.pad(score[:, 1:, 0], (0, 1))
-        rewards = batch.rewards + torch.where(batch.ended, 0.0, after) - score[..., 0]
-        observations = {**batch.observations, "score": score, "candidate_scores": scores}
-        return replace(batch, observations=observations, rewards=rewards)
 
     def _check_finite(self, **found: torch.Tensor) -> None:
         """Raise unless all numbers are finite; the slow network, which acts and is evaluated, still is."""

@@ -28,6 +28,7 @@ from agents.text_dqn.echoes import Echoes
 from agents.text_dqn.features import JudgedTexts, directions
 from agents.text_dqn.head import CandidateHead, LookedUp, near_the_end
 from agents.text_dqn.outlook import Visited
+from agents.text_dqn.score_value import ScoreValue
 from agents.text_dqn.scorer import TextScorer
 from textgen_env.conversation import AGENT
 from textgen_env.errors import ConfigError, ModelError
@@ -102,7 +103,7 @@ class CandidateQNetwork(nn.Module):
     """Score each proposed token: Q(prefix, token), one value a candidate.
 
     Q is the return still to come, in reward units; where the observation has ``candidate_scores``
-    it is what the candidate adds to the running score (known, not learned) plus a learned rest.
+    it is what the candidate adds to the value of the running score (known, see ``score_value``) plus a learned rest.
     Scores come in and Q goes out by ``unit``, so judges of 0 to 100 and of 0 to 0.01 are learned from alike.
 
     Input:  an observation with ``NEEDED_KEYS``, and ``score`` and ``candidate_scores`` if there.
@@ -142,6 +143,7 @@ class CandidateQNetwork(nn.Module):
         keys = set(observation_space.spaces) | ({"score", "candidate_scores"} if self.scorer else set())
         self.uses_score = "score" in keys
         self.uses_candidate_scores = {"score", "candidate_scores"} <= keys
+        self.score_value = ScoreValue(max_new_tokens) if self.reads_given_scores else None
         self.turn_scales = {key: _one_over(observation_space[key]) for key in TURN_KEYS if key in keys}
         hidden_size = int(np.prod(observation_space["hidden"].shape or ()))
         self._heads = nn.ModuleList(
@@ -174,6 +176,11 @@ class CandidateQNetwork(nn.Module):
         """The networks whose mean is Q."""
         return cast("list[CandidateHead]", list(self._heads))
 
+    @property
+    def scores(self) -> list[nn.Module]:
+        """What is fitted to texts, and not by gradients: all that is known of the scores of prefixes."""
+        return [part for part in (self.scorer, self.score_value) if part is not None]
+
     def bind(self, language_model: LanguageModel) -> None:
         """Read token embeddings from ``language_model`` from now on.
 
@@ -199,9 +206,9 @@ class CandidateQNetwork(nn.Module):
         return self.scorer.fit(texts, known, visited, beta)
 
     def scored(self, observations: Tensors) -> Tensors:
-        """Return observations of single states (B, ...) with the scores that are learned, if any are."""
+        """Return observations of single states (B, ...) with learned scores, or with what given ones are worth."""
         if self.scorer is None:
-            return observations
+            return self.valued(observations, self._generated(observations))
         tokens, length = own_text(observations)
         generated = self._generated(observations)
         places = length - generated + torch.arange(self.max_new_tokens, device=tokens.device)
@@ -210,6 +217,19 @@ class CandidateQNetwork(nn.Module):
         echoes = None if "speaker" in observations else Echoes.of_prompt(tokens, length - generated, own, proposed)
         score, candidates = self.scorer(own, generated, proposed, echoes)
         return {**observations, "score": score.squeeze(1), "candidate_scores": candidates.squeeze(1)}
+
+    def valued(self, observations: Tensors, steps: torch.Tensor) -> Tensors:
+        """Return observations with what given scores are worth in their place, after ``steps`` (..., 1) tokens."""
+        if self.score_value is None:
+            return observations
+        found = {"score": self.score_value(observations["score"].float(), steps)}
+        if self.uses_candidate_scores:
+            scores, candidates = observations["candidate_scores"].float(), observations["candidates"]
+            ends = () if self._language_model is None else self._language_model.end_ids
+            ended = torch.isin(candidates, torch.tensor(ends, dtype=candidates.dtype, device=candidates.device))
+            after = self.score_value(scores, (steps + 1).clamp(max=self.max_new_tokens))
+            found["candidate_scores"] = torch.where(ended, scores, after)
+        return {**observations, **found}
 
     def _generated(self, observations: Tensors) -> torch.Tensor:
         return ((1.0 - observations["budget"].float()) * self.max_new_tokens).round().long()  # (B, 1)

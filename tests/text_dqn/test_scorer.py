@@ -19,6 +19,7 @@ from agents.text_dqn.outlook import Visited
 from agents.text_dqn.replay import Acted, EpisodeReplay
 from agents.text_dqn.ridge import Design, Logistic, Problem, bent, best_curve, cross_fit, rising_curve, weigh_groups
 from agents.text_dqn.scorer import TextScorer
+from agents.text_dqn.scores import scored_batch
 from agents.text_dqn.validation import LANGUAGE_MODEL, best_supported
 from textgen_env.errors import ConfigError
 from textgen_env.policies import sample
@@ -415,7 +416,7 @@ def test_scores_of_the_replay_are_those_of_acting():
         replay.add(seen[-1], observation, acted, rewards, done, np.zeros(8, bool))
     batch = replace(replay.batch([(row, 0, 4) for row in range(8)]), folds=None)
     assert 0 < batch.echoes.float().mean() < 1
-    scored = learner._scored(batch).observations
+    scored = scored_batch(learner.network, batch).observations
     for step, observation in enumerate(seen):
         single = learner.network.scored({key: torch.as_tensor(value) for key, value in observation.items()})
         for key in ("score", "candidate_scores"):
