@@ -29,7 +29,7 @@ from agents.text_dqn.scorer import LEAST_TEXTS
 from textgen_env.policies import Floats
 
 SPREAD = 3.0
-"""Deviation of log weights above which a warmer temperature is taken: a few texts would have nearly all the weight."""
+"""Deviation of log weights above which a warmer temperature is tried: a few texts would have nearly all the weight."""
 
 WARMER = tuple(2.0 ** (i / 2) for i in range(80))
 """Multiples of beta that are tried."""
@@ -101,15 +101,14 @@ def soft_line(scores: Floats, rewards: Floats, log_ratio: Floats, beta: float) -
         log_ratio: (n,) log b / mu of what followed, nats.
         beta: Reward units a nat.
     """
-    spreads = {tau: float((rewards / tau - log_ratio).std()) for tau in (beta * factor for factor in WARMER)}
-    tau = next((tau for tau, spread in spreads.items() if spread <= SPREAD), min(spreads, key=lambda tau: spreads[tau]))
+    tau = _temperature(rewards, rewards - scores, log_ratio, beta)
     log_weights = rewards / tau - log_ratio
     weights = np.exp(log_weights - log_weights.max())
     mean, deviation = float(scores.mean()), float(scores.std()) + 1e-9
     x = (scores - mean) / deviation
     prior = deviation / tau
     level, slope = float(np.log(weights.mean())), 0.0
-    strength = PRIOR_TEXTS * float(weights.mean())
+    strength = PRIOR_TEXTS * float((weights**2).sum() / weights.sum())  # the weight of a text that counts
     for _ in range(MOST_ROUNDS):
         expected = np.exp(np.clip(level + slope * x, -50.0, 5.0))
         errors = weights - expected
@@ -122,3 +121,13 @@ def soft_line(scores: Floats, rewards: Floats, log_ratio: Floats, beta: float) -
             break
     slope *= tau / deviation
     return tau * (level + float(log_weights.max())) - slope * mean, slope
+
+
+def _temperature(rewards: Floats, still_to_come: Floats, log_ratio: Floats, beta: float) -> float:
+    """Return the lowest temperature from ``beta`` on at which texts count alike enough, beside what the score tells."""
+    spreads = {}
+    for tau in (beta * factor for factor in WARMER):
+        spreads[tau] = min(float((gains / tau - log_ratio).std()) for gains in (rewards, still_to_come))
+        if spreads[tau] <= SPREAD:
+            return tau
+    return min(spreads, key=lambda tau: spreads[tau])

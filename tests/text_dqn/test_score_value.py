@@ -87,15 +87,7 @@ def test_rewards_of_any_size_have_a_finite_line(scale):
     texts = walks(count=500)
     intercept, slope = soft_line(texts.scores[:, 4] * scale, texts.rewards * scale, np.zeros(500), BETA)
     assert np.isfinite(intercept)
-    assert 0.3 < slope < 1.0  # where rewards are far above beta, a few of the best texts count
-
-
-def test_a_line_far_above_beta_is_that_of_a_warmer_trade():
-    """At beta one text would have all the weight, and any slope would do."""
-    texts = walks(count=5_000)
-    scores, rewards = texts.scores[:, 5] * 30.0, texts.rewards * 30.0
-    _, slope = soft_line(scores, rewards, np.zeros(5_000), BETA)
-    assert slope == pytest.approx(KEPT, abs=0.15)
+    assert KEPT - 0.2 < slope < 1.001  # where rewards are far above beta, few texts count, and the prior holds
 
 
 # --- in an agent
