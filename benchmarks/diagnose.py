@@ -19,7 +19,6 @@ from agents.text_dqn.agent import TextDQN
 from benchmarks.suite import BETA, Cell, Suite
 from textgen_env.episode import Episodes
 from textgen_env.policies import Floats, sample
-from textgen_env.rewards import batch_reward
 
 ROLLOUTS = 32
 """Of each candidate; half of them for each of two estimates."""
@@ -31,14 +30,9 @@ def diagnose(suite: Suite, cell: Cell, states: int, **settings: Any) -> dict[str
     ``rms`` is the centred error a step without the rollouts' noise, ``rollouts`` that noise, ``heads``
     the part of the error that differs between the agent's heads, ``signal`` the size of Q* itself.
     """
+    agent, _ = suite.learned(cell, settings)
     stick = suite.yardstick(cell)
-    judge = stick.judge(cell.judge)
-    reward = batch_reward(lambda generations: judge(generations))
-    agent = TextDQN(
-        env=stick.env(64, stick.train, reward), score=cell.score, beta=BETA, seed=cell.seed,
-        **{"buffer_size": cell.steps, **settings},
-    ).learn(cell.steps)  # fmt: skip
-    env = stick.env(16 * ROLLOUTS, stick.test, reward)
+    env = suite.env(cell, "test", 16 * ROLLOUTS)
     rng = np.random.default_rng(cell.seed)
     sums = np.zeros(4)
     for i in range(states):

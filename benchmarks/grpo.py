@@ -1,9 +1,9 @@
-"""The policy-gradient rival: TRL's GRPO with LoRA, on the task of ``benchmarks.learning``.
+"""The policy-gradient rival: TRL's GRPO with LoRA, on the task of ``benchmarks.learning`` or a judge of the suite.
 
-It samples the candidates that the environment proposes (top-k, no end of text), 64 texts a step. Its
+It samples the candidates that the environment proposes (top-k, no end of text), 64 texts a step. On the task its
 learning rate, of three, and its KL term, on or off, are chosen on the validation prompts by the
 reward after four steps: once whatever the KL, once among those within 8 nats. Then three seeds of
-each are measured on the test prompts. For the measurement
+each are measured on the test prompts. On a judge all settings are shown. For the measurement
 its policy is renormalised over the candidates of the untouched language model, as every policy is.
 
 Needs ``pip install trl==1.16.0 peft``.
@@ -12,9 +12,12 @@ Needs ``pip install trl==1.16.0 peft``.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +27,7 @@ from textgen_env.errors import ConfigError
 from textgen_env.evaluation import evaluate
 from textgen_env.files import read_json, write_file
 from textgen_env.models import load_pretrained
-from textgen_env.policies import renormalise
+from textgen_env.policies import Floats, renormalise
 from textgen_env.rewards import make_reward
 from textgen_env.rewards.base import Generation
 
@@ -35,6 +38,22 @@ TEXTS_A_STEP = 64
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 KL_TERMS = (0.0, 0.04)
 STEPS_TO_CHOOSE = 4
+GRID = tuple(
+    {"learning_rate": rate, "kl_term": kl_term} for rate, kl_term in itertools.product(LEARNING_RATES, KL_TERMS)
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What it learns, and how its policy is measured."""
+
+    model: str
+    dtype: torch.dtype
+    openings: Sequence[str]  # prompts to learn from
+    tokens: int  # of a text
+    score: Callable[[Sequence[Generation]], Floats]
+    measure: Callable[[TunedModel], Mapping[str, float]]
+    clock: Callable[[], float] = time.perf_counter
 
 
 class TunedModel:
@@ -87,7 +106,7 @@ def run(bench: Bench, seed: int, steps: int, most_kl: float) -> dict[str, Any]:
     """Return the course of one seed at the settings chosen within ``most_kl`` nats, and its last point."""
     chosen = choose(bench, most_kl)
     updates = steps // (TEXTS_A_STEP * 20)
-    course = train(bench, seed, updates, bench.test, look_from=updates // 2, **chosen)
+    course = train(_sentiment(bench, bench.test), seed, updates, lambda step, seconds: step >= updates // 2, **chosen)
     return {"settings": chosen, "seconds": course[-1]["seconds"], "course": course, "points": {"-": course[-1]}}
 
 
@@ -95,9 +114,9 @@ def choose(bench: Bench, most_kl: float) -> dict[str, float]:
     """Return the learning rate and KL term of the highest reward on the validation prompts, within ``most_kl``."""
     path = bench.folder / "grpo_settings.json"
     found = read_json(path) if path.is_file() else []
-    grid = [{"learning_rate": rate, "kl_term": kl_term} for rate in LEARNING_RATES for kl_term in KL_TERMS]
-    for settings in grid[len(found) :]:
-        last = train(bench, 100, STEPS_TO_CHOOSE, bench.validation, look_from=STEPS_TO_CHOOSE, **settings)[-1]
+    problem = _sentiment(bench, bench.validation)
+    for settings in GRID[len(found) :]:
+        last = train(problem, 100, STEPS_TO_CHOOSE, lambda step, seconds: step == STEPS_TO_CHOOSE, **settings)[-1]
         found.append({**settings, **last})
         print(f"  grpo, validation: {found[-1]}", flush=True)
         write_file(path, json.dumps(found, indent=1))
@@ -105,10 +124,38 @@ def choose(bench: Bench, most_kl: float) -> dict[str, float]:
     return {key: best[key] for key in ("learning_rate", "kl_term")}
 
 
+def _sentiment(bench: Bench, prompts: Any) -> Problem:
+    """Return the task of ``benchmarks.learning``, measured on ``prompts``."""
+    env = bench.env(64, prompts, ("tokens", "length", "candidates", "logprobs", "action_mask"), "sentiment")
+
+    def measure(policy: TunedModel) -> dict[str, float]:
+        texts = evaluate(policy, env, bench.texts // 4, 11, prompts)
+        return {"reward": texts.reward, "kl": float(texts.mean_kl or 0.0), "distinct_2": texts.distinct(2)}
+
+    openings = [bench.train[i].text for i in range(len(bench.train))]
+    return Problem("smollm2", torch.bfloat16, openings, 20, make_reward("sentiment"), measure)
+
+
 def train(
-    bench: Bench, seed: int, updates: int, prompts: Any, *, look_from: int, learning_rate: float, kl_term: float
+    problem: Problem,
+    seed: int,
+    updates: int,
+    is_due: Callable[[int, float], bool],
+    *,
+    learning_rate: float,
+    kl_term: float,
+    seconds: float = float("inf"),
 ) -> list[dict[str, float]]:
-    """Train from the start for ``updates`` steps; return a row of figures for each from ``look_from`` on."""
+    """Train from the start for ``updates`` steps or so many ``seconds``; return a row of figures for each look.
+
+    Args:
+        problem: What to learn.
+        seed: Of its texts.
+        updates: Steps of 64 texts.
+        is_due: Whether to look at the policy after so many steps and seconds; looks do not count as seconds.
+        learning_rate, kl_term: Of GRPO.
+        seconds: By the problem's clock.
+    """
     try:
         from datasets import Dataset
         from peft import LoraConfig
@@ -116,71 +163,70 @@ def train(
     except ImportError as error:
         raise ConfigError(f"the rival needs trl and peft ({error}): pip install trl==1.16.0 peft") from error
 
-    model, tokenizer = load_pretrained("smollm2", torch.bfloat16)
-    reward = make_reward("sentiment")
+    model, tokenizer = load_pretrained(problem.model, problem.dtype)
     rows: list[dict[str, float]] = []
 
     def score(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        return reward([Generation(p, c) for p, c in zip(prompts, completions, strict=True)]).tolist()
+        return problem.score([Generation(p, c) for p, c in zip(prompts, completions, strict=True)]).tolist()
 
-    openings = [bench.train[i].text for i in range(len(bench.train))]
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=copy.deepcopy(model),
             processing_class=tokenizer,
             reward_funcs=score,
-            args=_settings(folder, seed, updates, learning_rate, kl_term),
-            train_dataset=Dataset.from_dict({"prompt": openings}),
+            args=_settings(problem, folder, seed, updates, learning_rate, kl_term),
+            train_dataset=Dataset.from_dict({"prompt": list(problem.openings)}),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-            callbacks=[_measurements(bench, prompts, look_from, rows)],
+            callbacks=[_measurements(problem, is_due, seconds, rows)],
         )
         trainer.train()
     return rows
 
 
-def _measurements(bench: Bench, prompts: Any, look_from: int, rows: list[dict[str, float]]) -> Any:
-    """Return a callback that adds a row after each step from ``look_from`` on, with the clock stopped."""
+def _measurements(
+    problem: Problem, is_due: Callable[[int, float], bool], most_seconds: float, rows: list[dict[str, float]]
+) -> Any:
+    """Return a callback that adds a row for each look, with the clock stopped, and ends the training in time."""
     from transformers import TrainerCallback
-
-    env = bench.env(64, prompts, ("tokens", "length", "candidates", "logprobs", "action_mask"), "sentiment")
 
     class Look(TrainerCallback):
         stopped = 0.0
         started = 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.started = time.perf_counter()
+            self.started = problem.clock()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            seconds = time.perf_counter() - self.started - self.stopped
-            if state.global_step < look_from:
+            seconds = problem.clock() - self.started - self.stopped
+            if seconds >= most_seconds:
+                control.should_training_stop = True
+            if not control.should_training_stop and not is_due(state.global_step, seconds):
                 return
-            begun = time.perf_counter()
-            texts = evaluate(TunedModel(kwargs["model"]), env, bench.texts // 4, 11, prompts)
-            row = {"steps": state.global_step * TEXTS_A_STEP * 20, "seconds": seconds, "reward": texts.reward}
-            rows.append({**row, "kl": float(texts.mean_kl or 0.0), "distinct_2": texts.distinct(2)})
-            self.stopped += time.perf_counter() - begun
+            begun = problem.clock()
+            row = {"steps": state.global_step * TEXTS_A_STEP * problem.tokens, "seconds": seconds}
+            rows.append({**row, **problem.measure(TunedModel(kwargs["model"]))})
+            self.stopped += problem.clock() - begun
 
     return Look()
 
 
-def _settings(folder: str, seed: int, updates: int, learning_rate: float, kl_term: float) -> Any:
+def _settings(problem: Problem, folder: str, seed: int, updates: int, learning_rate: float, kl_term: float) -> Any:
     from trl import GRPOConfig
 
     return GRPOConfig(
         output_dir=folder,
         seed=seed,
         use_cpu=True,
-        bf16=True,
+        bf16=problem.dtype == torch.bfloat16,
         learning_rate=learning_rate,
         lr_scheduler_type="constant",
         beta=kl_term,
         max_steps=updates,
         per_device_train_batch_size=TEXTS_A_STEP,
         num_generations=8,
-        max_completion_length=20,
+        max_completion_length=problem.tokens,
         top_k=16,
-        generation_kwargs={"min_new_tokens": 20},
+        generation_kwargs={"min_new_tokens": problem.tokens},
         gradient_checkpointing=False,
         save_strategy="no",
         report_to="none",

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.learning --suite`` and ``--diagnose``: what they run, print and write."""
+"""``python -m benchmarks.learning --suite``, ``--fronts`` and ``--diagnose``: what they run, print and write."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.diagnose import diagnose
+from benchmarks.fronts import run_fronts
 from benchmarks.suite import Cell, Suite, run_suite
 from benchmarks.throughput import machine
 from textgen_env.files import write_file
@@ -20,6 +21,10 @@ def main(options: argparse.Namespace) -> None:
     if options.suite:
         found = run_suite(folder, options.quick, options.seeds)
         name = "suite"
+    elif options.fronts:
+        suite = Suite(folder, *((64, 128) if options.quick else (512, 512)))
+        found = run_fronts(suite, options.quick, options.seeds, options.model or "tiny")
+        name = "fronts"
     else:
         found = _diagnosed(folder, options.quick, options.seeds)
         name = "diagnosis"

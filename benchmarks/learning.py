@@ -13,6 +13,7 @@ evaluations. Settings were chosen on the validation prompts.
     python -m benchmarks.learning --json FILE              # everything; goes on where it was stopped
     python -m benchmarks.learning --only text_dqn --seeds 1
     python -m benchmarks.learning --suite --quick          # judges of finished texts; see ``benchmarks.suite``
+    python -m benchmarks.learning --fronts --quick         # such judges beside GRPO; see ``benchmarks.fronts``
     python -m benchmarks.learning --diagnose --quick       # how wrong Q is; see ``benchmarks.diagnose``
     python -m benchmarks.learning --only particles --quick --model tiny
 
@@ -154,20 +155,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--only", nargs="+", choices=CONTESTANTS, help="contestants to run; the others if there already"
     )
     parser.add_argument("--suite", action="store_true", help="judges of finished texts instead")
+    parser.add_argument("--fronts", action="store_true", help="such judges, beside GRPO at equal CPU seconds, instead")
     parser.add_argument("--diagnose", action="store_true", help="the errors of Q instead")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--model", default="smollm2", help="language model (default smollm2)")
+    parser.add_argument("--model", help="language model (default smollm2, of --fronts tiny)")
     parser.add_argument("--out", type=Path, help="folder of the runs (default out/learning, out/learning-quick)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the plane and the courses there (PNG)")
     options = parser.parse_args(arguments)
-    if options.suite or options.diagnose:
+    if options.suite or options.fronts or options.diagnose:
         from benchmarks import judged
 
         judged.main(options)
         return
-    folder = "out/learning" + "-quick" * options.quick + f"-{options.model}" * (options.model != "smollm2")
-    bench = Bench(options.out or Path(folder), options.quick, options.model)
+    model = options.model or "smollm2"
+    folder = "out/learning" + "-quick" * options.quick + f"-{model}" * (model != "smollm2")
+    bench = Bench(options.out or Path(folder), options.quick, model)
     names = options.only or [name for name in CONTESTANTS if not (options.quick and name in (*SEEDS, *SPENDING))]
     for name in names:
         for seed in range(1 if options.quick else min(options.seeds, SEEDS.get(name, options.seeds))):

@@ -29,7 +29,7 @@ from benchmarks.judges import JSON_TASK, JUDGES, SEALED, Judge
 from textgen_env.evaluation import bootstrap_interval, choose_prompts, evaluate
 from textgen_env.files import read_json, write_file
 from textgen_env.models import load_language_model
-from textgen_env.policies import Floats
+from textgen_env.policies import Agent, Floats
 from textgen_env.prompts import PromptSource, make_prompts
 from textgen_env.rewards import Generation, batch_reward
 from textgen_env.tasks import make_task
@@ -65,6 +65,7 @@ class Yardstick:
         self.model = load_language_model(model)
         self._kind = f"{model}-{tokens}" + ("-json" if json_task else "")
         self._json_task = json_task
+        self._judges: dict[str, Judge] = {}
         source = make_task(JSON_TASK).train_prompts if json_task else make_prompts("openings")
         self.train = source if json_task else source.split("train")
         self.validation = choose_prompts(source if json_task else source.split("validation"), 16, 0)
@@ -77,9 +78,10 @@ class Yardstick:
         )
 
     def judge(self, name: str) -> Judge:
-        return JUDGES[name](
-            [text.completion for text in self._written("validation", self.validation, 7, CLASSIFIED)], self.tokens
-        )
+        if name not in self._judges:
+            texts = [text.completion for text in self._written("validation", self.validation, 7, CLASSIFIED)]
+            self._judges[name] = JUDGES[name](texts, self.tokens)
+        return self._judges[name]
 
     def rewards(self, judge: Judge) -> Floats:
         """Return rewards of the language model's texts on the test prompts, (P, samples)."""
@@ -121,35 +123,21 @@ class Suite:
         found: dict[str, Any] = read_json(path, allow_nan=True)
         return found
 
-    def _run(self, cell: Cell, settings: Mapping[str, Any]) -> dict[str, Any]:
-        stick = self.yardstick(cell)
-        judge = stick.judge(cell.judge)
-        reward = batch_reward(lambda generations: judge(generations))
+    def learned(self, cell: Cell, settings: Mapping[str, Any]) -> tuple[TextDQN, dict[str, float]]:
+        """Return an agent that has learned on a cell, and the ``seconds`` and ``cpu_seconds`` that it took."""
         agent = TextDQN(
-            env=stick.env(64, stick.train, reward), score=cell.score, beta=BETA, seed=cell.seed,
+            env=self.env(cell, "train", 64), score=cell.score, beta=BETA, seed=cell.seed,
             **{"buffer_size": cell.steps, **settings},
         )  # fmt: skip
         started, cpu = time.perf_counter(), time.process_time()
         agent.learn(cell.steps)
-        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-        own = self._measured(agent, stick, reward, judge)
-        chosen = agent.choose_beta(stick.env(64, stick.validation, reward), 256, seed=5)
-        return {
-            **asdict(cell),
-            "own": own,
-            "validated": own if chosen.beta == BETA else self._measured(agent, stick, reward, judge),
-            "acting_beta": chosen.beta,
-            "judge_calls": agent.learner.judge_calls,
-            "unjudged_steps": agent.learner.unjudged_steps,
-            "held_out": agent.learner.scorer_r2,
-            "seconds": seconds,
-            "cpu_seconds": cpu,
-            **self._bounds(stick.rewards(judge)),
-        }
+        return agent, {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
 
-    def _measured(self, agent: TextDQN, stick: Yardstick, reward: Any, judge: Judge) -> dict[str, float]:
-        found = evaluate(agent, stick.env(128, stick.test, reward), self.texts, 11, stick.test)
-        rewards, values = stick.rewards(judge), found.values(BETA)
+    def measured(self, cell: Cell, agent: Agent) -> dict[str, float]:
+        """Return reward, KL and share of the optimal gain, with the interval of its texts, on the test prompts."""
+        stick = self.yardstick(cell)
+        found = evaluate(agent, self.env(cell, "test", 128), self.texts, 11, stick.test)
+        rewards, values = stick.rewards(stick.judge(cell.judge)), found.values(BETA)
         assert values is not None
         assert found.mean_kl is not None  # its probabilities are known
         best = float(estimated_optimum(rewards, BETA).value.mean())
@@ -157,6 +145,29 @@ class Suite:
         before = float(rewards.mean())
         shares = [share_of_optimal_gain(value, before, best) for value in (float(values.mean()), low, high)]
         return {"reward": found.reward, "kl": found.mean_kl, **dict(zip(("share", "low", "high"), shares, strict=True))}
+
+    def env(self, cell: Cell, prompts: str, rows: int) -> TextGenVectorEnv:
+        """Return an environment on the ``"train"``, ``"validation"`` or ``"test"`` prompts, rewarded by the judge."""
+        stick = self.yardstick(cell)
+        judge = stick.judge(cell.judge)
+        return stick.env(rows, getattr(stick, prompts), batch_reward(lambda generations: judge(generations)))
+
+    def _run(self, cell: Cell, settings: Mapping[str, Any]) -> dict[str, Any]:
+        agent, seconds = self.learned(cell, settings)
+        own = self.measured(cell, agent)
+        chosen = agent.choose_beta(self.env(cell, "validation", 64), 256, seed=5)
+        stick = self.yardstick(cell)
+        return {
+            **asdict(cell),
+            "own": own,
+            "validated": own if chosen.beta == BETA else self.measured(cell, agent),
+            "acting_beta": chosen.beta,
+            "judge_calls": agent.learner.judge_calls,
+            "unjudged_steps": agent.learner.unjudged_steps,
+            "held_out": agent.learner.scorer_r2,
+            **seconds,
+            **self._bounds(stick.rewards(stick.judge(cell.judge))),
+        }
 
     def _bounds(self, rewards: Floats) -> dict[str, Any]:
         best = estimated_optimum(rewards, BETA)

@@ -13,10 +13,12 @@ import toys
 from agents.runs.optimum import estimated_optimum
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.networks import NEEDED_KEYS
+from benchmarks import fronts, grpo
 from benchmarks.diagnose import diagnose
 from benchmarks.grpo import TunedModel
 from benchmarks.learning import BETA, Bench, Contestant, Course, _seconds_to, middle, print_table
 from benchmarks.suite import Cell, Suite
+from textgen_env.models import load_pretrained
 from textgen_env.policies import renormalise
 from textgen_env.prompts import Prompt
 from textgen_env.vector_env import TextGenVectorEnv
@@ -104,6 +106,37 @@ def test_a_cell_of_the_suite_is_learned_measured_and_kept(tmp_path):
     errors = diagnose(suite, cell, states=1, **settings)
     assert errors["rms"] >= 0
     assert errors["held_out"] == found["held_out"]  # the same agent, learned again
+
+
+def test_a_rival_runs_as_long_as_the_agent_learned_with_each_setting(tmp_path, monkeypatch):
+    suite, cell = Suite(tmp_path, samples=16, texts=32), Cell("length", tokens=4, steps=320)
+    asked = []
+
+    def untrained(problem, seed, updates, is_due, *, seconds, **chosen):
+        asked.append(seconds)
+        policy = TunedModel(load_pretrained(problem.model, problem.dtype)[0])
+        looks = [at for at in np.linspace(0, 1, 33) if is_due(1, at * seconds)]
+        assert looks == [(i + 1) / 8 for i in range(8)]
+        return [{"seconds": seconds, **problem.measure(policy)}]
+
+    monkeypatch.setattr(grpo, "train", untrained)
+    found = fronts.fronts(suite, cell, learning_starts=10**6, unjudged=0.0)
+    assert asked == [found["cpu_seconds"]] * len(grpo.GRID)
+    points = [*found["text_dqn"].values(), *(run["course"][0] for run in found["grpo"])]
+    for point in points:  # neither has learned anything: the language model, on the same random numbers
+        assert point["kl"] == pytest.approx(0, abs=1e-6)
+        assert point["reward"] == pytest.approx(points[0]["reward"], abs=1e-6)
+    assert fronts.fronts(suite, cell, steps_per_update=0) == found  # from its file
+
+
+def test_a_front_is_summed_up_by_the_rival_s_best_points():
+    point = {"reward": 0.6, "kl": 1.0, "share": 0.5}
+    near, far = {"reward": 0.4, "kl": 0.9, "share": 0.2}, {"reward": 0.9, "kl": 8.0, "share": -1.0}
+    best = {"reward": 0.55, "kl": 1.1, "share": 0.3}
+    runs = [{"course": [near]}, {"course": [best, far]}]
+    line = fronts.summary({"cpu_seconds": 3.0, "text_dqn": {"0.1": point, "0.2": near}, "grpo": runs})
+    assert (line["share"], line["grpo_share"], line["grpo_kl"]) == (0.5, 0.3, 1.1)
+    assert (line["grpo_reward_within_as_many_nats"], line["grpo_highest_reward"]) == (0.4, 0.9)
 
 
 def test_the_rival_before_training_is_the_language_model_also_from_its_cache(tiny_lm):

@@ -55,6 +55,7 @@ def small_agent(env, **kwargs) -> TextDQN:
         "beta": 0.5,
         "learning_starts": 0,
         "steps_per_update": 16,
+        "unjudged": 0,
         "learning_rate": 3e-3,
         "buffer_size": 4_000,
         "policy_kwargs": {"q_net_kwargs": {"dropout": 0.0}, "optimizer_kwargs": {"weight_decay": 0.0}},
