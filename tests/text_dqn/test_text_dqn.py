@@ -126,7 +126,7 @@ def test_running_scores_lead_to_the_same_optimum_however_they_are_paid(reward_at
     best = toy.soft_values(0.5)[0][0]
     agent = small_agent(make(**settings), policy_kwargs=SMALL)
 
-    agent.learn(6_000)
+    agent.learn(3_000)
 
     reached = toy.point(agent.probabilities(toy.observations))
     gap = best - (reached.reward - 0.5 * reached.kl)
@@ -138,9 +138,9 @@ def test_running_scores_lead_to_the_same_optimum_however_they_are_paid(reward_at
 def test_a_reward_on_a_token_that_greedy_decoding_never_takes_is_found():
     model = TableModel(["a", "b", "c"], [0.7, 0.25, 0.05], end=None)
     env = make(32, model=model, prompts=["a"], top_k=3, max_new_tokens=3, reward=lambda text: float(text == "bcb"))
-    agent = small_agent(env, beta=0.05, beta_start=1.0, policy_kwargs=SMALL)
+    agent = small_agent(env, beta=0.05, beta_start=1.0, policy_kwargs=SMALL, steps_per_update=32)
 
-    agent.learn(10_000)
+    agent.learn(6_000)
 
     mean, _ = evaluate_policy(agent, agent.get_env(), n_eval_episodes=16, deterministic=True)
     assert mean == 1.0
@@ -254,7 +254,7 @@ def test_saved_agents_act_the_same_and_hold_no_language_model(tmp_path, tiny_lm)
 def test_the_same_seed_learns_the_same_agent():
     def learned():
         agent = small_agent(make())
-        agent.learn(800)
+        agent.learn(400)
         return np.concatenate([p.detach().numpy().ravel() for p in agent.q_net.parameters()])
 
     np.testing.assert_array_equal(learned(), learned())
@@ -267,7 +267,7 @@ def test_a_reward_in_other_units_is_learned_from_alike(score, factor):
     values = []
     for unit in (1.0, factor):
         env = make(reward=lambda text, unit=unit: unit * (text.count("a") - 0.5 * text.count("b")))
-        agent = small_agent(env, beta=0.5 * unit, score=score, policy_kwargs=SMALL).learn(1_600)
+        agent = small_agent(env, beta=0.5 * unit, score=score, policy_kwargs=SMALL).learn(800)
         observation, _ = env.reset(seed=3)
         values.append(agent.learner.q(observation) / unit)
     assert np.ptp(values[0], axis=1).min() > 0.1  # something was learned
@@ -278,7 +278,7 @@ def test_a_reward_in_other_units_is_learned_from_alike(score, factor):
 def test_scores_that_are_learned_replace_those_that_the_environment_shows(score):
     """The agent acts, writes and values texts as one that is shown none; what the replay holds is the reward."""
     env = make(keys=NEEDED_KEYS + SCORES, reward=FromThreeQuarters())
-    agent = small_agent(env, score=score).learn(2_400)
+    agent = small_agent(env, score=score, policy_kwargs=SMALL).learn(1_600)
     observation, _ = env.reset(seed=3)
     blind = {key: value for key, value in observation.items() if key not in SCORES}
     assert agent.learner.scorer_r2 > 0  # it has learned scores

@@ -27,8 +27,9 @@ def make(num_envs=8, **settings):
 
 
 def agent_in(env, **settings):
-    given = {"learning_starts": 0, "steps_per_update": 16, "buffer_size": 4_000, "seed": 0}
-    return TextDQN(env=env, **{**given, **settings})
+    small = {"q_net_kwargs": {"heads": 1, "width": 32}}
+    given = {"learning_starts": 0, "steps_per_update": 16, "buffer_size": 4_000, "batch_size": 16, "seed": 0}
+    return TextDQN(env=env, **{"policy_kwargs": small, **given, **settings})
 
 
 class CountedWorth(Worth):
@@ -131,9 +132,9 @@ def test_another_environment_brings_its_own_language_model():
 
 @pytest.mark.parametrize("steps_per_update", [16, 80, 400])
 def test_updates_are_as_many_as_their_rule_says(steps_per_update):
-    learner = agent_in(make(), steps_per_update=steps_per_update).learn(4_000).learner
-    rest = 4_000 - learner.unjudged_steps / 4  # steps before there were learned scores, and less than a write
-    expected = 4_000 * learner.updates_per_step - rest / steps_per_update
+    learner = agent_in(make(), steps_per_update=steps_per_update).learn(2_400).learner
+    rest = 2_400 - learner.unjudged_steps / 4  # steps before there were learned scores, and less than a write
+    expected = 2_400 * learner.updates_per_step - rest / steps_per_update
     assert learner.updates == pytest.approx(expected, abs=4)
 
 
