@@ -18,7 +18,8 @@ import torch
 
 from agents.pruning.healing import read_state
 from agents.runs.config import RunConfig
-from agents.runs.run import CONFIG_FILE, load_run, train
+from agents.runs.files import CONFIG_FILE
+from agents.runs.run import load_run, train
 from textgen_env.config import EnvConfig
 from textgen_env.errors import ConfigError, ModelError, PromptError, RunFolderError, TextGenError
 from textgen_env.models import load_language_model

@@ -103,10 +103,10 @@ def _on_prompts(run: Run, prompts: str) -> Run:
 
 def _measure(run: Run, counts: Sequence[int], folder: Path, console: Console, as_json: bool) -> None:
     """Measure the agent, write the figures into ``folder``, and print them."""
+    from agents.runs.files import PLANE_FILE, SAMPLES_FILE, SUMMARY_FILE, TOKENS_FILE
     from agents.runs.pictures import draw_plane
     from agents.runs.progress import JobProgress
     from agents.runs.report import report_notes, table
-    from agents.runs.run import PLANE_FILE, SAMPLES_FILE, SUMMARY_FILE, TOKENS_FILE
     from agents.runs.samples import samples_page, text_metrics
     from agents.runs.spending import SPENDING_NOTE, draw_tokens, keep_tempered, spend_each, spending_table
 

@@ -91,7 +91,7 @@ ActingBeta = Annotated[
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _Author:
     """An agent, or a language model, ready to write."""
 
     agent: Agent
@@ -134,20 +134,20 @@ def generate_command(
     num = num or max(4, len(prompt or ()))
     if run is None:
         settings = given({"top_k": top_k, "max_new_tokens": max_new_tokens})
-        opened = _language_model(model, dtype, prompt, reward, partner, settings, acting, rows=min(num, 64))
+        author = _language_model(model, dtype, prompt, reward, partner, settings, acting, rows=min(num, 64))
     else:
         if own := list(given({"--dtype": dtype, "--top-k": top_k, "--max-new-tokens": max_new_tokens})):
             raise ConfigError(f"{', '.join(own)}: a run has its own, which it was trained with; leave out")
-        opened = _opened(run, prompt, reward, partner, acting, trust)
-        if opened.unscored:
-            typer.echo(printable(f"warning: the texts are not scored: {opened.unscored}", one_line=True), err=True)
+        author = _author_of(run, prompt, reward, partner, acting, trust)
+        if author.unscored:
+            typer.echo(printable(f"warning: the texts are not scored: {author.unscored}", one_line=True), err=True)
             judge = False
-    prompts = [opened.starts[i % len(opened.starts)] for i in range(num)]
+    prompts = [author.starts[i % len(author.starts)] for i in range(num)]
     if particles is None:
-        written = _plain(opened, prompts, seed, greedy)
+        written = _plain(author, prompts, seed, greedy)
     else:
-        source = {} if run is None else _of_run(run, opened.agent, particles, judge)
-        written = _weighted(opened.env, prompts, seed, n=particles, beta=beta, judge=judge, **source)
+        source = {} if run is None else _of_run(run, author.agent, particles, judge)
+        written = _weighted(author.env, prompts, seed, n=particles, beta=beta, judge=judge, **source)
     _show(written, as_json)
     if particles is not None and not as_json:
         typer.echo(_cost(written, particles), err=True)
@@ -167,12 +167,12 @@ def _show(written: Sequence[Mapping[str, Any]], as_json: bool) -> None:
             typer.echo(printable(f"  {turn['speaker'] + ':':9}{turn['text'].strip()}{paid}"))
 
 
-def _plain(opened: _Opened, prompts: Sequence[Prompt], seed: int, greedy: bool) -> list[dict[str, Any]]:
+def _plain(author: _Author, prompts: Sequence[Prompt], seed: int, greedy: bool) -> list[dict[str, Any]]:
     """Return a text for each prompt as plain data; their rewards are None where they are not known."""
     from textgen_env.evaluation import roll_out
 
-    texts = roll_out(opened.agent, opened.env, prompts, seed, deterministic=greedy or opened.greedy)
-    rewards = [None if opened.unscored else float(value) for value in texts.rewards]
+    texts = roll_out(author.agent, author.env, prompts, seed, deterministic=greedy or author.greedy)
+    rewards = [None if author.unscored else float(value) for value in texts.rewards]
     written: list[dict[str, Any]] = [
         {"prompt": prompt, "completion": completion, "reward": reward, "logprob": float(logprob)}
         for prompt, completion, reward, logprob in zip(
@@ -231,12 +231,13 @@ def _cost(written: Sequence[Mapping[str, Any]], particles: int) -> str:
     return f"{line}; estimated to be worth at least J = {value:.3f}."
 
 
-def _opened(
+def _author_of(
     run: Path, prompt: list[str] | None, reward: str | None, partner: str | None, beta: float | None, trust: bool
-) -> _Opened:
+) -> _Author:
     """Return the agent of a run at the temperature ``beta``."""
     from agents.hub import is_repository
-    from agents.runs.run import CONFIG_FILE, load_writer
+    from agents.runs.files import CONFIG_FILE
+    from agents.runs.run import load_writer
     from agents.runs.stored import stored_config
     from agents.text_dqn.portable import SETTINGS_FILE
 
@@ -245,7 +246,7 @@ def _opened(
         return _shared(run, starts, reward, beta)
     config = stored_config(run, trust, check=False)
     has_own = config.has_partner or config.task is not None  # prompts that come with what the agent is not told
-    opened, unscored = load_writer(
+    loaded, unscored = load_writer(
         run,
         prompts=None if has_own else starts,
         reward=reward_again(run, reward),
@@ -253,17 +254,17 @@ def _opened(
         trust=trust,
     )
     if has_own:
-        own = list(opened.test_prompts)
+        own = list(loaded.test_prompts)
         starts = own if prompt is None else [other for other in own if other.text in prompt] or starts
     if beta is not None:
-        if not hasattr(opened.agent, "beta"):
-            raise ConfigError(f"agent {opened.config.agent!r} has no acting temperature; leave --beta out")
-        opened.agent.beta = beta
-    return _Opened(opened.agent, opened.env, starts, opened.greedy, unscored)
+        if not hasattr(loaded.agent, "beta"):
+            raise ConfigError(f"agent {loaded.config.agent!r} has no acting temperature; leave --beta out")
+        loaded.agent.beta = beta
+    return _Author(loaded.agent, loaded.env, starts, loaded.greedy, unscored)
 
 
-def _shared(source: Path, starts: Sequence[Prompt], reward: str | None, beta: float | None) -> _Opened:
-    """Return the same as ``_opened``, of an agent on the hub or in a folder that ``save_pretrained`` wrote."""
+def _shared(source: Path, starts: Sequence[Prompt], reward: str | None, beta: float | None) -> _Author:
+    """Return the same as ``_author_of``, of an agent on the hub or in a folder that ``save_pretrained`` wrote."""
     from agents.baselines.planning import ROWS
     from agents.text_dqn.agent import TextDQN
     from agents.text_dqn.networks import check_observation_space
@@ -272,14 +273,16 @@ def _shared(source: Path, starts: Sequence[Prompt], reward: str | None, beta: fl
     agent = TextDQN.from_pretrained(source)
     space = check_observation_space(agent.observation_space)
     longest = space["tokens"].shape[0] - agent.q_net.max_new_tokens  # type: ignore[index]
+    reads_scores = agent.q_net.reads_given_scores
+    keys = tuple(key for key in space.spaces if reads_scores or key not in ("score", "candidate_scores"))
     env, is_scored = env_to_write_in(
-        None, agent.task, agent.language_model, own_reward(reward), sees_scores="score" in space.spaces,
-        rows=ROWS, observation=tuple(space.spaces), max_prompt_tokens=max(1, longest),
+        None, agent.task, agent.language_model, own_reward(reward), sees_scores=reads_scores,
+        rows=ROWS, observation=keys, max_prompt_tokens=max(1, longest),
     )  # fmt: skip
     if beta is not None:
         agent.beta = beta
     unscored = "" if is_scored else "the agent's reward was not stored; give it as --reward FILE.py:NAME"
-    return _Opened(agent, env, starts, unscored=unscored)
+    return _Author(agent, env, starts, unscored=unscored)
 
 
 def _starts(prompt: list[str] | None) -> Sequence[Prompt]:
@@ -297,7 +300,7 @@ def _language_model(
     settings: Mapping[str, Any],
     beta: float | None,
     rows: int,
-) -> _Opened:
+) -> _Author:
     """Return the agent that samples a language model, and an environment for it."""
     from agents.baselines.one_step import SampleAgent
     from textgen_env.models import load_language_model
@@ -313,4 +316,4 @@ def _language_model(
     settings = {"max_new_tokens": 32, "top_k": min(16, loaded.vocab_size - len(loaded.end_ids)), **settings}
     longest = max(1, min(512, loaded.max_context - settings["max_new_tokens"]))
     env = TextGenVectorEnv(rows, loaded, None, own_reward(reward) or "sentiment", max_prompt_tokens=longest, **settings)
-    return _Opened(SampleAgent(), env, _starts(prompt))
+    return _Author(SampleAgent(), env, _starts(prompt))

@@ -96,10 +96,10 @@ def parse_spec(option: str, text: str | None) -> Any:
 
 def own_reward(text: str | None) -> Any:
     """Return the reward that ``text`` means, functions of the user's own loaded."""
-    from agents.runs.parts import load_reward
+    from agents.runs.parts import load_instance
     from agents.user_code import replace_references
 
-    return replace_references(parse_spec("reward", text), load_reward)
+    return replace_references(parse_spec("reward", text), load_instance)
 
 
 def own_object(name: str, text: str | None) -> Any:
@@ -142,7 +142,7 @@ def partner_again(run: Path, text: str | None) -> Any:
     """
     if text is None:
         return None
-    from agents.runs.parts import load_partner
+    from agents.runs.parts import load_instance
     from agents.runs.stored import stored_config
     from agents.user_code import is_reference
 
@@ -152,7 +152,7 @@ def partner_again(run: Path, text: str | None) -> Any:
         raise ConfigError(f"--partner is that of the run ({whose!r}); leave it out")
     if not is_reference(text):
         raise ConfigError(f"--partner must be FILE.py:NAME or module:NAME, got {text!r}")
-    return load_partner(text)
+    return load_instance(text)
 
 
 def check_one_writer(run: Path | None, model: str | None) -> None:

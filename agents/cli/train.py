@@ -349,7 +349,7 @@ def _show(result: RunResult, console: Console, as_json: bool) -> None:
     from agents.runs.report import report_notes, table
 
     if as_json:
-        from agents.runs.run import SUMMARY_FILE
+        from agents.runs.files import SUMMARY_FILE
 
         summary = read_json(result.folder / SUMMARY_FILE, (), allow_nan=True)
         typer.echo(json_text({"folder": str(result.folder)} | summary))

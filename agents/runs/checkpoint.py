@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import ConfigError, RunFolderError, TextGenError
-from textgen_env.files import read_json, whole_folder
+from textgen_env.files import HALF_MADE, read_json, whole_folder
 
 
 def save_checkpoint(folder: str | os.PathLike[str], agent: TextDQN, extra: dict[str, Any]) -> Path:
@@ -58,7 +58,7 @@ def save_checkpoint(folder: str | os.PathLike[str], agent: TextDQN, extra: dict[
             (half_made / "state.json").write_text(text, encoding="utf-8")
     except RunFolderError as error:
         raise RunFolderError(f"no checkpoint could be written to {str(parent)!r}: {error}") from error
-    for older in (*_checkpoints(parent), *parent.glob(".*.half-made")):  # killed processes left the latter
+    for older in (*_checkpoints(parent), *parent.glob(f".*{HALF_MADE}")):  # killed processes left the latter
         if older != target:
             shutil.rmtree(older, ignore_errors=True)
     return target

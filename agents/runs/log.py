@@ -24,6 +24,7 @@ from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputF
 
 from agents.runs.checkpoint import save_checkpoint
 from agents.runs.config import RunConfig
+from agents.runs.files import CHECKPOINTS, EVENTS, METRICS_FILE
 from agents.runs.progress import JobProgress
 from agents.runs.signals import Stopped
 from agents.runs.tracking import TrackerWriter, sb3_tags
@@ -32,10 +33,6 @@ from agents.text_dqn.agent import TextDQN
 from textgen_env.errors import RunFolderError
 from textgen_env.extras import is_installed
 from textgen_env.files import check_keys, write_file
-
-CHECKPOINTS = "checkpoints"
-METRICS_FILE = "metrics.csv"
-EVENTS = "tensorboard"
 
 RECENT = 256
 """Texts that a row's means are about."""

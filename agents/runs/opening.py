@@ -12,7 +12,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents.runs.checkpoint import newest_checkpoint
 from agents.runs.config import RunConfig
-from agents.runs.log import CHECKPOINTS
+from agents.runs.files import AGENT_FILE, CHECKPOINTS
 from agents.runs.parts import (
     OBJECTS,
     load_objects,
@@ -48,8 +48,6 @@ from textgen_env.models import load_language_model
 from textgen_env.prompts import PromptSource
 from textgen_env.tasks import Task
 from textgen_env.vector_env import TextGenVectorEnv
-
-AGENT_FILE = "agent.zip"
 
 PORTABLE_AGENTS = ("text_dqn",)
 """Agents stored without pickles: their files run no code when they are read, and their training can be resumed."""

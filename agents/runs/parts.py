@@ -39,30 +39,21 @@ def load_objects(config: RunConfig, names: Sequence[str] = OBJECTS) -> dict[str,
     if "prompts" in names and is_own_code(config.prompts):
         found["prompts"] = load_code(config.prompts)
     if "reward" in names:
-        reward = replace_references(config.reward, load_reward)
+        reward = replace_references(config.reward, load_instance)
         if reward is not config.reward and reward != config.reward:
             found["reward"] = reward
     if "partner" in names and is_reference(config.partner):
-        found["partner"] = load_partner(config.partner)
+        found["partner"] = load_instance(config.partner)
     return found
 
 
-def load_reward(reference: str) -> Any:
-    """Return the user's own reward; of a class, an instance."""
-    return _instance(load_code(reference), reference)
-
-
-def load_partner(reference: str) -> Any:
-    """Return the user's own partner; of a class, an instance."""
-    return _instance(load_code(reference), reference)
-
-
-def _instance(found: Any, reference: str) -> Any:
-    """Return what was found; of a class, an instance.
+def load_instance(reference: str) -> Any:
+    """Return the user's own reward or partner; of a class, an instance.
 
     Raises:
-        ConfigError: the class cannot be called without arguments.
+        ConfigError: it cannot be imported, or the class cannot be called without arguments.
     """
+    found = load_code(reference)
     if not inspect.isclass(found):
         return found
     try:

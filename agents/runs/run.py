@@ -2,17 +2,7 @@
 
     RunConfig -> language model (pruned) -> environment -> agent.learn() -> evaluation -> folder
 
-    config.json    the configuration: enough to repeat the run
-    prompts.jsonl  the prompts, where they are not in the box
-    agent.zip      the agent, as Stable-Baselines3 saves it
-    metrics.csv    the course of the training; also as TensorBoard events in tensorboard/
-    learning.png   the same as a picture
-    summary.json   every figure of the table
-    plane.png      reward against KL: the agent, policies without learning, the best possible one
-    samples.md     texts before and after
-    checkpoints/   while the run goes on: its state, for resuming
-
-Learning and measuring use different prompts, split by template.
+``agents.runs.files`` says what is in the folder. Learning and measuring use different prompts, split by template.
 """
 
 from __future__ import annotations
@@ -32,8 +22,18 @@ from rich.console import Console
 
 from agents.runs.checkpoint import load_checkpoint, newest_checkpoint
 from agents.runs.config import RunConfig
-from agents.runs.log import CHECKPOINTS, EVENTS, RunLog
-from agents.runs.opening import AGENT_FILE, PORTABLE_AGENTS, Run, load_run, load_writer, open_run
+from agents.runs.files import (
+    AGENT_FILE,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    EVENTS,
+    LEARNING_FILE,
+    PLANE_FILE,
+    SAMPLES_FILE,
+    SUMMARY_FILE,
+)
+from agents.runs.log import RunLog
+from agents.runs.opening import PORTABLE_AGENTS, Run, load_run, load_writer, open_run
 from agents.runs.parts import open_env, validation_prompts
 from agents.runs.pictures import draw_learning, draw_plane
 from agents.runs.progress import JobProgress
@@ -42,7 +42,6 @@ from agents.runs.samples import samples_page
 from agents.runs.signals import Stopped, stop_signals
 from agents.runs.sizing import measured_sizes, new_agent, work_of
 from agents.runs.stored import (
-    CONFIG_FILE,
     check_unchanged,
     located,
     no_folder_of_a_failed_start,
@@ -69,13 +68,6 @@ from textgen_env.files import (
 )
 
 __all__ = [
-    "AGENT_FILE",
-    "CONFIG_FILE",
-    "LEARNING_FILE",
-    "PLANE_FILE",
-    "SAMPLES_FILE",
-    "SUMMARY_FILE",
-    "TOKENS_FILE",
     "Run",
     "RunConfig",
     "RunResult",
@@ -87,12 +79,6 @@ __all__ = [
     "resume",
     "train",
 ]
-
-SUMMARY_FILE = "summary.json"
-SAMPLES_FILE = "samples.md"
-PLANE_FILE = "plane.png"
-TOKENS_FILE = "tokens.png"
-LEARNING_FILE = "learning.png"
 
 VALIDATED = 32
 """Texts at each temperature that an agent may choose to act at."""

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from agents.runs.config import CONFIG_SOURCE, RunConfig, is_own_code
-from agents.runs.log import METRICS_FILE, RunLog
+from agents.runs.files import CONFIG_FILE, METRICS_FILE, PROMPTS_FILE
+from agents.runs.log import RunLog
 from agents.runs.parts import load_objects
 from agents.runs.report import Report
 from agents.user_code import check_code, identify, is_file, is_reference, replace_references
@@ -29,9 +30,6 @@ from textgen_env.files import LOCK_FILE, parse_json, parse_yaml, read_text, writ
 from textgen_env.models import MODEL_NAMES
 from textgen_env.prompts import PROMPT_NAMES, SPLITS, Prompt, as_prompt, make_prompts
 from textgen_env.rewards import make_reward, reward_spec
-
-CONFIG_FILE = "config.json"
-PROMPTS_FILE = "prompts.jsonl"
 
 MOST_KEPT = 64 << 20
 """Bytes of prompts that a run keeps; larger files stay where they are."""
