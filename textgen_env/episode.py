@@ -308,6 +308,18 @@ class Episodes:
         state = self._state
         return Proposals(state.candidates[rows], state.logprobs[rows], state.hidden[rows])
 
+    def offer(self, rows: Rows, tokens: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
+        """Return the action that appends each token, (B,). One that is not legal takes the last candidate's place.
+
+        A text that was written elsewhere has such tokens: in half precision, the candidates of a prefix depend
+        on the rows beside it.
+        """
+        state, found = self._state, self.proposals(rows).candidates == tokens[:, None]
+        actions = np.where(found.any(-1), found.argmax(-1), self.k - 1)
+        state.candidates[rows, actions], state.legal[rows, actions] = tokens, True
+        state.continuations[rows] = None  # where they were written out, they were those of other candidates
+        return actions
+
     def log_prior(self, rows: Rows) -> tuple[Floats, Floats]:
         """Return log mu_k over the candidates, (B, k) with -inf where masked, and their log mass, (B,)."""
         self._propose_where_stale(rows)

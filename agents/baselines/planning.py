@@ -113,12 +113,10 @@ class PlanningAgent(ABC):
     def _stand(self, episodes: Episodes, rows: Rows, texts: Sequence[tuple[Prompt, Ids]]) -> None:
         """Let each row hold a prompt and generated tokens, ready to act."""
         episodes.begin(rows, [prompt for prompt, _ in texts])
-        candidates = episodes.proposals(rows).candidates
         for step in range(max(len(ids) for _, ids in texts)):
-            going = np.array([j for j, (_, ids) in enumerate(texts) if len(ids) > step])
-            tokens = np.array([texts[j][1][step] for j in going])
-            episodes.act(rows[going], (candidates[going] == tokens[:, None]).argmax(-1))
-            candidates[going] = episodes.proposals(rows[going]).candidates
+            going = [j for j, (_, ids) in enumerate(texts) if len(ids) > step]
+            episodes.act(rows[going], episodes.offer(rows[going], np.array([texts[j][1][step] for j in going])))
+        episodes.proposals(rows)
 
     def _act(self, episodes: Episodes, rows: Rows, actions: npt.NDArray[np.int64]) -> Outcome:
         self.tokens_used += len(rows)

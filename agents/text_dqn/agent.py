@@ -73,7 +73,8 @@ class TextDQN(DQN):
         score: Where the running scores come from that tell candidates apart before a text is finished:
             ``"given"``, the observation's; ``"learned"``, from rewards of finished
             texts, by a ``TextScorer``; ``"judge"``, learned as well, and while learning the reward is
-            also asked about some prefixes, about ``learner.ASKED`` a text, as long as that helps; None, Q alone.
+            also asked about some prefixes, about ``learner.ASKED`` a text, as long as that helps; None, nothing is
+            learned beside Q: scores that the observation has are used.
             ``"auto"``: given where the reward can score a prefix and the observation shows it, else learned.
         lm_share: Share of the texts that the language model itself writes while learning, which is what
             the scorer learns most from. None: a half with learned scores, else 0.
@@ -243,10 +244,8 @@ class TextDQN(DQN):
         check_at_least("particles", particles, 1)
         if seed is None:
             seed = int(self.learner.rng.integers(2**63))
-        spaces = check_observation_space(self.observation_space).spaces
-        env, is_judged = env_to_write_in(
-            self.env, self.task, self.language_model, reward, sees_scores="score" in spaces
-        )
+        sees_scores = self.q_net.reads_given_scores
+        env, is_judged = env_to_write_in(self.env, self.task, self.language_model, reward, sees_scores)
         settings = {"judge": is_judged, "rows": min(ROWS, particles * max(1, len(prompts))), **settings}
         settings.setdefault("pick", usual_pick(particles, settings["judge"]))
         return ParticlesAgent(env, seed, n=particles, values=self, **settings).write(prompts)
@@ -341,6 +340,7 @@ class TextDQN(DQN):
         self.learner.put(found.steps, found.lengths, found.counted)
         self.num_timesteps += found.counted
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
+        self._episode_num += len(found.lengths)
         self._update_info_buffer(found.infos)
         callback.update_locals({"infos": found.infos})
         goes_on = callback.on_step()
@@ -613,8 +613,7 @@ class TextDQN(DQN):
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            settings: dict[str, Any] = {"private": private, "token": token, "message": commit_message}
-            return push(Path(folder), repo_id, results or {}, **settings)
+            return push(Path(folder), repo_id, results or {}, private=private, token=token, message=commit_message)
 
     @classmethod
     def from_pretrained(

@@ -54,7 +54,7 @@ def echoed(observation: Mapping[str, npt.NDArray[Any]], generated: npt.NDArray[n
         generated: (N,) tokens of each text that are not its prompt's.
     """
     candidates = observation["candidates"]
-    if "tokens" not in observation or "speaker" in observation:
+    if "speaker" in observation or not {"tokens", "length"} <= observation.keys():
         return np.zeros(candidates.shape, np.bool_)
     length = np.asarray(observation["length"])[:, 0] - generated
     place = np.arange(length.max(initial=0))

@@ -7,6 +7,7 @@ Source: hashed features, Weinberger et al. 2009, arXiv:0902.2206.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,21 +61,20 @@ def design_of(texts: JudgedTexts, vectors: Floats, characters: Floats) -> tuple[
         vectors: (V, ``DIRECTIONS``) of the tokens; see ``directions``.
         characters: (V,) of the tokens.
     """
-    vocabulary, of_echoes = len(characters), 3 * len(characters) + PAIRS
-    padding = of_echoes + 2 * (LONGEST + 1)
+    begin, padding = layout(len(characters))
     tokens, places = texts.tokens, np.arange(texts.tokens.shape[1])
     inside = places < texts.lengths[:, None]
     first = first_occurrences(torch.from_numpy(tokens)).gather(1, torch.from_numpy(tokens % RESIDUES)).numpy()
     fresh = inside & (first == places)
     pairs = pair_index(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])).numpy()
-    echo = of_echoes + np.minimum(characters[tokens], LONGEST).astype(np.int64)
+    echo = begin["echo"] + np.minimum(characters[tokens], LONGEST).astype(np.int64)
     echoes = np.concatenate([echo, echo + LONGEST + 1], 1)
     last = np.take_along_axis(tokens, texts.lengths[:, None] - 1, 1)
     sparse = {
         "token": np.where(inside, tokens, padding),
-        "first": np.where(fresh, vocabulary + tokens, padding),
-        "last": np.where(texts.finished[:, None], 2 * vocabulary + last, padding),
-        "pair": np.where(inside[:, 1:], 3 * vocabulary + pairs, padding),
+        "first": np.where(fresh, begin["first"] + tokens, padding),
+        "last": np.where(texts.finished[:, None], begin["last"] + last, padding),
+        "pair": np.where(inside[:, 1:], begin["pair"] + pairs, padding),
         "echo": np.where(np.concatenate([inside, fresh], 1) & np.tile(texts.echoes, 2), echoes, padding),
     }
     length = (characters[tokens] * inside).sum(1)
@@ -83,6 +83,13 @@ def design_of(texts: JudgedTexts, vectors: Floats, characters: Floats) -> tuple[
     for place in places:  # one after the other: all at once are large
         means += vectors[tokens[:, place]] * inside[:, place, None]
     return Design.of(sparse, {"vector": means, "length": hats(length, marks)}, padding), marks
+
+
+def layout(vocabulary: int) -> tuple[dict[str, int], int]:
+    """Return where the numbers of each kind of sparse feature begin, and the number behind the last, for none."""
+    sizes = {"token": vocabulary, "first": vocabulary, "last": vocabulary, "pair": PAIRS, "echo": 2 * (LONGEST + 1)}
+    *begin, end = itertools.accumulate(sizes.values(), initial=0)
+    return dict(zip(sizes, begin, strict=True)), end
 
 
 def directions(language_model: LanguageModel) -> Floats:

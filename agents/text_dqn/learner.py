@@ -136,22 +136,16 @@ class Learner:
 
     # --- acting
 
-    def act(self, observation: Mapping[str, npt.NDArray[Any]], progress: float) -> Acted:
+    def act(self, observation: Mapping[str, npt.NDArray[Any]], progress: float, freely: bool = False) -> Acted:
         """Choose one action a row.
 
         Args:
             observation: (N, ...) a key.
             progress: Share of the training that is done.
+            freely: Leave no text to the language model.
         """
-        return self._acted(observation, progress, self._chosen_by_lm(observation["budget"][:, 0]))
-
-    def act_freely(self, observation: Mapping[str, npt.NDArray[Any]], progress: float) -> Acted:
-        """Do as ``act`` does, but leave no text to the language model."""
-        return self._acted(observation, progress, np.zeros(len(observation["logprobs"]), bool))
-
-    def _acted(
-        self, observation: Mapping[str, npt.NDArray[Any]], progress: float, by_language_model: npt.NDArray[np.bool_]
-    ) -> Acted:
+        budget = observation["budget"][:, 0]
+        by_language_model = np.zeros(len(budget), bool) if freely else self._chosen_by_lm(budget)
         tensors = {key: torch.as_tensor(value, device=self.network.device) for key, value in observation.items()}
         logprobs = self.log_policy(tensors, self.behaviour_beta(progress))
         log_mu, _ = renormalise(observation["logprobs"], observation["action_mask"])

@@ -67,13 +67,6 @@ def prior(observations: Tensors) -> torch.Tensor:
     return torch.log_softmax(torch.where(legal, logprobs, MASKED_LOGIT), dim=-1)
 
 
-def known_advantage(observations: Tensors) -> torch.Tensor | None:
-    """Return what each candidate adds to the running score, (..., k), where the observation has it."""
-    if "candidate_scores" not in observations or "score" not in observations:
-        return None
-    return (observations["candidate_scores"] - observations["score"]).float()
-
-
 def own_text(observations: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids (B, T) and lengths (B, 1) whose last ones are the agent's own: replies are left out."""
     tokens, length = observations["tokens"].long(), observations["length"].long()
@@ -222,12 +215,14 @@ class CandidateQNetwork(nn.Module):
         """Return observations with what given scores are worth in their place, after ``steps`` (..., 1) tokens."""
         if self.score_value is None:
             return observations
-        found = {"score": self.score_value(observations["score"].float(), steps)}
+        last = len(self.score_value.slope) - 1
+        at = steps + last - self.max_new_tokens  # texts of another length than in training: by the tokens that are left
+        found = {"score": self.score_value(observations["score"].float(), at.clamp(0, last))}
         if self.uses_candidate_scores:
             scores, candidates = observations["candidate_scores"].float(), observations["candidates"]
             ends = () if self._language_model is None else self._language_model.end_ids
             ended = torch.isin(candidates, torch.tensor(ends, dtype=candidates.dtype, device=candidates.device))
-            after = self.score_value(scores, (steps + 1).clamp(max=self.max_new_tokens))
+            after = self.score_value(scores, (at + 1).clamp(0, last))
             found["candidate_scores"] = torch.where(ended, scores, after)
         return {**observations, **found}
 
@@ -269,8 +264,9 @@ class CandidateQNetwork(nn.Module):
 
     def known(self, observations: Tensors) -> torch.Tensor:
         """Return the part of Q that is not learned, (..., k)."""
-        known = known_advantage(observations) if self.uses_candidate_scores else None
-        return torch.zeros_like(observations["logprobs"]) if known is None else known
+        if not self.uses_candidate_scores:
+            return torch.zeros_like(observations["logprobs"])
+        return (observations["candidate_scores"] - observations["score"]).float()
 
     def forward(self, observations: Tensors) -> torch.Tensor:
         """Return Q of single states, (B, k)."""

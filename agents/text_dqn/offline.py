@@ -132,7 +132,7 @@ def fill_replay(replay: EpisodeReplay, dataset: MinariDataset) -> int:
             episode.actions,
             episode.rewards,
             behaviour,
-            by_language_model=(episode.infos or {}).get(BY_LANGUAGE_MODEL, np.zeros(len(behaviour) + 1, bool))[1:],
+            by_language_model=np.asarray(episode.infos.get(BY_LANGUAGE_MODEL, np.zeros(len(behaviour) + 1, bool)))[1:],
             ended=bool(episode.terminations[-1]),
         )
     return sum(lengths)
@@ -294,7 +294,11 @@ def _checked(episode: EpisodeData, replay: EpisodeReplay) -> npt.NDArray[np.floa
             f"infos[{BEHAVIOUR!r}] must have shape ({steps + 1},), the log-probability of action t at t + 1, got "
             f"{logprobs.shape}: textgen record writes it"
         )
-    numbers = {key: np.asarray(episode.observations[key]) for key in replay.keys}
+    chosen = np.asarray((episode.infos or {}).get(BY_LANGUAGE_MODEL, np.zeros(steps + 1)))
+    if chosen.shape != (steps + 1,):
+        raise refuse(f"infos[{BY_LANGUAGE_MODEL!r}] must have shape ({steps + 1},), got {chosen.shape}")
+    read = (*replay.keys, *(key for key in ("tokens", "length") if key in episode.observations))
+    numbers = {key: np.asarray(episode.observations[key]) for key in read}
     for name, values in {**numbers, "rewards": np.asarray(episode.rewards), BEHAVIOUR: logprobs[1:]}.items():
         if name in numbers and len(values) != steps + 1:
             raise refuse(f"observation {name!r} must have {steps + 1} entries, one more than steps, got {len(values)}")

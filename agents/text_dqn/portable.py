@@ -73,7 +73,7 @@ def described(
     plain: dict[str, Any] = {
         "policy_class": policy_class,
         "policy_kwargs": _plain_kwargs(policy_kwargs),
-        "observation_space": {key: _box(space) for key, space in _boxes(observation_space).items()},
+        "observation_space": {key: _box(box) for key, box in observation_space.spaces.items()},  # type: ignore[attr-defined]
         "action_space": int(action_space.n),  # type: ignore[attr-defined]  # SB3 has checked it
         **{name: None if callable(value) else value for name, value in settings.items()},
     }
@@ -88,7 +88,8 @@ def restored(stored: Any, given: Mapping[str, Any], policies: Mapping[str, type]
         ConfigError: something pickled, something left out that is not ``given``, a value out of
             range, or no settings at all.
     """
-    if not isinstance(stored, dict) or not _is_names(stored.get("left_out")):
+    left_out = stored.get("left_out") if isinstance(stored, dict) else None
+    if not isinstance(left_out, list) or not all(isinstance(name, str) for name in left_out):
         raise ConfigError(f"{source} holds no agent that TextDQN.save or save_pretrained wrote")
     pickled = [k for k, v in stored.items() if isinstance(v, dict) and ":serialized:" in v and k not in given]
     if pickled:
@@ -96,7 +97,7 @@ def restored(stored: Any, given: Mapping[str, Any], policies: Mapping[str, type]
             f"{source} holds pickled entries ({', '.join(sorted(pickled))}), and unpickling runs whatever code they "
             "hold: TextDQN reads only what it wrote itself. Give trusted values in custom_objects"
         )
-    missing = [name for name in stored["left_out"] if name not in given]
+    missing = [name for name in left_out if name not in given]
     if missing:
         raise ConfigError(
             f"{source} could not store {', '.join(missing)}, which is no plain data: give it again, as "
@@ -127,10 +128,6 @@ def checked_counters(stored: Mapping[str, Any]) -> dict[str, Any]:
     counters = {name: bounds.check(name, stored[name]) for name, bounds in COUNTERS.items()}
     np.random.default_rng().bit_generator.state = stored["learner"]["rng"]  # refuses what is no state
     return counters | {"learner": dict(stored["learner"])}
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def read_zip(path: Any) -> Any:
@@ -164,10 +161,6 @@ def reporting_damage(path: Any) -> Iterator[None]:
     except Exception as error:  # there are a dozen kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"the agent in {path} cannot be read, the file is damaged: {reason}") from error
-
-
-def _boxes(space: spaces.Space[Any]) -> dict[str, spaces.Box]:
-    return dict(space.spaces)  # type: ignore[attr-defined]  # check_observation_space has seen to it
 
 
 def _box(space: spaces.Box) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from agents.text_dqn.features import (
     design_of,
     first_occurrences,
     hats,
+    layout,
     pair_index,
 )
 from agents.text_dqn.outlook import Course, Visited, course, still_to_come
@@ -305,25 +306,20 @@ class TextScorer(nn.Module):
 
     def _take_weights(self, design: Design, fitted: Fitted, vectors: Floats) -> Floats:
         """Fill the tables of contributions; return the weights of the marks, their mean over the folds."""
-        vocabulary = self.vocab_size
+        begin, end = layout(self.vocab_size)
         scales = {group: design.scales[part.start] for group, part in design.groups.items()}
         weights = np.concatenate([fitted.weights, fitted.weights.mean(0, keepdims=True)])
         biases = np.append(fitted.biases, fitted.biases.mean())
         occurring, dense = design.parts(weights)
-        of_echoes = 3 * vocabulary + PAIRS
-        sparse = np.zeros((FOLDS + 1, of_echoes + 2 * (LONGEST + 1)))
+        sparse = np.zeros((FOLDS + 1, end))
         sparse[:, design.used] = occurring[:, :-1]
-        token, first, last = (sparse[:, i * vocabulary : (i + 1) * vocabulary] for i in range(3))
+        kinds = zip(begin, np.split(sparse, list(begin.values())[1:], 1), strict=True)
+        of = {kind: weights * scales[kind] for kind, weights in kinds}
         of_vectors = dense[:, : vectors.shape[1]].astype(np.float32) @ vectors.T
-        for table, values in (
-            (self.token, token * scales["token"] + of_vectors * scales["vector"]),
-            (self.first, first * scales["first"]),
-            (self.last, last * scales["last"]),
-            (self.pair, sparse[:, 3 * vocabulary : of_echoes] * scales["pair"]),
-            (self.echo, (sparse[:, of_echoes:] * scales["echo"]).reshape(self.echo.shape)),
-            (self.bias, biases),
-        ):
-            table.copy_(torch.from_numpy(values))
+        of["token"] += of_vectors * scales["vector"]
+        for kind, values in {**of, "bias": biases}.items():
+            table = getattr(self, kind)
+            table.copy_(torch.from_numpy(values).view(table.shape))
         of_length: Floats = dense[-1, vectors.shape[1] :] * scales["length"]
         return of_length
 

@@ -24,7 +24,7 @@ from transformers import LogitsProcessor
 from agents.text_dqn.learner import Learner
 from agents.text_dqn.networks import prior
 from agents.text_dqn.targets import log_policy
-from agents.text_dqn.task import refuse_conversations
+from agents.text_dqn.task import known_task
 from textgen_env.config import check_at_least
 from textgen_env.errors import ConfigError, ModelError
 from textgen_env.models.base import LanguageModel
@@ -76,9 +76,7 @@ class Steering(LogitsProcessor):
         max_new_tokens: int | None,
         reward: Any,
     ) -> None:
-        if task is None or "top_k" not in task:
-            raise ConfigError("the agent does not know its task: it was trained in an environment of another make")
-        refuse_conversations(task)
+        task = self._task = known_task(task)
         self._learner = learner
         self.max_new_tokens = task["max_new_tokens"] if max_new_tokens is None else max_new_tokens
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
@@ -87,7 +85,6 @@ class Steering(LogitsProcessor):
                 f"max_new_tokens must be at most {task['max_new_tokens']}, as in training, got {self.max_new_tokens}: "
                 "scores are learned for so many places"
             )
-        self._task = task
         self._model = model
         self._language_model = language_model
         _check_same(model, language_model)
@@ -110,11 +107,6 @@ class Steering(LogitsProcessor):
             "eos_token_id": list(self._language_model.end_ids) or None,
             "disable_compile": True,  # hooks are not compiled
         }
-
-    @property
-    def _hidden(self) -> torch.Tensor | None:
-        """Hidden states of the last tokens of this thread's last forward, (B, d), until a step has used them."""
-        return self._texts.hidden
 
     # --- the hooks
 
@@ -163,7 +155,7 @@ class Steering(LogitsProcessor):
                 than ``max_new_tokens`` steps, no cache, or a forward of another model.
         """
         texts, ids = self._texts, input_ids.cpu().numpy()
-        hidden, texts.hidden = self._hidden, None
+        hidden, texts.hidden = texts.hidden, None
         if hidden is None or len(hidden) != len(input_ids):
             raise ConfigError(
                 "the model that generates is not the one given to logits_processor, or outside its with, or it judges "

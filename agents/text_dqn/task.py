@@ -19,6 +19,9 @@ from textgen_env.models.base import LanguageModel
 from textgen_env.rewards import reward_spec
 from textgen_env.vector_env import TextGenVectorEnv
 
+KEPT_SETTINGS = ("top_k", "top_p", "min_new_tokens", "max_new_tokens")
+"""Settings of the environment that a task holds, beside the strings that stop a text."""
+
 PROBES = 32
 """Tokens by which a language model is recognised."""
 
@@ -40,10 +43,7 @@ def task_of(env: VecEnv) -> dict[str, Any]:
         "reward_name": episodes.reward.name,
         "scores": episodes.reward.running() is not None,
         "prompts": prompts,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "min_new_tokens": config.min_new_tokens,
-        "max_new_tokens": config.max_new_tokens,
+        **{name: getattr(config, name) for name in KEPT_SETTINGS},
         "stop": list(config.stop),
         **({} if episodes.partner is None else {"partner": episodes.partner.name}),
     }
@@ -73,10 +73,9 @@ def env_to_write_in(
         settings = vars(episodes.config) | {"observation": "default", "render_mode": None}
         settings["partner"] = episodes.partner
         reward = episodes.reward if reward is None else reward
-    elif task is not None and "top_k" in task:
-        refuse_conversations(task)
-        names = ("top_k", "top_p", "min_new_tokens", "max_new_tokens", "stop")
-        settings = {name: task[name] for name in names if name in task}
+    else:
+        task = known_task(task)
+        settings = {name: task[name] for name in (*KEPT_SETTINGS, "stop") if name in task}
         settings["max_prompt_tokens"] = max(1, min(512, model.max_context - task["max_new_tokens"]))
         reward = task["reward"] if reward is None else reward
         if reward is None and task["scores"] and sees_scores:
@@ -84,19 +83,24 @@ def env_to_write_in(
                 f"the agent sees running scores of reward {task['reward_name']!r}, a Python object that was not "
                 "stored: give it again, as reward=..."
             )
-    else:
-        raise ConfigError("the agent does not know its task: it was trained in an environment of another make")
     judge = (lambda text: 0.0) if reward is None else reward
     return TextGenVectorEnv(rows, model, prompts, judge, **settings | changed), reward is not None
 
 
-def refuse_conversations(task: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` if an agent of this task has learned conversations, where no partner is at hand."""
+def known_task(task: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return ``task`` if an environment can be made from it: of our make, and without a partner, who is not stored.
+
+    Raises:
+        ConfigError: it is another.
+    """
+    if task is None or "top_k" not in task:
+        raise ConfigError("the agent does not know its task: it was trained in an environment of another make")
     if task.get("partner") is not None:
         raise ConfigError(
             f"the agent has learned conversations with partner {task['partner']!r}, which is not stored: let it act in "
             "an environment with that partner"
         )
+    return task
 
 
 def fingerprint(model: LanguageModel) -> dict[str, Any]:

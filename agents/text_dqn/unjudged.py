@@ -51,7 +51,7 @@ class UnjudgedTexts:
         observation, _ = self._env.reset(seed=int(learner.rng.integers(2**31)))
         nothing, never = np.zeros(self._env.num_envs), np.zeros(self._env.num_envs, np.bool_)
         for step in range(self._env.max_new_tokens):
-            acted = learner.act_freely(observation, progress)
+            acted = learner.act(observation, progress, freely=True)
             following, _, done, _, _ = self._env.step(acted.actions)
             is_last = step == self._env.max_new_tokens - 1  # texts that began in a row's middle are cut off here
             self._texts.add(observation, following, acted, nothing, done | is_last, never)

@@ -126,6 +126,22 @@ def test_a_text_begun_by_another_is_taken_up_where_it_stands(name):
     assert agent.predict(single)[0].shape == ()
 
 
+@pytest.mark.parametrize("keys", [(), ("score", "candidate_scores")])
+def test_a_text_with_a_token_that_is_not_proposed_is_planned_from_as_it_stands(keys):
+    """Near-ties of half precision: the list of candidates depends on the rows beside a text."""
+    env = open_env(top_k=2)
+    agent = PLANNING_AGENTS["best_of_n"](env, seed=0)
+    episodes, row = agent._open(1, *keys), np.array([0])
+    prompt = Prompt(toys.PROMPTS[0])
+    episodes.begin(row, [prompt])
+    listed = episodes.proposals(row).candidates[0].tolist()
+    other = next(token for token in range(len(toys.TOKENS)) if token not in (*listed, *toys.letters().end_ids))
+    text = (other, listed[0])
+    agent._stand(episodes, row, [(prompt, text)])
+    assert episodes.ids_of(0)[1] == list(text)
+    assert episodes.text_of(0) == toys.letters().decode(list(text))
+
+
 @pytest.mark.parametrize("name", sorted(PLANNING_AGENTS))
 def test_the_whole_vocabulary_can_be_searched(name):
     env = open_env(top_k=None)

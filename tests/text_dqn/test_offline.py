@@ -220,6 +220,10 @@ BAD = {
     "action out of range": (lambda o, f: f.update(actions=np.array([9, 0])), "action 9 at step 0"),
     "no end": (lambda o, f: f.update(terminations=[False, False]), r"must end at its last step 1.*ends at \[\]"),
     "end in the middle": (lambda o, f: f.update(terminations=[True, True]), r"ends at \[0, 1\]"),
+    "who chose, shorter": (
+        lambda o, f: f["infos"].update({BY_LANGUAGE_MODEL: np.array([False, True])}),
+        r"infos\['by_language_model'\] must have shape \(3,\), got \(2,\)",
+    ),
     "key missing": (lambda o, f: o.pop("hidden"), r"'hidden' must have shape \(6,\), the dataset has none"),
 }
 
@@ -229,6 +233,12 @@ def test_a_malformed_episode_is_refused_with_what_is_wrong(name, tmp_path):
     change, message = BAD[name]
     with pytest.raises(DatasetError, match=message):
         fill_replay(replay_of(make()), written(tmp_path / "data", change))
+
+
+def test_without_lengths_nothing_is_known_of_the_prompt(tmp_path):
+    replay = replay_of(make())
+    assert fill_replay(replay, written(tmp_path / "data", lambda o, f: o.pop("length"))) == 2
+    assert not replay.store["echoes"].any()
 
 
 def test_a_dataset_that_does_not_fit_is_refused(dataset, tmp_path, monkeypatch):

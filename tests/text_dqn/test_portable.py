@@ -161,6 +161,13 @@ def test_a_folder_gives_the_same_agent_with_or_without_an_environment(tmp_path):
     assert set(load_file(tmp_path / "model.safetensors")) == set(agent.policy.state_dict())
 
 
+def test_an_agent_that_learned_its_scores_writes_without_the_reward_that_showed_others(tmp_path):
+    agent_in(make(keys=NEEDED_KEYS + SCORES), score="learned").save_pretrained(tmp_path)
+    loaded = TextDQN.from_pretrained(tmp_path, model=letters())
+    found = loaded.write([PROMPTS[0]], particles=2)
+    assert np.isnan(found[0].reward)  # nobody knows it: the reward, an object, was not stored
+
+
 def test_the_card_says_what_was_trained_on_what(tmp_path):
     mix = {"length": 1.0, "repetition": -0.5}
     agent_in(make(reward=mix, min_new_tokens=2), beta=0.25).learn(240).save_pretrained(tmp_path)

@@ -121,6 +121,19 @@ def test_q_is_what_a_candidate_adds_to_the_value_and_an_ending_adds_to_the_score
     np.testing.assert_allclose(agent.learner.q(observation), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [2, 4, 6])
+def test_lines_hold_for_so_many_tokens_left(length):
+    """Steering may write shorter and longer texts than training: the last token is worth what it adds to the score."""
+    agent = with_lines(agent_in(make()))
+    network = agent.q_net
+    network.max_new_tokens = length
+    for left, intercept, slope in ((1, 0.0, 1.0), (2, 0.2, 0.8)):
+        scores = {"score": torch.tensor([[0.5]]), "candidate_scores": torch.tensor([[2.0]])}
+        given = {**scores, "candidates": torch.tensor([[1]])}
+        valued = network.valued(given, torch.tensor([[length - left]]))
+        np.testing.assert_allclose(valued["candidate_scores"], [[intercept + slope * 2.0]], atol=1e-6)
+
+
 def test_values_are_a_potential_in_the_rewards_of_whole_texts():
     env = make()
     agent = with_lines(agent_in(env))

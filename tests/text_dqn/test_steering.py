@@ -183,6 +183,15 @@ def test_another_budget_than_in_training_is_told_to_the_network(tiny_lm):
     assert texts[0] == texts[1]
 
 
+def test_texts_may_be_longer_than_in_training_where_scores_are_given(tiny_lm):
+    agent = trained(vector_env(tiny_lm, keys=NEEDED_KEYS + SCORES, max_new_tokens=3))
+    model, tokenizer = tiny_lm
+    with agent.logits_processor(model, max_new_tokens=7, reward=Worth()) as steer:
+        settings = steer.settings | {"pad_token_id": 0, "min_new_tokens": 7}
+        found = model.generate(**batch(tokenizer), logits_processor=[steer], **settings)
+    assert found.shape[1] == batch(tokenizer)["input_ids"].shape[1] + 7
+
+
 def sliding():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -23,6 +23,7 @@ from agents.sb3_vec import SB3VecEnv
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.head import LAST_TOKENS, TOGETHER, CandidateHead, near_the_end
 from agents.text_dqn.networks import NEEDED_KEYS
+from agents.text_dqn.sources import Collected
 from agents.text_dqn.targets import OBJECTIVES, soft_value
 from agents.text_dqn.validation import LANGUAGE_MODEL
 from textgen_env import TableModel
@@ -328,6 +329,22 @@ class StopsAt(BaseCallback):
 
     def _on_step(self):
         return self.num_timesteps < self.steps
+
+
+def test_texts_from_elsewhere_are_counted():
+    """As SB3 counts those of an environment: a checkpoint says how many there were."""
+    env = make()
+    source = small_agent(env, learning_starts=10**6).learn(80).replay_buffer
+
+    class Elsewhere:
+        def collect(self, learner, logger, progress, steps_left):
+            steps, lengths = source.take()
+            return Collected(steps, lengths, [{"episode": {"r": 0.0, "l": 1}}] * len(lengths), int(lengths.sum()))
+
+    agent = small_agent(env, learning_starts=10**6)
+    agent.episode_source = Elsewhere()
+    agent.learn(1)
+    assert agent._episode_num == agent.replay_buffer.episodes_seen > 10
 
 
 def test_a_temperature_that_cannot_be_chosen_stays_what_it_was():

@@ -6,7 +6,7 @@ candidates, fastest first  ->  a few short texts in ragged rows  ->  the first w
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any, Protocol
@@ -17,11 +17,8 @@ import torch
 
 from textgen_env.errors import ModelError
 from textgen_env.models.base import Slots
-from textgen_env.models.forward import Forward, without_dropout
-from textgen_env.models.generic import GenericDecoder
-from textgen_env.models.llama import LlamaDecoder
+from textgen_env.models.forward import without_dropout
 from textgen_env.models.packing import Decoder, PackedDecoder
-from textgen_env.models.stateful import WAYS, StatefulDecoder
 
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What a module raises that cannot run in some way; ``ModelError`` is a ``ValueError``."""
@@ -96,26 +93,6 @@ def agreeing_decoder(model: CheckedModel, windows: Sequence[int], reach: Reach =
     raise ModelError(
         f"{kind} is not supported: no way to run it agrees with its own uncached forward. " + "; ".join(reasons)
     )
-
-
-def causal_decoders(
-    module: Any, reach: Reach, forward: Callable[[], Forward], relayout: bool = False
-) -> Iterator[partial[Any]]:
-    """Yield functions that make decoders of a causal LM that reach so far, fastest first.
-
-    Args:
-        module: The causal LM.
-        reach: How far the texts go.
-        forward: Returns its own forward, which all decoders share that run it.
-        relayout: Its weights may be laid out anew in memory.
-    """
-    if reach is Reach.NEAR and LlamaDecoder.fits(module):
-        yield partial(LlamaDecoder, module, relayout=relayout)
-    if reach is Reach.NEAR:
-        yield partial(GenericDecoder, forward())
-    for way in WAYS:
-        if reach is not Reach.UNCACHED or not way.cached:
-            yield partial(StatefulDecoder, forward(), way)
 
 
 @torch.inference_mode()

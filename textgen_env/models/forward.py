@@ -53,7 +53,9 @@ class Forward:
             return found.logits[:, -1], kept[-1][:, -1], found
         if head is not None:
             self._head_is_called = False
-            return self(_without_cache(inputs), pick)
+            if any(inputs.get(name) is not None for name in CACHE_NAMES):
+                raise TypeError("the output embedding is called for some inputs and not for others")
+            return self(inputs, pick)
         states = found.decoder_hidden_states if "decoder_input_ids" in inputs else found.hidden_states
         logits, hidden = found.logits[:, -1], states[-1][:, -1]
         return (logits, hidden, found) if pick is None else (logits[pick], hidden[pick], found)
@@ -76,12 +78,6 @@ def without_dropout(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _without_cache(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    if any(inputs.get(name) is not None for name in CACHE_NAMES):
-        raise TypeError("the output embedding is called for some inputs and not for others")
-    return inputs
 
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state", "past_buckets_states", "mems")

@@ -12,13 +12,16 @@ import torch
 
 from textgen_env.config import check_at_least
 from textgen_env.errors import CapacityError, ConfigError, ModelError
-from textgen_env.models.agreement import Reach, agreeing_decoder, causal_decoders
+from textgen_env.models.agreement import Reach, agreeing_decoder
 from textgen_env.models.base import LanguageModel
 from textgen_env.models.device import available_bytes, compute_alone_after_fork, forward_lock, release_freed_memory
 from textgen_env.models.forward import Forward, no_cache
+from textgen_env.models.generic import GenericDecoder
+from textgen_env.models.llama import LlamaDecoder
 from textgen_env.models.packing import Decoder, PackedDecoder
 from textgen_env.models.parts import ModuleParts
 from textgen_env.models.slots import HFSlots
+from textgen_env.models.stateful import WAYS, StatefulDecoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -178,7 +181,13 @@ class HFModel(LanguageModel):
 
     def candidate_decoders(self, reach: Reach) -> Iterator[partial[Any]]:
         """Return functions that make decoders of this model, fastest first."""
-        return causal_decoders(self.model, reach, lambda: self._forward, self._relayout)
+        if reach is Reach.NEAR and LlamaDecoder.fits(self.model):
+            yield partial(LlamaDecoder, self.model, relayout=self._relayout)
+        if reach is Reach.NEAR:
+            yield partial(GenericDecoder, self._forward)
+        for way in WAYS:
+            if reach is not Reach.UNCACHED or not way.cached:
+                yield partial(StatefulDecoder, self._forward, way)
 
     def check_prompt(self, ids: Sequence[int], length: int) -> list[int]:
         """Return a prompt of ``length`` tokens for a row whose text goes on with ``ids``."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from textgen_env.models.cache import CacheShape, KeyValues
 from textgen_env.models.device import forward_lock, one_blas_thread
-from textgen_env.models.one_row import OneRow, column_layers
+from textgen_env.models.one_row import OneRow
 from textgen_env.models.packing import AttentionGroup, PackedDecoder, RaggedBatch
 from textgen_env.models.projections import ACTIVATIONS, ColumnProjection, Projection, RMSNorm, best_projection
 
@@ -62,12 +62,16 @@ class LlamaDecoder(PackedDecoder):
 
     def _for_one_row(self, model: Any) -> OneRow | None:
         """Return the decoder of a lone row, on this one's own products where those are NumPy's."""
-        if not OneRow.fits(model):
+        if not OneRow.fits(model) or not (self._in_numpy or OneRow.is_small(model)):
             return None
-        if self._in_numpy:
-            products: Any = [(x.qkv, x.out, x.gate, x.up, x.down) for x in self._layers]
-            return OneRow(model, products, self._head)  # type: ignore[arg-type]
-        return OneRow(model, *column_layers(model)) if OneRow.is_small(model) else None
+        layers, head = self._layers, self._head
+        if not self._in_numpy:
+            layers = [
+                _LlamaLayer(model.config, layer, ColumnProjection, relayout=False) for layer in model.model.layers
+            ]
+            head = ColumnProjection([model.lm_head])
+        products: Any = [(x.qkv, x.out, x.gate, x.up, x.down) for x in layers]
+        return OneRow(model, products, head)  # type: ignore[arg-type]
 
     @staticmethod
     def fits(model: Any) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from textgen_env.models.products import Float32s
-from textgen_env.models.projections import ColumnProjection, RMSNorm, takes_columns
+from textgen_env.models.projections import ColumnProjection, takes_columns
 
 Layer = tuple[ColumnProjection, ColumnProjection, ColumnProjection, ColumnProjection, ColumnProjection]
 """Queries, keys and values as one; output; gate; up; down."""
@@ -81,14 +81,3 @@ class OneRow:
             x = x + down.product(gate * (0.5 + 0.5 * np.tanh(0.5 * gate)) * up_of.product(normed))
         hidden = x * np.float32((float(x @ x) / len(x) + self._eps) ** -0.5) * self._norm
         return self._head.product(hidden), hidden
-
-
-def column_layers(model: Any) -> tuple[list[Layer], ColumnProjection]:
-    """Return copies of the products of a Llama's layers, and of its output layer, for ``OneRow``."""
-    layers = []
-    for x in model.model.layers:
-        attention, mlp, after = x.self_attn, x.mlp, RMSNorm.of(x.post_attention_layernorm)
-        qkv = ColumnProjection([attention.q_proj, attention.k_proj, attention.v_proj], RMSNorm.of(x.input_layernorm))
-        gate, up = (ColumnProjection([part], after) for part in (mlp.gate_proj, mlp.up_proj))
-        layers.append((qkv, ColumnProjection([attention.o_proj]), gate, up, ColumnProjection([mlp.down_proj])))
-    return layers, ColumnProjection([model.lm_head])

@@ -148,9 +148,8 @@ class ColumnProjection(Projection):
 
     def __init__(self, linears: Sequence[nn.Linear], norm: RMSNorm | None = None, relayout: bool = False) -> None:
         weights = [linear.weight.detach() for linear in linears]
-        columns = [
-            weight.t().contiguous() for weight in (weights if relayout else [torch.cat(weights)])
-        ]  # (d, outputs)
+        weights = weights if relayout else [torch.cat(weights)]
+        columns = [weight.t().contiguous() for weight in weights]  # (d, outputs)
         self._eps = 0.0 if norm is None else norm.eps
         self._scale: Float32s | None = None
         if relayout:

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from textgen_env.errors import CapacityError, ModelError, PromptError
 from textgen_env.models.agreement import Reach
-from textgen_env.models.base import LanguageModel, Rows
+from textgen_env.models.base import Rows
 from textgen_env.models.forward import no_cache
 from textgen_env.models.hf import HFModel, positions_of
 from textgen_env.models.own_cache import Lengths, OwnBatch
@@ -89,26 +89,12 @@ class Seq2SeqDecoder(StatefulDecoder):
 
 
 class SourceSlots(HFSlots):
-    """Rows of text that an encoder-decoder writes. See ``Slots`` for the contract.
+    """Rows of text that an encoder-decoder writes. See ``Slots`` for the contract."""
 
-    Args:
-        begin: The tokens with which each text begins.
-        longest: Tokens that the encoder reads at most.
-    """
+    model: Seq2SeqModel
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        decoder: Decoder,
-        rows: int,
-        length: int,
-        k: int | None,
-        memo_bytes: int,
-        begin: Sequence[int],
-        longest: int,
-    ) -> None:
-        super().__init__(model, decoder, rows, length, k, memo_bytes)
-        self._begin, self._longest = tuple(begin), longest
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self._sources: dict[int, tuple[int, ...]] = {}
 
     def start(self, rows: Rows, prompts: Sequence[Sequence[int]]) -> None:
@@ -116,11 +102,13 @@ class SourceSlots(HFSlots):
         for prompt in prompts:
             if not len(prompt):
                 raise PromptError("a prompt needs at least one token")
-            if len(prompt) > self._longest:
-                raise CapacityError(f"the encoder reads at most {self._longest} tokens, got a prompt of {len(prompt)}")
+            if len(prompt) > self.model.max_source:
+                raise CapacityError(
+                    f"the encoder reads at most {self.model.max_source} tokens, got a prompt of {len(prompt)}"
+                )
             self._check_ids(np.asarray(prompt, np.int64))
         self.set_prompts(rows, prompts)
-        super().start(rows, [self._begin] * len(rows))
+        super().start(rows, [self.model.begin] * len(rows))
 
     def set_prompts(self, rows: Rows, prompts: Sequence[Sequence[int]]) -> None:
         for row, prompt in zip(rows.tolist(), prompts, strict=True):
@@ -176,7 +164,7 @@ class Seq2SeqModel(HFModel):
         return decoder.get_input_embeddings() if found is None else found
 
     def open_slots(self, decoder: Decoder, rows: int, length: int, k: int | None, memo_bytes: int) -> SourceSlots:
-        return SourceSlots(self, decoder, rows, length, k, memo_bytes, begin=self.begin, longest=self.max_source)
+        return SourceSlots(self, decoder, rows, length, k, memo_bytes)
 
     def candidate_decoders(self, reach: Reach) -> Iterator[partial[Any]]:
         ways = [way for way in SEQ2SEQ_WAYS if reach is not Reach.UNCACHED or not way.cached]

@@ -106,9 +106,8 @@ class StatefulDecoder:
     def __init__(self, forward: Forward, way: Way) -> None:
         self.model, self.way, self.name = forward.model, way, way.name
         self.forward, self.lock = forward, forward.lock
-        model = forward.model
-        self.device: torch.device = model.device
-        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = self.model.device
+        self.dtype: torch.dtype = self.model.dtype
         self._name = ""  # of the cache, among the arguments of the model
         self._axes: Mapping[Path, Axes] = {}
         self._pads = True
