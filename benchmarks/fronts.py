@@ -1,12 +1,15 @@
 """``python -m benchmarks.learning --fronts``: TextDQN and GRPO on judges of finished texts, at equal CPU seconds.
 
-One agent learns and acts at several temperatures, each a point of reward and KL. GRPO runs once with each of its six
-settings, for as many CPU seconds as the agent learned, and is measured after every eighth of them. All its points
-count, though a user would have to know beforehand which setting and which moment are the best.
+One agent learns and acts at several temperatures, each a point of reward and KL. GRPO runs once with each of nine
+settings, for as many CPU seconds as the agent learned, and is measured after every eighth of them: three learning
+rates, and as KL term none, 0.04, or the price of a nat that the agent is told. (GRPO divides rewards by their deviation
+in a group, so the price is divided by the deviation of the language model's.) All its points count, though a user would
+have to know beforehand which setting and which moment are the best.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -36,10 +39,22 @@ def fronts(suite: Suite, cell: Cell, **settings: Any) -> dict[str, Any]:
         points = {}
         for agent.beta in ACTING:
             points[f"{agent.beta:g}"] = suite.measured(cell, agent)
-        rivals = [{**chosen, "course": _rival(suite, cell, seconds["cpu_seconds"], **chosen)} for chosen in grpo.GRID]
+        rivals = [
+            {**chosen, "course": _rival(suite, cell, seconds["cpu_seconds"], **chosen)} for chosen in grid(suite, cell)
+        ]
         write_file(path, json.dumps({**asdict(cell), **seconds, "text_dqn": points, "grpo": rivals}, indent=1) + "\n")
     found: dict[str, Any] = read_json(path, allow_nan=True)
     return found
+
+
+def grid(suite: Suite, cell: Cell) -> list[dict[str, float]]:
+    """Return the settings of GRPO."""
+    stick = suite.yardstick(cell)
+    price = BETA / float(stick.rewards(stick.judge(cell.judge)).std())
+    return [
+        {"learning_rate": rate, "kl_term": kl_term}
+        for rate, kl_term in itertools.product(grpo.LEARNING_RATES, (*grpo.KL_TERMS, price))
+    ]
 
 
 def _rival(suite: Suite, cell: Cell, seconds: float, **chosen: float) -> list[dict[str, float]]:
@@ -83,7 +98,7 @@ def summary(found: Mapping[str, Any]) -> dict[str, float]:
 def run_fronts(suite: Suite, quick: bool, seeds: int, model: str) -> list[dict[str, Any]]:
     """Run what is not there yet, print a line for each judge and seed, and return all figures."""
     rows = []
-    print(f"{'judge':12}{'seconds':>8}{'reward':>8}{'KL':>6}{'share':>7} | GRPO, best of {len(grpo.GRID)} settings")
+    print(f"{'judge':12}{'seconds':>8}{'reward':>8}{'KL':>6}{'share':>7} | GRPO, the best of all settings and moments")
     for seed in range(1 if quick else seeds):
         for judge in JUDGES[: 2 if quick else None]:
             cell = Cell(judge, seed=seed, model=model, steps=8_000 if quick else 40_000)

@@ -121,7 +121,7 @@ def test_a_rival_runs_as_long_as_the_agent_learned_with_each_setting(tmp_path, m
 
     monkeypatch.setattr(grpo, "train", untrained)
     found = fronts.fronts(suite, cell, learning_starts=10**6, unjudged=0.0)
-    assert asked == [found["cpu_seconds"]] * len(grpo.GRID)
+    assert asked == [found["cpu_seconds"]] * 9
     points = [*found["text_dqn"].values(), *(run["course"][0] for run in found["grpo"])]
     for point in points:  # neither has learned anything: the language model, on the same random numbers
         assert point["kl"] == pytest.approx(0, abs=1e-6)
