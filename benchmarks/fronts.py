@@ -25,6 +25,9 @@ from textgen_env.files import read_json, write_file
 ACTING = (0.05, 0.07, 0.1, 0.14, 0.2)
 """Temperatures of the agent, reward units a nat; it learns for ``BETA``."""
 
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+"""Of GRPO. Higher ones leave the language model sooner than a price of KL can hold them."""
+
 LOOKS = 8
 """Measurements of a run of GRPO."""
 
@@ -53,7 +56,7 @@ def grid(suite: Suite, cell: Cell) -> list[dict[str, float]]:
     price = BETA / float(stick.rewards(stick.judge(cell.judge)).std())
     return [
         {"learning_rate": rate, "kl_term": kl_term}
-        for rate, kl_term in itertools.product(grpo.LEARNING_RATES, (*grpo.KL_TERMS, price))
+        for rate, kl_term in itertools.product(LEARNING_RATES, (*grpo.KL_TERMS, price))
     ]
 
 
