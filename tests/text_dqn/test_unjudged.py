@@ -46,12 +46,12 @@ class CountedWorth(Worth):
 def test_the_reward_is_asked_about_judged_texts_alone():
     reward = CountedWorth()
     agent = agent_in(make(reward=reward), unjudged=3.0)
-    agent.learn(1_600)
+    agent.learn(800)
     learner = agent.learner
     assert learner.judge_calls == reward.texts == agent.replay_buffer.episodes_seen
-    assert learner.steps == agent.num_timesteps == 1_600
+    assert learner.steps == agent.num_timesteps == 800
     begun = 50 * LENGTH  # before so many texts nothing is learned from them
-    assert 3 * (1_600 - begun) - UNJUDGED_ROWS * LENGTH * 2 < learner.unjudged_steps <= 3 * (1_600 - begun)
+    assert 3 * (800 - begun) - UNJUDGED_ROWS * LENGTH * 2 < learner.unjudged_steps <= 3 * (800 - begun)
 
 
 def test_each_text_is_one_of_the_environment_without_its_last_action():
@@ -96,13 +96,13 @@ def test_what_is_written_depends_on_the_learner_alone():
 
 
 def test_a_resumed_run_ends_as_the_one_that_went_on(tmp_path):
-    agent = agent_in(make()).learn(800)
+    agent = agent_in(make()).learn(400)
     assert agent.learner.unjudged_steps > 0
     path = save_checkpoint(tmp_path, agent, {})
-    agent.learn(800, reset_num_timesteps=False)
+    agent.learn(400, reset_num_timesteps=False)
     other = agent_in(make(), seed=9)
     load_checkpoint(path, other)
-    other.learn(800, reset_num_timesteps=False)
+    other.learn(400, reset_num_timesteps=False)
     assert agent.learner.counters() == other.learner.counters()
     for name, tensor in agent.policy.state_dict().items():
         assert torch.equal(tensor, other.policy.state_dict()[name]), name
@@ -117,15 +117,15 @@ def test_texts_of_one_token_leave_the_weights_finite():
 
 
 def test_a_reward_that_is_paid_by_step_is_left_out_too():
-    agent = agent_in(make(reward=Worth(), reward_at="step")).learn(1_200)
+    agent = agent_in(make(reward=Worth(), reward_at="step")).learn(600)
     assert agent.learner.unjudged_steps > 0
 
 
 def test_another_environment_brings_its_own_language_model():
-    agent = agent_in(make()).learn(800)
+    agent = agent_in(make()).learn(400)
     other = make()
     agent.set_env(other)
-    agent.learn(800, reset_num_timesteps=False)
+    agent.learn(400, reset_num_timesteps=False)
     assert agent._unjudged is not None
     assert agent._unjudged._env.language_model is other.unwrapped.language_model
 
@@ -166,7 +166,7 @@ def test_they_carry_back_what_the_last_tokens_are_worth():
         return np.abs(q - values[toy.child])[inner].max()
 
     before = gaps()
-    for _ in range(80):
+    for _ in range(60):
         texts.write(learner, 0.0)
         learner.update(10, offline=True, texts=texts)
     assert gaps() < 0.02 < before
