@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import textgen_env
 from textgen_env.errors import CapacityError, ConfigError, ModelError, PromptError, ResetNeeded
-from textgen_env.models import agreement
+from textgen_env.models import hf as hf_module
 from textgen_env.models import llama as llama_module
 from textgen_env.models.base import Proposals, Slots
 from textgen_env.models.candidates import top_candidates
@@ -583,10 +583,10 @@ def test_a_forward_that_disagrees_with_the_model_is_not_used(monkeypatch):
             logits, hidden = super().__call__(batch, cache)
             return 2 * logits, hidden
 
-    monkeypatch.setattr(agreement, "GenericDecoder", Wrong)
+    monkeypatch.setattr(hf_module, "GenericDecoder", Wrong)
     monkeypatch.setattr(LlamaDecoder, "fits", lambda model: False)
     assert isinstance(HFModel(model, word_tokenizer()).decoder, StatefulDecoder)
-    monkeypatch.setattr(agreement, "WAYS", ())
+    monkeypatch.setattr(hf_module, "WAYS", ())
     with pytest.raises(ModelError, match="no way to run it agrees with its own uncached forward"):
         HFModel(model, word_tokenizer())
 
