@@ -111,14 +111,14 @@ def test_unique_items_agrees_with_jsonschema_on_all_pairs():
 
 
 def test_unique_items_obeys_the_time_limit(monkeypatch):
-    reward = make_reward({"name": "json", "schema": {"uniqueItems": True}, "timeout": 0.5})
+    reward = make_reward({"name": "json", "schema": {"uniqueItems": True}, "timeout": 5})  # garbage collection has room
     many = Generation("", json.dumps([[i] for i in range(20_000)]))  # 2e8 comparisons in jsonschema's own way
     monkeypatch.setattr(time, "monotonic", time.process_time)  # a machine that stalls costs no time of ours
     assert reward([many]) == [1.0]
     now = time.monotonic()
-    clock = itertools.chain([now] * 3, itertools.repeat(now + 1))
+    clock = itertools.chain([now] * 3, itertools.repeat(now + 6))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    with pytest.raises(RewardError, match=r"took more than 0\.5 s"):
+    with pytest.raises(RewardError, match="took more than 5 s"):
         reward([many])
 
 
