@@ -67,7 +67,7 @@ def _rival(suite: Suite, cell: Cell, seconds: float, **chosen: float) -> list[di
     problem = grpo.Problem(
         cell.model,
         torch.float32,
-        [stick.train[i].text for i in range(len(stick.train))],
+        stick.train,
         cell.tokens,
         judge,
         lambda policy: suite.measured(cell, policy),

@@ -28,6 +28,7 @@ from textgen_env.evaluation import evaluate
 from textgen_env.files import read_json, write_file
 from textgen_env.models import load_pretrained
 from textgen_env.policies import Floats, renormalise
+from textgen_env.prompts import PromptSource
 from textgen_env.rewards import make_reward
 from textgen_env.rewards.base import Generation
 
@@ -49,7 +50,7 @@ class Problem:
 
     model: str
     dtype: torch.dtype
-    openings: Sequence[str]  # prompts to learn from
+    prompts: PromptSource  # to learn from
     tokens: int  # of a text
     score: Callable[[Sequence[Generation]], Floats]
     measure: Callable[[TunedModel], Mapping[str, float]]
@@ -132,8 +133,7 @@ def _sentiment(bench: Bench, prompts: Any) -> Problem:
         texts = evaluate(policy, env, bench.texts // 4, 11, prompts)
         return {"reward": texts.reward, "kl": float(texts.mean_kl or 0.0), "distinct_2": texts.distinct(2)}
 
-    openings = [bench.train[i].text for i in range(len(bench.train))]
-    return Problem("smollm2", torch.bfloat16, openings, 20, make_reward("sentiment"), measure)
+    return Problem("smollm2", torch.bfloat16, bench.train, 20, make_reward("sentiment"), measure)
 
 
 def train(
@@ -175,7 +175,7 @@ def train(
             processing_class=tokenizer,
             reward_funcs=score,
             args=_settings(problem, folder, seed, updates, learning_rate, kl_term),
-            train_dataset=Dataset.from_dict({"prompt": list(problem.openings)}),
+            train_dataset=Dataset.from_dict({"prompt": [problem.prompts[i].text for i in range(len(problem.prompts))]}),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[_measurements(problem, is_due, seconds, rows)],
         )

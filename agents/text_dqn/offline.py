@@ -126,13 +126,13 @@ def fill_replay(replay: EpisodeReplay, dataset: MinariDataset) -> int:
             f"{replay.n_envs} rings: raise buffer_size to at least {needed:,}"
         )
     for episode in _episodes(dataset):
-        behaviour = _checked(episode, replay)
+        behaviour, by_language_model = _checked(episode, replay)
         replay.add_episode(
             episode.observations,
             episode.actions,
             episode.rewards,
             behaviour,
-            by_language_model=np.asarray(episode.infos.get(BY_LANGUAGE_MODEL, np.zeros(len(behaviour) + 1, bool)))[1:],
+            by_language_model,
             ended=bool(episode.terminations[-1]),
         )
     return sum(lengths)
@@ -276,8 +276,8 @@ def _reporting_damage() -> Iterator[None]:
         raise DatasetError(f"an episode cannot be read: {error}") from error
 
 
-def _checked(episode: EpisodeData, replay: EpisodeReplay) -> npt.NDArray[np.float32]:
-    """Return the log-probabilities of the actions, if the episode is one that could have happened."""
+def _checked(episode: EpisodeData, replay: EpisodeReplay) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Return log-probabilities, and whether the language model chose, of the actions of an episode that can be."""
 
     def refuse(wrong: str) -> DatasetError:
         return DatasetError(f"episode {episode.id}: {wrong}")
@@ -294,9 +294,9 @@ def _checked(episode: EpisodeData, replay: EpisodeReplay) -> npt.NDArray[np.floa
             f"infos[{BEHAVIOUR!r}] must have shape ({steps + 1},), the log-probability of action t at t + 1, got "
             f"{logprobs.shape}: textgen record writes it"
         )
-    chosen = np.asarray((episode.infos or {}).get(BY_LANGUAGE_MODEL, np.zeros(steps + 1)))
-    if chosen.shape != (steps + 1,):
-        raise refuse(f"infos[{BY_LANGUAGE_MODEL!r}] must have shape ({steps + 1},), got {chosen.shape}")
+    by_language_model = np.asarray((episode.infos or {}).get(BY_LANGUAGE_MODEL, np.zeros(steps + 1)), np.bool_)
+    if by_language_model.shape != (steps + 1,):
+        raise refuse(f"infos[{BY_LANGUAGE_MODEL!r}] must have shape ({steps + 1},), got {by_language_model.shape}")
     read = (*replay.keys, *(key for key in ("tokens", "length") if key in episode.observations))
     numbers = {key: np.asarray(episode.observations[key]) for key in read}
     for name, values in {**numbers, "rewards": np.asarray(episode.rewards), BEHAVIOUR: logprobs[1:]}.items():
@@ -310,4 +310,4 @@ def _checked(episode: EpisodeData, replay: EpisodeReplay) -> npt.NDArray[np.floa
     illegal = outside.nonzero()[0].tolist() or (numbers["action_mask"][np.arange(steps), actions] == 0).nonzero()[0]
     if len(illegal):
         raise refuse(f"action {actions[illegal[0]]} at step {illegal[0]} is out of range or masked")
-    return logprobs[1:]
+    return logprobs[1:], by_language_model[1:]

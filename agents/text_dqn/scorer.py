@@ -313,8 +313,8 @@ class TextScorer(nn.Module):
         occurring, dense = design.parts(weights)
         sparse = np.zeros((FOLDS + 1, end))
         sparse[:, design.used] = occurring[:, :-1]
-        kinds = zip(begin, np.split(sparse, list(begin.values())[1:], 1), strict=True)
-        of = {kind: weights * scales[kind] for kind, weights in kinds}
+        parts = np.split(sparse, list(begin.values())[1:], 1)
+        of = {kind: part * scales[kind] for kind, part in zip(begin, parts, strict=True)}
         of_vectors = dense[:, : vectors.shape[1]].astype(np.float32) @ vectors.T
         of["token"] += of_vectors * scales["vector"]
         for kind, values in {**of, "bias": biases}.items():

@@ -60,7 +60,7 @@ def env_to_write_in(
         task: From ``task_of``.
         model: That the agent was trained on.
         reward: See ``make_reward``. None: that of ``env`` or ``task``; where that was not stored every text gets 0.
-        sees_scores: The agent's observation has running scores.
+        sees_scores: The agent reads the environment's running scores.
         rows: N.
         prompts: See ``make_prompts``.
         changed: Keywords of ``TextGenVectorEnv`` that should have other values.
