@@ -101,10 +101,10 @@ class Run:
     def seen_of_reward(self) -> str:
         """What the agent sees of the reward while it writes."""
         episodes = self.env.episodes
+        if isinstance(self.agent, TextDQN) and self.agent.q_net.scorer is not None:  # whatever the environment shows
+            return "has learned a score from finished texts"
         if "candidate_scores" in episodes.keys:
             return SEEN[LOOKAHEAD]
-        if isinstance(self.agent, TextDQN) and self.agent.q_net.scorer is not None:
-            return "has learned a score from finished texts"
         return "sees the running score" if episodes.reward.running() and "score" in episodes.keys else "sees no score"
 
     @property

@@ -151,6 +151,8 @@ def test_a_report_says_what_the_agent_sees_of_the_reward():
     assert open_run(config).seen_of_reward == "sees each candidate's score"
     judged = open_run(config, reward=lambda text: float(len(text)))
     assert judged.seen_of_reward == "has learned a score from finished texts"
+    learned = open_run(replace(config, agent_settings={**config.agent_settings, "score": "learned"}))
+    assert learned.seen_of_reward == judged.seen_of_reward  # though its environment shows other scores
 
 
 @pytest.mark.parametrize(
