@@ -1,6 +1,6 @@
-"""What the learned scorer knows of texts: sparse features of their tokens, and their lengths in characters.
+"""What the learned scorer knows of texts: sparse features of their tokens, sums over them, lengths in characters.
 
-    JudgedTexts, vectors and characters of tokens  ->  design_of  ->  Design (n, features)
+    JudgedTexts, Vocabulary  ->  design_of  ->  Design (n, features)
 
 Source: hashed features, Weinberger et al. 2009, arXiv:0902.2206.
 """
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from agents.text_dqn.ridge import Design
+from agents.text_dqn.spelling import CLASSES, CLASSINGS, spelling
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
@@ -53,13 +54,23 @@ class JudgedTexts(NamedTuple):
         return JudgedTexts(*(values[chosen] for values in self))
 
 
-def design_of(texts: JudgedTexts, vectors: Floats, characters: Floats) -> tuple[Design, tuple[float, float]]:
+class Described(NamedTuple):
+    """Numbers of V tokens, which add up over a text."""
+
+    vectors: Floats  # (V, at most ``DIRECTIONS``); see ``directions``
+    spelling: Floats  # (V, e); see ``spelling``, over first occurrences as well
+
+
+def design_of(
+    texts: JudgedTexts, known: Described, characters: Floats, classes: Indices
+) -> tuple[Design, tuple[float, float]]:
     """Return the features of texts, and mean and deviation of their lengths in characters.
 
     Args:
         texts: n of them.
-        vectors: (V, ``DIRECTIONS``) of the tokens; see ``directions``.
+        known: Of the tokens.
         characters: (V,) of the tokens.
+        classes: (3, V) of the tokens; see ``spelling.classes``.
     """
     begin, padding = layout(len(characters))
     tokens, places = texts.tokens, np.arange(texts.tokens.shape[1])
@@ -77,19 +88,44 @@ def design_of(texts: JudgedTexts, vectors: Floats, characters: Floats) -> tuple[
         "pair": np.where(inside[:, 1:], begin["pair"] + pairs, padding),
         "echo": np.where(np.concatenate([inside, fresh], 1) & np.tile(texts.echoes, 2), echoes, padding),
     }
+    for kind, of in zip(CLASSINGS, classes, strict=True):
+        both = of[tokens[:, :-1]] * CLASSES + of[tokens[:, 1:]]
+        sparse[kind] = np.where(inside[:, 1:], begin[kind] + both, padding)
     length = (characters[tokens] * inside).sum(1)
     marks = (float(length.mean()), float(length.std()) + 1e-6)
-    means = np.zeros((len(tokens), vectors.shape[1]))
-    for place in places:  # one after the other: all at once are large
-        means += vectors[tokens[:, place]] * inside[:, place, None]
-    return Design.of(sparse, {"vector": means, "length": hats(length, marks)}, padding), marks
+    dense = {
+        "vector": _sums(known.vectors, tokens, inside),
+        "spelling": _sums(known.spelling, tokens, inside),
+        "first_spelling": _sums(known.spelling, tokens, fresh),
+        "length": hats(length, marks),
+    }
+    return Design.of(sparse, dense, padding), marks
 
 
 def layout(vocabulary: int) -> tuple[dict[str, int], int]:
     """Return where the numbers of each kind of sparse feature begin, and the number behind the last, for none."""
     sizes = {"token": vocabulary, "first": vocabulary, "last": vocabulary, "pair": PAIRS, "echo": 2 * (LONGEST + 1)}
+    sizes |= dict.fromkeys(CLASSINGS, CLASSES**2)
     *begin, end = itertools.accumulate(sizes.values(), initial=0)
     return dict(zip(sizes, begin, strict=True)), end
+
+
+def _sums(values: Floats, tokens: Indices, counted: npt.NDArray[np.bool_]) -> Floats:
+    """Return the sums of values (V, d) over the tokens (n, T) of each text that count, (n, d)."""
+    sums = np.zeros((len(tokens), values.shape[1]))
+    for place in range(tokens.shape[1]):  # one after the other: all at once are large
+        sums += values[tokens[:, place]] * counted[:, place, None]
+    return sums
+
+
+def describe(language_model: LanguageModel) -> Described:
+    """Return what is known of the tokens of a language model."""
+    return Described(directions(language_model), spelling(texts_of_tokens(language_model)))
+
+
+def texts_of_tokens(language_model: LanguageModel) -> list[str]:
+    """Return the text of each token, (V,)."""
+    return language_model.continuations([], [], range(language_model.vocab_size))
 
 
 def directions(language_model: LanguageModel) -> Floats:

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from agents.text_dqn.echoes import Echoes
-from agents.text_dqn.features import JudgedTexts, directions
+from agents.text_dqn.features import Described, JudgedTexts, describe
 from agents.text_dqn.head import CandidateHead, LookedUp, near_the_end
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.score_value import ScoreValue
@@ -33,7 +33,6 @@ from agents.text_dqn.scorer import TextScorer
 from textgen_env.conversation import AGENT
 from textgen_env.errors import ConfigError, ModelError
 from textgen_env.models.base import LanguageModel
-from textgen_env.policies import Floats
 
 NEEDED_KEYS = ("tokens", "length", "budget", "candidates", "logprobs", "action_mask", "hidden")
 TURN_KEYS = ("turn", "turn_budget")
@@ -113,7 +112,7 @@ class CandidateQNetwork(nn.Module):
     """
 
     _language_model: LanguageModel | None
-    _directions: Floats | None
+    _described: Described | None
     support: torch.Tensor | None  # (atoms,) the values that returns are spread over
     unit: torch.Tensor  # reward units that the heads count in, a power of 4: to divide by it loses no digit
 
@@ -157,7 +156,7 @@ class CandidateQNetwork(nn.Module):
         self.float()  # whatever torch's default is: features are float32
         # Held outside module registration: shared by online and target network, never saved.
         object.__setattr__(self, "_language_model", None)
-        object.__setattr__(self, "_directions", None)
+        object.__setattr__(self, "_described", None)
 
     @property
     def device(self) -> torch.device:
@@ -194,8 +193,8 @@ class CandidateQNetwork(nn.Module):
         """Fit the scorer; return R2 on texts that were left out. See ``TextScorer.fit``."""
         if self.scorer is None or self._language_model is None:
             raise ModelError("no scorer to fit, or no language model to read embeddings from: call bind")
-        known = directions(self._language_model) if self._directions is None else self._directions
-        object.__setattr__(self, "_directions", known)
+        known = describe(self._language_model) if self._described is None else self._described
+        object.__setattr__(self, "_described", known)
         return self.scorer.fit(texts, known, visited, beta)
 
     def scored(self, observations: Tensors) -> Tensors:

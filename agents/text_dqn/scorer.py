@@ -8,10 +8,11 @@ sum of contributions of what occurs in it, and a curve g from z to the reward.
 
 The contributions are a ridge regression on sparse features, which need few texts: tokens, tokens
 that occur for the first time, pairs of neighbours, the last token, tokens that the prompt has too, the
-length in characters. Judges differ in which of these kinds matter, so each kind is shrunk by a factor
-of its own, chosen by predictions for texts that were left out; the curve is fitted to such predictions.
-Where a judge saturates, both go through a logistic link. Where nothing was learned every prefix is scored
-alike: a random judge.
+length in characters. Rare tokens and pairs share weights with others that are spelled alike or have similar
+embeddings. Judges differ in which of these kinds matter, so each kind is shrunk by a factor of its own, chosen
+by predictions for texts that were left out; the curve is fitted to such predictions. Where a judge
+saturates, both go through a logistic link. Where nothing was learned every prefix is scored alike: a random
+judge.
 
 The score of a prefix is the soft value beta log E[exp(g / beta)] over what the rest of the text will
 add, if the language model writes on as it does on average after the last token: roughly what the
@@ -33,12 +34,14 @@ from agents.text_dqn.features import (
     LONGEST,
     PAIRS,
     RESIDUES,
+    Described,
     JudgedTexts,
     design_of,
     first_occurrences,
     hats,
     layout,
     pair_index,
+    texts_of_tokens,
 )
 from agents.text_dqn.outlook import Course, Visited, course, still_to_come
 from agents.text_dqn.ridge import (
@@ -53,6 +56,7 @@ from agents.text_dqn.ridge import (
     penalties_up_to,
     weigh_groups,
 )
+from agents.text_dqn.spelling import CLASSES, CLASSINGS, classes
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
@@ -68,7 +72,11 @@ FEW_VISITS = 2.0
 LEAST_TEXTS = 50
 """Finished texts below which nothing is fitted."""
 
-GROUPS = {"token": 1.0, "first": 1.0, "last": 0.3, "pair": 1.0, "echo": 1.0, "vector": 1.0, "length": 1.0}
+GROUPS = {
+    **{"token": 1.0, "first": 1.0, "last": 0.3, "pair": 1.0, "echo": 1.0},
+    **dict.fromkeys(CLASSINGS, 1.0),
+    **{"vector": 1.0, "spelling": 1.0, "first_spelling": 1.0, "length": 1.0},
+}
 """Kinds of features, and the relevance that each begins with."""
 
 WEIGH_AGAIN = 2.0
@@ -90,6 +98,7 @@ class TextScorer(nn.Module):
 
     characters: torch.Tensor
     ends: torch.Tensor
+    classes: torch.Tensor
     penalty: torch.Tensor
     relevance: torch.Tensor
     weighed: torch.Tensor
@@ -100,6 +109,9 @@ class TextScorer(nn.Module):
     pair: torch.Tensor
     last: torch.Tensor
     echo: torch.Tensor
+    initials: torch.Tensor
+    endings: torch.Tensor
+    sizes: torch.Tensor
     potential: torch.Tensor
     drift: torch.Tensor
     ahead: torch.Tensor
@@ -122,6 +134,7 @@ class TextScorer(nn.Module):
             "pair": (FOLDS + 1, PAIRS),
             "last": (FOLDS + 1, vocab_size),
             "echo": (FOLDS + 1, 2, LONGEST + 1),  # at every occurrence, and beside that at the first; by length
+            **dict.fromkeys(CLASSINGS, (FOLDS + 1, CLASSES**2)),  # of neighbours
             "potential": (max_new_tokens + 1, *GRID),  # after t tokens, by the z and the length that are to be expected
             "drift": (2, max_new_tokens + 1),  # of z and of the length, still to come after t tokens
             "persistence": (2, max_new_tokens + 1),  # what a unit of either after t tokens is worth in the end
@@ -130,6 +143,7 @@ class TextScorer(nn.Module):
         }
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
+        self.register_buffer("classes", torch.zeros(len(CLASSINGS), vocab_size, dtype=torch.long))
         self.relevance.copy_(torch.tensor(list(GROUPS.values())))
         self.prefixes.fill_(1.0)
         self.silence()
@@ -140,9 +154,10 @@ class TextScorer(nn.Module):
         self.grid.fill_(1.0)
 
     def describe(self, language_model: LanguageModel) -> None:
-        """Read how many characters each token has, and which ones end a text."""
-        texts = language_model.continuations([], [], range(self.vocab_size))
+        """Read how many characters each token has, of which class it is, and which ones end a text."""
+        texts = texts_of_tokens(language_model)
         self.characters.copy_(torch.tensor([float(len(text)) for text in texts]))
+        self.classes.copy_(torch.from_numpy(classes(texts)))
         self.ends.zero_()
         self.ends[list(language_model.end_ids)] = 1.0
 
@@ -215,6 +230,9 @@ class TextScorer(nn.Module):
         own = table.view(-1, 1, 1) * self.vocab_size + ids
         before = tokens.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1)
         pairs = _at(self.pair, table.view(-1, 1, 1) * PAIRS + pair_index(before, ids))
+        for kind, of in zip(CLASSINGS, self.classes, strict=True):
+            both = (table.view(-1, 1, 1) * CLASSES + _at(of, before)) * CLASSES + _at(of, ids)
+            pairs = pairs + _at(getattr(self, kind), both)
         pairs = torch.where(steps.unsqueeze(-1) > 0, pairs, 0.0)
         before_here = first_places.gather(1, (ids % RESIDUES).flatten(1)).view(ids.shape) < steps.unsqueeze(-1)
         echo = table.view(-1, 1, 1) * 2 * (LONGEST + 1) + _at(self.characters, ids).long().clamp(max=LONGEST)
@@ -242,42 +260,44 @@ class TextScorer(nn.Module):
 
     # --- learning
 
-    def fit(self, texts: JudgedTexts, vectors: Floats, visited: Visited, beta: float) -> float:
+    def fit(self, texts: JudgedTexts, known: Described, visited: Visited, beta: float) -> float:
         """Learn from texts and their rewards; return R2 on the texts that were left out.
 
         Args:
             texts: At least ``LEAST_TEXTS``.
-            vectors: (V, ``DIRECTIONS``) of the tokens; see ``directions``.
+            known: Of the tokens.
             visited: Some states, under the language model's own probabilities.
             beta: The trade between reward and KL, reward units a nat.
         """
         if np.unique(texts.folds).size == 1:
             return 0.0
-        if not self._learns_from_prefixes(texts, vectors):
+        if not self._learns_from_prefixes(texts, known):
             texts = texts.rows(texts.finished)
-        design, marks = design_of(texts, vectors, self.characters.cpu().numpy())
+        design, marks = self._design(texts, known)
         design, fitted = self._fitted(design, texts)
         predicted, rewards = fitted.left_out[texts.finished], texts.rewards[texts.finished]
         if not correlates(predicted, rewards):
             self.silence()
             return 0.0
-        of_length = self._take_weights(design, fitted, vectors)
+        of_length = self._take_weights(design, fitted, known)
         self._look_ahead(visited)
         curve = best_curve(fitted, texts.finished, texts.rewards)
         self._tabulate(curve, marks, of_length, fitted.index[texts.finished], visited, beta)
         return float(1 - ((rewards - predicted) ** 2).mean() / rewards.var())
 
-    def _learns_from_prefixes(self, texts: JudgedTexts, vectors: Floats) -> bool:
+    def _learns_from_prefixes(self, texts: JudgedTexts, known: Described) -> bool:
         """Return True if finished texts are predicted better with the prefixes that were judged than without.
 
         A mood can be heard in half a text, and half of a JSON object is none.
         """
         if self._is_due(texts) and not texts.finished.all():
-            errors, characters = [], self.characters.cpu().numpy()
-            for some in (texts, texts.rows(texts.finished)):
-                errors.append(self._as_before(design_of(some, vectors, characters)[0], some)[1].error)
+            both = texts, texts.rows(texts.finished)
+            errors = [self._as_before(self._design(some, known)[0], some)[1].error for some in both]
             self.prefixes.fill_(float(errors[0] < errors[1]))
         return bool(self.prefixes)
+
+    def _design(self, texts: JudgedTexts, known: Described) -> tuple[Design, tuple[float, float]]:
+        return design_of(texts, known, self.characters.cpu().numpy(), self.classes.cpu().numpy())
 
     def _is_due(self, texts: JudgedTexts) -> bool:
         """Return True if it is to be found anew what the judge cares about."""
@@ -304,7 +324,7 @@ class TextScorer(nn.Module):
         self.penalty.fill_(fitted.penalty)
         return problem.design, bent(problem, FOLDS, fitted)
 
-    def _take_weights(self, design: Design, fitted: Fitted, vectors: Floats) -> Floats:
+    def _take_weights(self, design: Design, fitted: Fitted, known: Described) -> Floats:
         """Fill the tables of contributions; return the weights of the marks, their mean over the folds."""
         begin, end = layout(self.vocab_size)
         scales = {group: design.scales[part.start] for group, part in design.groups.items()}
@@ -315,12 +335,14 @@ class TextScorer(nn.Module):
         sparse[:, design.used] = occurring[:, :-1]
         parts = np.split(sparse, list(begin.values())[1:], 1)
         of = {kind: part * scales[kind] for kind, part in zip(begin, parts, strict=True)}
-        of_vectors = dense[:, : vectors.shape[1]].astype(np.float32) @ vectors.T
-        of["token"] += of_vectors * scales["vector"]
+        described = {"vector": known.vectors, "spelling": known.spelling, "first_spelling": known.spelling}
+        for kind, values in described.items():
+            own, dense = np.split(dense, [values.shape[1]], 1)
+            of["first" if kind == "first_spelling" else "token"] += own.astype(np.float32) @ values.T * scales[kind]
         for kind, values in {**of, "bias": biases}.items():
             table = getattr(self, kind)
             table.copy_(torch.from_numpy(values).view(table.shape))
-        of_length: Floats = dense[-1, vectors.shape[1] :] * scales["length"]
+        of_length: Floats = dense[-1] * scales["length"]
         return of_length
 
     def _tabulate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from textgen_env.models import device
 
 SETTINGS = (*device.WAITING, *device.KEPT, "KMP_BLOCKTIME")
 AS_A_LIBRARY = f"""
-import os
+import gc, os
+before = gc.get_threshold()
 import textgen_env.models, agents.text_dqn
 textgen_env.models.load_language_model("tiny")
 assert not os.environ.keys() & {set(SETTINGS)}
+assert gc.get_threshold() == before
 """
 OPENMP = [str(path) for path in (Path(find_spec("torch").origin).parent / "lib").glob("libgomp*")]
 AS_A_PROGRAM = f"""
@@ -60,6 +63,19 @@ def test_few_programs_of_products_are_kept_unless_the_user_says_otherwise(own, m
     device.prepare_process()
     found = {name: value for name, value in os.environ.items() if name in device.KEPT}
     assert found == (own or {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"})
+
+
+@pytest.mark.parametrize(
+    ("own", "kept"), [((700, 10, 10), (50_000, 10, 10)), ((0, 10, 10), (0, 10, 10)), ((10**6, 5, 5), (10**6, 5, 5))]
+)
+def test_garbage_is_looked_for_less_often_unless_the_user_looks_for_it_never_or_less_still(own, kept):
+    before = gc.get_threshold()
+    gc.set_threshold(*own)
+    try:
+        device.prepare_process()
+        assert gc.get_threshold() == kept
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_to_import_the_library_and_load_a_model_leaves_the_settings_of_the_process():

@@ -7,6 +7,7 @@ chooses the same one and results stay reproducible.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,9 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 """How many programs for products oneDNN keeps, and torch above it: a forward has about five for each number of rows."""
+
+OBJECTS = 50_000
+"""Objects that are made before Python looks for unreachable ones."""
 
 _locks: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
 _making_locks = threading.Lock()
@@ -62,13 +66,18 @@ def prepare_process() -> None:
     As OpenMP comes its waiting threads spin for milliseconds, which takes the cores from whoever would end the
     wait: on a busy machine two threads are several times slower for it. Threads that sleep at once must be
     woken for every small operation, which takes longer than the operation. oneDNN keeps a program for each of the
-    last 1,024 shapes of a product, which with many rows is each number of rows several times: 600 MB.
+    last 1,024 shapes of a product, which with many rows is each number of rows several times: 600 MB. Python looks for
+    unreachable objects each time that 700 more have been made, which to import torch and transformers is a tenth of the
+    time, and as much of many small steps.
 
     What the user has set stays. A library leaves its host alone, so this is for the beginning of a program.
     """
     for settings in (WAITING, KEPT):
         if not os.environ.keys() & settings.keys():
             os.environ.update(settings)
+    first, second, third = gc.get_threshold()
+    if 0 < first < OBJECTS:
+        gc.set_threshold(OBJECTS, second, third)
 
 
 @cache

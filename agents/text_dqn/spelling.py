@@ -1,0 +1,86 @@
+"""How tokens are written: what judges of the surface look at, and what rare tokens share with common ones.
+
+    texts of the tokens  ->  spelling  ->  numbers of each, which add up over a text
+    texts of the tokens  ->  classes   ->  the class of each by initial, by ending and by size
+
+Source: subwords as features, Bojanowski et al. 2017, arXiv:1607.04606.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from textgen_env.policies import Floats
+
+CLASSINGS = ("initials", "endings", "sizes")
+"""Pairs of neighbours have weights by these: order and alliteration, rhyme, rhythm."""
+
+CLASSES = 64
+"""By each of them; the second half is of tokens that begin with a blank."""
+
+LETTERS = 26
+OTHERS = 4
+"""Classes of characters that are none of a to z."""
+
+LONGEST_WORD = 24
+"""Characters of a token; what is longer is of the same size."""
+
+GRAMS = 128
+"""Sequences of two and of three characters are hashed to so many numbers, with signs."""
+
+RAREST = 0.05
+"""Deviation of a number over the vocabulary below which it counts as if it were so much."""
+
+
+def spelling(texts: Sequence[str]) -> Floats:
+    """Return (V, e): one, number of characters, with blank, capital, digit or sign, which ones, in what order."""
+    words = [text.strip().lower() for text in texts]
+    traits = np.array(
+        [
+            (
+                len(word),
+                text[:1].isspace(),
+                any(c.isupper() for c in text),
+                any(c.isdigit() for c in text),
+                any(not c.isalnum() for c in word),
+            )
+            for text, word in zip(texts, words, strict=True)
+        ],
+        np.float32,
+    )
+    characters = np.zeros((len(texts), LETTERS + OTHERS), np.float32)
+    grams = np.zeros((len(texts), GRAMS), np.float32)
+    for token, (text, word) in enumerate(zip(texts, words, strict=True)):
+        for character in word:
+            characters[token, _class_of(character)] += 1
+        edged = f"{text[:1] if text[:1].isspace() else ''}{word} "
+        for size in (2, 3):
+            for start in range(len(edged) - size + 1):
+                code = zlib.crc32(edged[start : start + size].encode("utf-8", "replace"))
+                grams[token, code % GRAMS] += 1 if code & 2**20 else -1
+    counted = np.concatenate([traits, characters], 1)
+    one = np.ones((len(texts), 1), np.float32)
+    return np.concatenate([one, counted / np.maximum(counted.std(0), RAREST), grams], 1)
+
+
+def classes(texts: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Return the class of each token by each of ``CLASSINGS``, (3, V) in 0..CLASSES - 1."""
+    found = np.zeros((len(CLASSINGS), len(texts)), np.int64)
+    for token, text in enumerate(texts):
+        word = text.strip().lower()
+        if word:
+            found[:, token] = 1 + _class_of(word[0]), 1 + _class_of(word[-1]), min(len(word), LONGEST_WORD)
+        if word and not word.isalpha():
+            found[2, token] = LONGEST_WORD + 1
+        if text[:1].isspace():
+            found[:, token] += CLASSES // 2
+    return found
+
+
+def _class_of(character: str) -> int:
+    """Return a number in 0..LETTERS + OTHERS - 1."""
+    return ord(character) - ord("a") if "a" <= character <= "z" else LETTERS + ord(character) % OTHERS
