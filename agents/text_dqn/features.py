@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from agents.text_dqn.ridge import Design
-from agents.text_dqn.spelling import CLASSES, CLASSINGS, spelling
+from agents.text_dqn.spelling import CLASSES, CLASSINGS, last_word, spelling
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
@@ -88,9 +88,13 @@ def design_of(
         "pair": np.where(inside[:, 1:], begin["pair"] + pairs, padding),
         "echo": np.where(np.concatenate([inside, fresh], 1) & np.tile(texts.echoes, 2), echoes, padding),
     }
-    for kind, of in zip(CLASSINGS, classes, strict=True):
-        both = of[tokens[:, :-1]] * CLASSES + of[tokens[:, 1:]]
-        sparse[kind] = np.where(inside[:, 1:], begin[kind] + both, padding)
+    alike = []
+    words, before = classes[:, tokens[:, 1:]], last_word(torch.from_numpy(tokens), torch.from_numpy(classes)).numpy()
+    for number, (kind, of, of_last) in enumerate(zip(CLASSINGS, words, before[:, :, :-1], strict=True)):
+        both = inside[:, 1:] & (of > 0) & (of_last > 0)
+        sparse[kind] = np.where(both, begin[kind] + of_last * CLASSES + of, padding)
+        alike.append(np.where(both & (of == of_last), begin["alike"] + number, padding))
+    sparse["alike"] = np.concatenate(alike, 1)
     length = (characters[tokens] * inside).sum(1)
     marks = (float(length.mean()), float(length.std()) + 1e-6)
     dense = {
@@ -105,7 +109,7 @@ def design_of(
 def layout(vocabulary: int) -> tuple[dict[str, int], int]:
     """Return where the numbers of each kind of sparse feature begin, and the number behind the last, for none."""
     sizes = {"token": vocabulary, "first": vocabulary, "last": vocabulary, "pair": PAIRS, "echo": 2 * (LONGEST + 1)}
-    sizes |= dict.fromkeys(CLASSINGS, CLASSES**2)
+    sizes |= {**dict.fromkeys(CLASSINGS, CLASSES**2), "alike": len(CLASSINGS)}
     *begin, end = itertools.accumulate(sizes.values(), initial=0)
     return dict(zip(sizes, begin, strict=True)), end
 
@@ -118,7 +122,7 @@ def _sums(values: Floats, tokens: Indices, counted: npt.NDArray[np.bool_]) -> Fl
     return sums
 
 
-def describe(language_model: LanguageModel) -> Described:
+def describe_tokens(language_model: LanguageModel) -> Described:
     """Return what is known of the tokens of a language model."""
     return Described(directions(language_model), spelling(texts_of_tokens(language_model)))
 

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from agents.text_dqn.echoes import Echoes
-from agents.text_dqn.features import Described, JudgedTexts, describe
+from agents.text_dqn.features import Described, JudgedTexts, describe_tokens
 from agents.text_dqn.head import CandidateHead, LookedUp, near_the_end
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.score_value import ScoreValue
@@ -193,7 +193,7 @@ class CandidateQNetwork(nn.Module):
         """Fit the scorer; return R2 on texts that were left out. See ``TextScorer.fit``."""
         if self.scorer is None or self._language_model is None:
             raise ModelError("no scorer to fit, or no language model to read embeddings from: call bind")
-        known = describe(self._language_model) if self._described is None else self._described
+        known = describe_tokens(self._language_model) if self._described is None else self._described
         object.__setattr__(self, "_described", known)
         return self.scorer.fit(texts, known, visited, beta)
 

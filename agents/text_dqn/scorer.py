@@ -56,7 +56,7 @@ from agents.text_dqn.ridge import (
     penalties_up_to,
     weigh_groups,
 )
-from agents.text_dqn.spelling import CLASSES, CLASSINGS, classes
+from agents.text_dqn.spelling import CLASSES, CLASSINGS, classes, last_word
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
@@ -73,9 +73,8 @@ LEAST_TEXTS = 50
 """Finished texts below which nothing is fitted."""
 
 GROUPS = {
-    **{"token": 1.0, "first": 1.0, "last": 0.3, "pair": 1.0, "echo": 1.0},
-    **dict.fromkeys(CLASSINGS, 1.0),
-    **{"vector": 1.0, "spelling": 1.0, "first_spelling": 1.0, "length": 1.0},
+    **dict.fromkeys(("token", "first", "pair", "echo", "vector", "length"), 1.0),
+    **dict.fromkeys(("last", *CLASSINGS, "alike", "spelling", "first_spelling"), 0.3),
 }
 """Kinds of features, and the relevance that each begins with."""
 
@@ -134,7 +133,7 @@ class TextScorer(nn.Module):
             "pair": (FOLDS + 1, PAIRS),
             "last": (FOLDS + 1, vocab_size),
             "echo": (FOLDS + 1, 2, LONGEST + 1),  # at every occurrence, and beside that at the first; by length
-            **dict.fromkeys(CLASSINGS, (FOLDS + 1, CLASSES**2)),  # of neighbours
+            **dict.fromkeys(CLASSINGS, (FOLDS + 1, CLASSES**2)),  # of words, by the one before
             "potential": (max_new_tokens + 1, *GRID),  # after t tokens, by the z and the length that are to be expected
             "drift": (2, max_new_tokens + 1),  # of z and of the length, still to come after t tokens
             "persistence": (2, max_new_tokens + 1),  # what a unit of either after t tokens is worth in the end
@@ -230,8 +229,10 @@ class TextScorer(nn.Module):
         own = table.view(-1, 1, 1) * self.vocab_size + ids
         before = tokens.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1)
         pairs = _at(self.pair, table.view(-1, 1, 1) * PAIRS + pair_index(before, ids))
-        for kind, of in zip(CLASSINGS, self.classes, strict=True):
-            both = (table.view(-1, 1, 1) * CLASSES + _at(of, before)) * CLASSES + _at(of, ids)
+        words = last_word(tokens, self.classes)
+        for kind, of, last in zip(CLASSINGS, self.classes, words, strict=True):
+            of_last = last.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1)
+            both = (table.view(-1, 1, 1) * CLASSES + of_last) * CLASSES + _at(of, ids)
             pairs = pairs + _at(getattr(self, kind), both)
         pairs = torch.where(steps.unsqueeze(-1) > 0, pairs, 0.0)
         before_here = first_places.gather(1, (ids % RESIDUES).flatten(1)).view(ids.shape) < steps.unsqueeze(-1)
@@ -339,6 +340,9 @@ class TextScorer(nn.Module):
         for kind, values in described.items():
             own, dense = np.split(dense, [values.shape[1]], 1)
             of["first" if kind == "first_spelling" else "token"] += own.astype(np.float32) @ values.T * scales[kind]
+        alike = of.pop("alike")
+        for number, kind in enumerate(CLASSINGS):
+            of[kind][:, CLASSES + 1 :: CLASSES + 1] += alike[:, number, None]  # a class twice, but not that of no word
         for kind, values in {**of, "bias": biases}.items():
             table = getattr(self, kind)
             table.copy_(torch.from_numpy(values).view(table.shape))

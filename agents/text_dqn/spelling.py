@@ -1,7 +1,8 @@
 """How tokens are written: what judges of the surface look at, and what rare tokens share with common ones.
 
     texts of the tokens  ->  spelling  ->  numbers of each, which add up over a text
-    texts of the tokens  ->  classes   ->  the class of each by initial, by ending and by size
+    texts of the tokens  ->  classes   ->  the class of each, where it begins a word, by initial, by ending and by size
+    tokens of texts      ->  last_word ->  the classes of the word before
 
 Source: subwords as features, Bojanowski et al. 2017, arXiv:1607.04606.
 """
@@ -13,21 +14,19 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from textgen_env.policies import Floats
 
 CLASSINGS = ("initials", "endings", "sizes")
-"""Pairs of neighbours have weights by these: order and alliteration, rhyme, rhythm."""
+"""Pairs of words have weights by these: order and alliteration, rhyme, rhythm."""
 
-CLASSES = 64
-"""By each of them; the second half is of tokens that begin with a blank."""
+CLASSES = 32
+"""By each of them; 0 is of tokens that begin no word."""
 
 LETTERS = 26
 OTHERS = 4
 """Classes of characters that are none of a to z."""
-
-LONGEST_WORD = 24
-"""Characters of a token; what is longer is of the same size."""
 
 GRAMS = 128
 """Sequences of two and of three characters are hashed to so many numbers, with signs."""
@@ -68,17 +67,24 @@ def spelling(texts: Sequence[str]) -> Floats:
 
 
 def classes(texts: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Return the class of each token by each of ``CLASSINGS``, (3, V) in 0..CLASSES - 1."""
+    """Return the class of each token by each of ``CLASSINGS``, (3, V) in 0..CLASSES - 1.
+
+    A letter or digit after a blank begins a word; in a vocabulary without blanks each token is one.
+    """
     found = np.zeros((len(CLASSINGS), len(texts)), np.int64)
-    for token, text in enumerate(texts):
-        word = text.strip().lower()
-        if word:
-            found[:, token] = 1 + _class_of(word[0]), 1 + _class_of(word[-1]), min(len(word), LONGEST_WORD)
-        if word and not word.isalpha():
-            found[2, token] = LONGEST_WORD + 1
-        if text[:1].isspace():
-            found[:, token] += CLASSES // 2
+    words = [text.strip().lower() for text in texts]
+    after_blank = [text[:1].isspace() and word[:1].isalnum() for text, word in zip(texts, words, strict=True)]
+    for token, word in enumerate(words):
+        if after_blank[token] if any(after_blank) else word[:1].isalnum():
+            found[:, token] = 1 + _class_of(word[0]), 1 + _class_of(word[-1]), min(len(word), CLASSES - 1)
     return found
+
+
+def last_word(tokens: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Return the classes of the last word that has begun at each place of tokens (B, T): (3, B, T), 0 for none."""
+    of = classes[:, tokens]
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    return of.gather(2, torch.where(of[0] > 0, places, 0).cummax(1).values.expand(of.shape))
 
 
 def _class_of(character: str) -> int:

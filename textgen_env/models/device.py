@@ -33,7 +33,7 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 """How many programs for products oneDNN keeps, and torch above it: a forward has about five for each number of rows."""
 
-OBJECTS = 50_000
+GARBAGE = 50_000
 """Objects that are made before Python looks for unreachable ones."""
 
 _locks: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -76,8 +76,8 @@ def prepare_process() -> None:
         if not os.environ.keys() & settings.keys():
             os.environ.update(settings)
     first, second, third = gc.get_threshold()
-    if 0 < first < OBJECTS:
-        gc.set_threshold(OBJECTS, second, third)
+    if 0 < first < GARBAGE:
+        gc.set_threshold(GARBAGE, second, third)
 
 
 @cache
