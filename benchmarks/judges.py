@@ -2,7 +2,7 @@
 
 Each is a function from texts to numbers. Two are classifiers, trained here on the language model's
 own texts, labelled by their sentiment: the upper third against the lower. ``SEALED`` were written
-with the others and not run while settings were chosen: they show what an unknown judge would see.
+and not run while settings were chosen: they show what an unknown judge would see.
 
     JUDGES[name](texts of the language model)  ->  judge: [Generation] * B -> (B,) rewards
 """
@@ -27,7 +27,7 @@ Judge = Callable[[Sequence[Generation]], Floats]
 JUDGES: Registry[Callable[[Sequence[str], int], Judge]] = Registry("judge")
 """From some texts of the language model and their length in tokens to a judge."""
 
-SEALED = ("alliteration", "word_length")
+SEALED = ("dialogue", "progressive")
 """Judges that were not run before the settings were fixed."""
 
 SENTENCE = "The children laughed and played in the warm sun all day."
@@ -153,5 +153,27 @@ def word_length(texts: Sequence[str], tokens: int) -> Judge:
     def score(text: str) -> float:
         words = split_words(text)
         return max(0.0, 1 - abs(float(np.mean([len(word) for word in words] or [0])) - 5) / 3)
+
+    return _one_by_one(score)
+
+
+@JUDGES.register("dialogue")
+def dialogue(texts: Sequence[str], tokens: int) -> Judge:
+    """Half for a quotation mark, half for a word of saying. 0 to 1."""
+
+    def score(text: str) -> float:
+        says = {"said", "says", "asked", "asks", "replied", "told", "cried", "shouted", "whispered", "answered"}
+        return 0.5 * ('"' in text) + 0.5 * bool(says & {word.lower() for word in split_words(text)})
+
+    return _one_by_one(score)
+
+
+@JUDGES.register("progressive")
+def progressive(texts: Sequence[str], tokens: int) -> Judge:
+    """The share of words that end in "ing", of which a fifth is enough. 0 to 1."""
+
+    def score(text: str) -> float:
+        words = split_words(text)
+        return min(1.0, 5 * sum(word.lower().endswith("ing") for word in words) / max(1, len(words)))
 
     return _one_by_one(score)

@@ -1,6 +1,6 @@
 """What the learned scorer knows of texts: sparse features of their tokens, sums over them, lengths in characters.
 
-    JudgedTexts, Vocabulary  ->  design_of  ->  Design (n, features)
+    JudgedTexts, KnownTokens  ->  design_of  ->  Design (n, features)
 
 Source: hashed features, Weinberger et al. 2009, arXiv:0902.2206.
 """
@@ -54,7 +54,7 @@ class JudgedTexts(NamedTuple):
         return JudgedTexts(*(values[chosen] for values in self))
 
 
-class Described(NamedTuple):
+class KnownTokens(NamedTuple):
     """Numbers of V tokens, which add up over a text."""
 
     vectors: Floats  # (V, at most ``DIRECTIONS``); see ``directions``
@@ -62,7 +62,7 @@ class Described(NamedTuple):
 
 
 def design_of(
-    texts: JudgedTexts, known: Described, characters: Floats, classes: Indices
+    texts: JudgedTexts, known: KnownTokens, characters: Floats, classes: Indices
 ) -> tuple[Design, tuple[float, float]]:
     """Return the features of texts, and mean and deviation of their lengths in characters.
 
@@ -122,9 +122,9 @@ def _sums(values: Floats, tokens: Indices, counted: npt.NDArray[np.bool_]) -> Fl
     return sums
 
 
-def describe_tokens(language_model: LanguageModel) -> Described:
+def known_tokens(language_model: LanguageModel) -> KnownTokens:
     """Return what is known of the tokens of a language model."""
-    return Described(directions(language_model), spelling(texts_of_tokens(language_model)))
+    return KnownTokens(directions(language_model), spelling(texts_of_tokens(language_model)))
 
 
 def texts_of_tokens(language_model: LanguageModel) -> list[str]:

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from agents.text_dqn.echoes import Echoes
-from agents.text_dqn.features import Described, JudgedTexts, describe_tokens
+from agents.text_dqn.features import JudgedTexts, KnownTokens, known_tokens
 from agents.text_dqn.head import CandidateHead, LookedUp, near_the_end
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.score_value import ScoreValue
@@ -112,7 +112,7 @@ class CandidateQNetwork(nn.Module):
     """
 
     _language_model: LanguageModel | None
-    _described: Described | None
+    _known_tokens: KnownTokens | None
     support: torch.Tensor | None  # (atoms,) the values that returns are spread over
     unit: torch.Tensor  # reward units that the heads count in, a power of 4: to divide by it loses no digit
 
@@ -156,7 +156,7 @@ class CandidateQNetwork(nn.Module):
         self.float()  # whatever torch's default is: features are float32
         # Held outside module registration: shared by online and target network, never saved.
         object.__setattr__(self, "_language_model", None)
-        object.__setattr__(self, "_described", None)
+        object.__setattr__(self, "_known_tokens", None)
 
     @property
     def device(self) -> torch.device:
@@ -193,8 +193,8 @@ class CandidateQNetwork(nn.Module):
         """Fit the scorer; return R2 on texts that were left out. See ``TextScorer.fit``."""
         if self.scorer is None or self._language_model is None:
             raise ModelError("no scorer to fit, or no language model to read embeddings from: call bind")
-        known = describe_tokens(self._language_model) if self._described is None else self._described
-        object.__setattr__(self, "_described", known)
+        known = known_tokens(self._language_model) if self._known_tokens is None else self._known_tokens
+        object.__setattr__(self, "_known_tokens", known)
         return self.scorer.fit(texts, known, visited, beta)
 
     def scored(self, observations: Tensors) -> Tensors:

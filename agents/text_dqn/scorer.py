@@ -34,8 +34,8 @@ from agents.text_dqn.features import (
     LONGEST,
     PAIRS,
     RESIDUES,
-    Described,
     JudgedTexts,
+    KnownTokens,
     design_of,
     first_occurrences,
     hats,
@@ -261,7 +261,7 @@ class TextScorer(nn.Module):
 
     # --- learning
 
-    def fit(self, texts: JudgedTexts, known: Described, visited: Visited, beta: float) -> float:
+    def fit(self, texts: JudgedTexts, known: KnownTokens, visited: Visited, beta: float) -> float:
         """Learn from texts and their rewards; return R2 on the texts that were left out.
 
         Args:
@@ -286,7 +286,7 @@ class TextScorer(nn.Module):
         self._tabulate(curve, marks, of_length, fitted.index[texts.finished], visited, beta)
         return float(1 - ((rewards - predicted) ** 2).mean() / rewards.var())
 
-    def _learns_from_prefixes(self, texts: JudgedTexts, known: Described) -> bool:
+    def _learns_from_prefixes(self, texts: JudgedTexts, known: KnownTokens) -> bool:
         """Return True if finished texts are predicted better with the prefixes that were judged than without.
 
         A mood can be heard in half a text, and half of a JSON object is none.
@@ -297,7 +297,7 @@ class TextScorer(nn.Module):
             self.prefixes.fill_(float(errors[0] < errors[1]))
         return bool(self.prefixes)
 
-    def _design(self, texts: JudgedTexts, known: Described) -> tuple[Design, tuple[float, float]]:
+    def _design(self, texts: JudgedTexts, known: KnownTokens) -> tuple[Design, tuple[float, float]]:
         return design_of(texts, known, self.characters.cpu().numpy(), self.classes.cpu().numpy())
 
     def _is_due(self, texts: JudgedTexts) -> bool:
@@ -325,7 +325,7 @@ class TextScorer(nn.Module):
         self.penalty.fill_(fitted.penalty)
         return problem.design, bent(problem, FOLDS, fitted)
 
-    def _take_weights(self, design: Design, fitted: Fitted, known: Described) -> Floats:
+    def _take_weights(self, design: Design, fitted: Fitted, known: KnownTokens) -> Floats:
         """Fill the tables of contributions; return the weights of the marks, their mean over the folds."""
         begin, end = layout(self.vocab_size)
         scales = {group: design.scales[part.start] for group, part in design.groups.items()}

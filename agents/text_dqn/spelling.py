@@ -24,12 +24,15 @@ CLASSINGS = ("initials", "endings", "sizes")
 CLASSES = 32
 """By each of them; 0 is of tokens that begin no word."""
 
-LETTERS = 26
+ALPHABET = 26
 OTHERS = 4
 """Classes of characters that are none of a to z."""
 
 GRAMS = 128
 """Sequences of two and of three characters are hashed to so many numbers, with signs."""
+
+GRAMS_COUNT = 0.5
+"""So much beside characters."""
 
 RAREST = 0.05
 """Deviation of a number over the vocabulary below which it counts as if it were so much."""
@@ -51,7 +54,7 @@ def spelling(texts: Sequence[str]) -> Floats:
         ],
         np.float32,
     )
-    characters = np.zeros((len(texts), LETTERS + OTHERS), np.float32)
+    characters = np.zeros((len(texts), ALPHABET + OTHERS), np.float32)
     grams = np.zeros((len(texts), GRAMS), np.float32)
     for token, (text, word) in enumerate(zip(texts, words, strict=True)):
         for character in word:
@@ -61,9 +64,8 @@ def spelling(texts: Sequence[str]) -> Floats:
             for start in range(len(edged) - size + 1):
                 code = zlib.crc32(edged[start : start + size].encode("utf-8", "replace"))
                 grams[token, code % GRAMS] += 1 if code & 2**20 else -1
-    counted = np.concatenate([traits, characters], 1)
-    one = np.ones((len(texts), 1), np.float32)
-    return np.concatenate([one, counted / np.maximum(counted.std(0), RAREST), grams], 1)
+    traits, characters, grams = (of / np.maximum(of.std(0), RAREST) for of in (traits, characters, grams))
+    return np.concatenate([np.ones((len(texts), 1), np.float32), traits, characters, GRAMS_COUNT * grams], 1)
 
 
 def classes(texts: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -88,5 +90,5 @@ def last_word(tokens: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
 
 
 def _class_of(character: str) -> int:
-    """Return a number in 0..LETTERS + OTHERS - 1."""
-    return ord(character) - ord("a") if "a" <= character <= "z" else LETTERS + ord(character) % OTHERS
+    """Return a number in 0..ALPHABET + OTHERS - 1."""
+    return ord(character) - ord("a") if "a" <= character <= "z" else ALPHABET + ord(character) % OTHERS

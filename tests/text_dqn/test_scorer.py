@@ -13,7 +13,7 @@ from toys import PROMPTS, letters
 
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.echoes import Echoes, echoed
-from agents.text_dqn.features import FOLDS, Described, JudgedTexts
+from agents.text_dqn.features import FOLDS, JudgedTexts, KnownTokens
 from agents.text_dqn.networks import NEEDED_KEYS
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.replay import Acted, EpisodeReplay
@@ -51,7 +51,7 @@ def of_texts(tokens, candidates):
 def fitted(found):
     scorer = TextScorer(VOCABULARY, LENGTH)
     scorer.characters.copy_(torch.arange(VOCABULARY) % 4 + 1.0)
-    known = Described(np.random.default_rng(2).normal(size=(VOCABULARY, 3)), np.zeros((VOCABULARY, 1)))
+    known = KnownTokens(np.random.default_rng(2).normal(size=(VOCABULARY, 3)), np.zeros((VOCABULARY, 1)))
     return scorer, scorer.fit(found, known, visited(found), BETA)
 
 
@@ -152,7 +152,7 @@ def scores_in_language(found, mu, step):
     states = Visited(tokens, everything, torch.from_numpy(mu).float(), *of_texts(tokens, everything))
     scorer = TextScorer(VOCABULARY, LENGTH)
     scorer.characters.fill_(1.0)
-    scorer.fit(found, Described(*np.zeros((2, VOCABULARY, 1))), states, 100.0)  # warm: the soft value is the mean
+    scorer.fit(found, KnownTokens(*np.zeros((2, VOCABULARY, 1))), states, 100.0)  # warm: the soft value is the mean
     _, scores = scorer(torch.ones(1, LENGTH, dtype=torch.long), torch.full((1, 1), step), everything[:1, :1])
     return scores[0, 0].numpy()
 
