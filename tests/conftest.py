@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # silences a warning in tests that fork
 import pytest
 
-from textgen_env.models.device import own_cores, prepare_process
+from textgen_env.models.device import prepare_process
 
 prepare_process()  # before torch loads
 
@@ -69,11 +69,6 @@ def blank_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda figure, path, **settings: path.write_bytes(b"\x89PNG"))
         yield
-
-
-def pytest_xdist_auto_num_workers(config):
-    """One more than cores: tests of Ray, and of processes that are killed, mostly wait."""
-    return own_cores() + 1
 
 
 def pytest_collection_modifyitems(items):
