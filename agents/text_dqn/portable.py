@@ -160,7 +160,7 @@ def reporting_damage(path: Any) -> Iterator[None]:
         raise
     except Exception as error:  # there are a dozen kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"the agent in {path} cannot be read, the file is damaged: {reason}") from error
+        raise ConfigError(f"the agent in {path} cannot be read: damaged, or of another version: {reason}") from error
 
 
 def _box(space: spaces.Box) -> dict[str, Any]:
