@@ -186,6 +186,7 @@ class CandidateQNetwork(nn.Module):
                 f"{language_model.embedding_size}: load it with the model that it was trained on"
             )
         object.__setattr__(self, "_language_model", language_model)
+        object.__setattr__(self, "_known_tokens", None)
         if self.scorer is not None:
             self.scorer.describe(language_model)
 

@@ -209,11 +209,11 @@ class TextScorer(nn.Module):
         """Return z and length of the prefixes, (B, S), and what candidates add to both, (B, S, k)."""
         table = self._table(tokens, folds)
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        first_places = first_occurrences(tokens)  # (B, RESIDUES)
-        own = self._added(table, tokens[..., None], echoes.own[..., None], places, tokens, first_places).squeeze(-1)
+        past = first_occurrences(tokens), last_word(tokens, self.classes)
+        own = self._added(table, tokens[..., None], echoes.own[..., None], places, tokens, past).squeeze(-1)
         index = self.bias[table].unsqueeze(-1) + _of_prefixes(own, steps)
         length = _of_prefixes(_at(self.characters, tokens), steps)
-        more = self._added(table, candidates, echoes.candidates, steps, tokens, first_places)
+        more = self._added(table, candidates, echoes.candidates, steps, tokens, past)
         return index, length, more, _at(self.characters, candidates)
 
     def _added(
@@ -223,13 +223,17 @@ class TextScorer(nn.Module):
         echoes: torch.Tensor,
         steps: torch.Tensor,
         tokens: torch.Tensor,
-        first_places: torch.Tensor,
+        past: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """Return what ids (B, S, c) add to z after prefixes of ``steps`` (B, S) tokens."""
+        """Return what ids (B, S, c) add to z after prefixes of ``steps`` (B, S) tokens.
+
+        Args:
+            past: Of the tokens, ``first_occurrences`` and ``last_word``.
+        """
+        first_places, words = past
         own = table.view(-1, 1, 1) * self.vocab_size + ids
         before = tokens.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1)
         pairs = _at(self.pair, table.view(-1, 1, 1) * PAIRS + pair_index(before, ids))
-        words = last_word(tokens, self.classes)
         for kind, of, last in zip(CLASSINGS, self.classes, words, strict=True):
             of_last = last.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1)
             both = (table.view(-1, 1, 1) * CLASSES + of_last) * CLASSES + _at(of, ids)
@@ -336,8 +340,7 @@ class TextScorer(nn.Module):
         sparse[:, design.used] = occurring[:, :-1]
         parts = np.split(sparse, list(begin.values())[1:], 1)
         of = {kind: part * scales[kind] for kind, part in zip(begin, parts, strict=True)}
-        described = {"vector": known.vectors, "spelling": known.spelling, "first_spelling": known.spelling}
-        for kind, values in described.items():
+        for kind, values in zip(("vector", "spelling", "first_spelling"), (*known, known.spelling), strict=True):
             own, dense = np.split(dense, [values.shape[1]], 1)
             of["first" if kind == "first_spelling" else "token"] += own.astype(np.float32) @ values.T * scales[kind]
         alike = of.pop("alike")
@@ -389,10 +392,11 @@ class TextScorer(nn.Module):
         steps = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         last, candidates = tokens[:, :-1][there], visited.candidates[:, 1:][there]  # (n,), (n, k)
         mu, goes_on = visited.probabilities[:, 1:][there], 1.0 - _at(self.ends, candidates)
-        visits, first_places = torch.bincount(last, minlength=self.vocab_size), first_occurrences(tokens)
+        visits = torch.bincount(last, minlength=self.vocab_size)
+        past = first_occurrences(tokens), last_word(tokens, self.classes)
         for fold in range(FOLDS + 1):
             table, echoes = torch.full_like(tokens[:, 0], fold), visited.echoes.candidates
-            more = self._added(table, visited.candidates, echoes, steps, tokens, first_places)[:, 1:][there]
+            more = self._added(table, visited.candidates, echoes, steps, tokens, past)[:, 1:][there]
             value = torch.zeros_like(self.characters)
             for depth in range(AHEAD):
                 gain = (mu * (more + goes_on * _at(value, candidates))).sum(-1)

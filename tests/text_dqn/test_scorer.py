@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from toys import PROMPTS, letters
+from toys import PROMPTS, TABLE, letters
 
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.echoes import Echoes, echoed
@@ -19,20 +19,24 @@ from agents.text_dqn.outlook import Visited
 from agents.text_dqn.replay import Acted, EpisodeReplay
 from agents.text_dqn.ridge import Design, Logistic, Problem, bent, best_curve, cross_fit, rising_curve, weigh_groups
 from agents.text_dqn.scorer import TextScorer
-from agents.text_dqn.scores import scored_batch
+from agents.text_dqn.scores import fit_scores, scored_batch
 from agents.text_dqn.validation import LANGUAGE_MODEL, best_supported
+from textgen_env import TableModel
 from textgen_env.errors import ConfigError
 from textgen_env.policies import sample
 
 VOCABULARY, LENGTH, TEXTS, BETA = 12, 6, 1500, 0.1
 
 
-def texts(reward, seed=0, count=TEXTS):
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(1, VOCABULARY, (count, LENGTH))
+def judged(tokens, reward):
     rewards = np.array([reward(row) for row in tokens], np.float64)
-    folds, none = np.arange(count) % FOLDS, np.zeros(tokens.shape, bool)
-    return JudgedTexts(tokens, np.full(count, LENGTH), rewards, folds, np.ones(count, bool), none)
+    count, none = len(tokens), np.zeros(tokens.shape, bool)
+    lengths, folds = np.full(count, tokens.shape[1]), np.arange(count) % FOLDS
+    return JudgedTexts(tokens, lengths, rewards, folds, np.ones(count, bool), none)
+
+
+def texts(reward, seed=0, count=TEXTS):
+    return judged(np.random.default_rng(seed).integers(1, VOCABULARY, (count, LENGTH)), reward)
 
 
 def visited(found):
@@ -58,7 +62,7 @@ def fitted(found):
 def finished_scores(scorer, found):
     """What the scorer says of whole texts: the candidate is the last token."""
     tokens = torch.from_numpy(found.tokens)
-    steps = torch.full((len(tokens), 1), LENGTH - 1)
+    steps = torch.full((len(tokens), 1), tokens.shape[1] - 1)
     return scorer(tokens, steps, tokens[:, -1:].unsqueeze(1))[1][:, 0, 0].numpy()
 
 
@@ -458,6 +462,19 @@ def test_a_saved_agent_scores_as_before(tmp_path):
     observation = learned.env.reset()
     assert (learned.q_net_target.scorer.potential != 0).any()
     np.testing.assert_array_equal(loaded.probabilities(observation), learned.probabilities(observation))
+
+
+def test_a_model_that_is_bound_later_is_the_one_that_is_read():
+    replay = agent(worth).learn(800).replay_buffer
+    other = TableModel((" by", "the", "a", " ", ".", "<end>"), TABLE)
+    again, once = agent(worth).q_net, agent(worth).q_net
+    fit_scores(again, replay, BETA)
+    again.scorer.load_state_dict(once.scorer.state_dict())
+    for network in (again, once):
+        network.bind(other)
+        fit_scores(network, replay, BETA)
+    for name, values in once.scorer.state_dict().items():
+        torch.testing.assert_close(again.scorer.state_dict()[name], values, rtol=0, atol=0, msg=name)
 
 
 def test_the_temperature_is_the_language_models_where_nothing_was_learned():

@@ -7,9 +7,9 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
+from test_scorer import finished_scores, judged, of_texts
 
-from agents.text_dqn.echoes import Echoes
-from agents.text_dqn.features import FOLDS, JudgedTexts, KnownTokens
+from agents.text_dqn.features import KnownTokens
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.scorer import TextScorer
 from agents.text_dqn.spelling import CLASSES, classes, last_word, spelling
@@ -56,18 +56,11 @@ def test_the_last_word_is_that_of_the_last_token_that_began_one():
     assert found[2].tolist() == [[0, 5, 5, 6, 5], [6, 6, 6, 6, 5]]
 
 
-def judged(reward, seed=0, count=TEXTS):
+def texts(reward, seed=0):
     rng = np.random.default_rng(seed)
-    few = rng.integers(0, len(TOKENS), (count, LENGTH))  # a text repeats some of them
-    tokens = np.take_along_axis(few, rng.integers(0, LENGTH, (count, LENGTH)), 1)
-    rewards = np.array([reward([TOKENS[token] for token in row]) for row in tokens])
-    none = np.zeros(tokens.shape, bool)
-    return JudgedTexts(tokens, np.full(count, LENGTH), rewards, np.arange(count) % FOLDS, np.ones(count, bool), none)
-
-
-def scores_of(scorer, tokens):
-    whole = torch.from_numpy(tokens)
-    return scorer(whole, torch.full((len(whole), 1), LENGTH - 1), whole[:, -1:].unsqueeze(1))[1][:, 0, 0].numpy()
+    few = rng.integers(0, len(TOKENS), (TEXTS, LENGTH))  # a text repeats some of them
+    tokens = np.take_along_axis(few, rng.integers(0, LENGTH, (TEXTS, LENGTH)), 1)
+    return judged(tokens, lambda row: reward([TOKENS[token] for token in row]))
 
 
 def fitted(found, spelled=True):
@@ -76,11 +69,7 @@ def fitted(found, spelled=True):
     scorer.classes.copy_(torch.from_numpy(classes(TOKENS)))
     tokens = torch.from_numpy(found.tokens[:100])
     candidates = tokens.unsqueeze(-1).repeat(1, 1, 2)
-    there = torch.ones_like(tokens, dtype=torch.bool)
-    states = Visited(
-        tokens, candidates, torch.full(candidates.shape, 0.5), there, there, Echoes.none(tokens, candidates),
-        torch.arange(len(tokens)) % FOLDS,
-    )  # fmt: skip
+    states = Visited(tokens, candidates, torch.full(candidates.shape, 0.5), *of_texts(tokens, candidates))
     scorer.fit(found, KnownTokens(np.zeros((len(TOKENS), 1)), spelled * spelling(TOKENS)), states, BETA)
     return scorer
 
@@ -94,10 +83,10 @@ SURFACE = {
 
 @pytest.mark.parametrize("judge", SURFACE)
 def test_rare_tokens_are_worth_what_others_that_are_spelled_alike_are(judge):
-    found, fresh = judged(SURFACE[judge]), judged(SURFACE[judge], seed=5)
+    found, fresh = texts(SURFACE[judge]), texts(SURFACE[judge], seed=5)
     explained = []
     for spelled in (False, True):
-        errors = scores_of(fitted(found, spelled), fresh.tokens) - fresh.rewards
+        errors = finished_scores(fitted(found, spelled), fresh) - fresh.rewards
         explained.append(1 - (errors**2).mean() / fresh.rewards.var())
     assert explained[0] + 0.3 < 0.7 < explained[1]
 
@@ -116,6 +105,6 @@ def test_words_that_were_never_seen_together_are_worth_what_others_of_their_clas
         words = [token[1:] for token in tokens if token[0] == " "]  # others may stand between
         return sum(NEIGHBOURS[judge](a, b) for a, b in pairwise(words)) / (LENGTH - 1)
 
-    scorer, fresh = fitted(judged(share)), judged(share, seed=5)
-    errors = scores_of(scorer, fresh.tokens) - fresh.rewards
+    scorer, fresh = fitted(texts(share)), texts(share, seed=5)
+    errors = finished_scores(scorer, fresh) - fresh.rewards
     assert 1 - (errors**2).mean() / fresh.rewards.var() > 0.6
