@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
 
 from textgen_env.policies import Floats
 
@@ -71,14 +72,13 @@ LEAST_CORRELATION = 3.0
 class Design(NamedTuple):
     """n rows of features in groups, each group scaled to a mean squared size of 1 a row, times its relevance.
 
-    Weights are one vector: those of the sparse features that occur, one for padding (always 0),
-    those of the dense ones.
+    Weights are one vector: those of the u sparse features that occur, then those of the e dense ones.
     """
 
     used: npt.NDArray[np.int64]  # (u,) the sparse features that occur
-    places: npt.NDArray[np.int64]  # (n, F) indices in ``used`` that are 1 in each row, u for padding
+    sparse: csr_array  # (n, u) how often each does
     dense: Floats  # (n, e)
-    scales: Floats  # (F + e,) factors of what stands in ``places`` and ``dense``
+    scales: Floats  # (u + e,) factors of the features
     groups: Mapping[str, slice]  # of ``scales``
     relevance: Mapping[str, float]  # of each group, a factor in ``scales``
 
@@ -87,23 +87,25 @@ class Design(NamedTuple):
         """Return the features side by side.
 
         Args:
-            sparse: (n, F) numbers of features a group, below ``padding``, which stands for none.
+            sparse: (n, F) numbers of features a group, below ``padding``, which stands for none, and above those of
+                the groups before.
             dense: (n, e) numbers a group.
         """
         scales, groups, start = [], {}, 0
-        for index in sparse.values():
+        for name, index in sparse.items():
             _, counts = np.unique(index[index < padding], return_counts=True)
             sizes = counts * (1.0 - counts / index.size)
-            scales.append(np.full(index.shape[1], _scale(sizes.sum() / len(index))))
-        for block in dense.values():
+            scales.append(np.full(len(counts), _scale(sizes.sum() / len(index))))
+            groups[name] = slice(start, start := start + len(counts))
+        for name, block in dense.items():
             scales.append(np.full(block.shape[1], _scale(((block - block.mean(0)) ** 2).sum() / len(block))))
-        for name, scale in zip((*sparse, *dense), scales, strict=True):
-            groups[name] = slice(start, start + len(scale))
-            start += len(scale)
+            groups[name] = slice(start, start := start + block.shape[1])
         features = np.concatenate(list(sparse.values()), 1)
-        used, index = np.unique(np.append(features, padding), return_inverse=True)
-        places, columns = index[:-1].reshape(features.shape), np.concatenate(list(dense.values()), 1)
-        return cls(used[:-1], places, columns, np.concatenate(scales), groups, dict.fromkeys(groups, 1.0))
+        occurring = features < padding
+        used, columns = np.unique(features[occurring], return_inverse=True)
+        counts = csr_array((np.ones(len(columns)), (occurring.nonzero()[0], columns)), (len(features), len(used)))
+        whole = np.concatenate(list(dense.values()), 1)
+        return cls(used, counts, whole, np.concatenate(scales), groups, dict.fromkeys(groups, 1.0))
 
     def sized(self, **relevance: float) -> Design:
         """Return the features with these groups as relevant as this: the larger, the less their weights are shrunk."""
@@ -113,25 +115,20 @@ class Design(NamedTuple):
         return self._replace(scales=scales, relevance={**self.relevance, **relevance})
 
     def rows(self, chosen: npt.NDArray[np.int64]) -> Design:
-        return self._replace(places=self.places[chosen], dense=self.dense[chosen])
+        return self._replace(sparse=self.sparse[chosen], dense=self.dense[chosen])
 
     def parts(self, weights: Floats) -> tuple[Floats, Floats]:
-        """Return the weights (..., u + 1 + e) of the sparse features with their padding, and of the dense ones."""
-        return weights[..., : len(self.used) + 1], weights[..., len(self.used) + 1 :]
+        """Return the weights (..., u + e) of the sparse features and of the dense ones."""
+        return weights[..., : len(self.used)], weights[..., len(self.used) :]
 
     def times(self, weights: Floats) -> Floats:
         """Return the product with the weights, (n,)."""
-        sparse, dense = self.parts(weights)
-        of_places, of_dense = np.split(self.scales, [self.places.shape[1]])
-        return np.asarray(sparse[self.places] @ of_places + self.dense @ (of_dense * dense))
+        sparse, dense = self.parts(self.scales * weights)
+        return np.asarray(self.sparse @ sparse + self.dense @ dense)
 
     def transposed_times(self, errors: Floats) -> Floats:
         """Return the product of the transpose with (n,) numbers."""
-        of_places, of_dense = np.split(self.scales, [self.places.shape[1]])
-        weighted = errors[:, None] * of_places
-        sparse = np.bincount(self.places.ravel(), weights=weighted.ravel(), minlength=len(self.used) + 1)
-        sparse[-1] = 0.0
-        return np.concatenate([sparse, (errors @ self.dense) * of_dense])
+        return self.scales * np.concatenate([self.sparse.T @ errors, errors @ self.dense])
 
 
 def _scale(size: float) -> float:
@@ -200,7 +197,7 @@ class Problem(NamedTuple):
 class Fitted:
     """Weights for each fold, fitted to all others, and what they predict for it."""
 
-    weights: Floats  # (folds, u + 1 + e); see ``Design.parts``
+    weights: Floats  # (folds, u + e); see ``Design.parts``
     biases: Floats  # (folds,)
     index: Floats  # (n,) z, by weights that have not seen the text
     left_out: Floats  # (n,) the rewards that it lets expect
@@ -233,7 +230,7 @@ def cross_fit(
     targets, sizes = rewards[None].repeat(count, 0), np.ones((count, len(rewards)))
     if bend is not None:
         targets, sizes = bend.link.tangent(bend.near, rewards)
-    weights = np.zeros((count, len(design.used) + 1 + design.dense.shape[1])) if start is None else start
+    weights = np.zeros((count, len(design.scales))) if start is None else start
     best = None
     for penalty in penalties:
         weights, biases, index = weights.copy(), np.zeros(count), np.zeros(len(rewards))

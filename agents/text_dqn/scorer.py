@@ -332,24 +332,23 @@ class TextScorer(nn.Module):
     def _take_weights(self, design: Design, fitted: Fitted, known: KnownTokens) -> Floats:
         """Fill the tables of contributions; return the weights of the marks, their mean over the folds."""
         begin, end = layout(self.vocab_size)
-        scales = {group: design.scales[part.start] for group, part in design.groups.items()}
         weights = np.concatenate([fitted.weights, fitted.weights.mean(0, keepdims=True)])
         biases = np.append(fitted.biases, fitted.biases.mean())
-        occurring, dense = design.parts(weights)
+        occurring, dense = design.parts(weights * design.scales)
         sparse = np.zeros((FOLDS + 1, end))
-        sparse[:, design.used] = occurring[:, :-1]
+        sparse[:, design.used] = occurring
         parts = np.split(sparse, list(begin.values())[1:], 1)
-        of = {kind: part * scales[kind] for kind, part in zip(begin, parts, strict=True)}
+        of = dict(zip(begin, parts, strict=True))
         for kind, values in zip(("vector", "spelling", "first_spelling"), (*known, known.spelling), strict=True):
             own, dense = np.split(dense, [values.shape[1]], 1)
-            of["first" if kind == "first_spelling" else "token"] += own.astype(np.float32) @ values.T * scales[kind]
+            of["first" if kind == "first_spelling" else "token"] += own.astype(np.float32) @ values.T
         alike = of.pop("alike")
         for number, kind in enumerate(CLASSINGS):
             of[kind][:, CLASSES + 1 :: CLASSES + 1] += alike[:, number, None]  # a class twice, but not that of no word
         for kind, values in {**of, "bias": biases}.items():
             table = getattr(self, kind)
             table.copy_(torch.from_numpy(values).view(table.shape))
-        of_length: Floats = dense[-1] * scales["length"]
+        of_length: Floats = dense[-1]
         return of_length
 
     def _tabulate(
