@@ -36,6 +36,7 @@ from textgen_env.errors import ClusterError, ConfigError, ModelError, RewardErro
 ray = pytest.importorskip("ray")
 
 CONFIG = replace(WEATHER, agent_settings={**WEATHER.agent_settings, "buffer_size": 4000}, eval_samples=50)
+BENCHMARK = BenchmarkConfig(("Needle",), ("random", "sample"), seeds=(0, 1), steps=64, texts=8, evaluations=2)
 
 
 def opened(config=CONFIG, **given):
@@ -209,6 +210,11 @@ def test_the_head_travels_in_less_than_5_mb():
     assert sum(array.nbytes for array in weights_of(run.agent).values()) < 5_000_000
 
 
+def test_a_missing_model_is_an_error_of_the_caller():
+    with pytest.raises(ModelError):
+        Collector().open(replace(CONFIG, model="no-such-model", objects=()), {}, 0)
+
+
 # --- a Ray in this process
 
 
@@ -259,6 +265,67 @@ def test_the_local_and_the_ray_run_reach_the_same_score(run, tmp_path):
     assert values[0] == pytest.approx(values[1], abs=0.1)
 
 
+@pytest.mark.slow
+def test_a_benchmark_that_stops_ends_its_ray():
+    cells = iter(RayCellRunner()(BENCHMARK, BENCHMARK.cells, 1))
+    next(cells)
+    cells.close()
+    assert not ray.is_initialized()
+
+
+# --- a cluster
+
+
+@pytest.fixture(scope="module")
+def head():
+    """A head without cores for actors."""
+    from ray.cluster_utils import Cluster
+
+    settings = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **settings})
+        yield cluster
+        cluster.shutdown()
+
+
+class Nodes:
+    """What joins a head, and leaves it."""
+
+    def __init__(self, head):
+        self.head, self.address, self.joined = head, head.address, []
+
+    def join(self, cores=1, **env):
+        node = self.head.add_node(num_cpus=cores, env_vars=env, object_store_memory=80 * 2**20)
+        self.joined.append(node)
+        return node
+
+    def kill(self, node):
+        self.joined.remove(node)
+        self.head.remove_node(node, allow_graceful=False)
+
+    def leave(self):
+        for node in self.joined:
+            self.head.remove_node(node)
+
+
+@pytest.fixture
+def cluster(head):
+    """A cluster whose nodes join in the test and leave after it."""
+    nodes = Nodes(head)
+    yield nodes
+    ray.shutdown()
+    nodes.leave()
+
+
+@pytest.fixture
+def started_ray(cluster):
+    """A connection that the program has made: engines use it, one after the other, and leave it open."""
+    cluster.join(cores=2)
+    with connected(cluster.address, 2, 20.0, SMALLEST_STORE):
+        yield
+
+
 class Pause(BaseCallback):
     """A learner that stops for a while, once its actors are busy."""
 
@@ -280,13 +347,6 @@ class Pause(BaseCallback):
             )
             self.counts = [len(ready), len(self.pool.pending)]
         return self.num_timesteps < self.model._total_timesteps
-
-
-@pytest.fixture
-def started_ray():
-    """A Ray that the program has started: engines use it, one after the other, and leave it running."""
-    with connected(None, 2, 20.0, SMALLEST_STORE):
-        yield
 
 
 @pytest.mark.slow
@@ -314,12 +374,13 @@ def test_a_learner_that_pauses_finds_a_bounded_number_of_batches_and_an_error_is
 
 
 @pytest.mark.slow
-def test_a_killed_learner_goes_on_from_its_checkpoint(tmp_path):
+def test_a_killed_learner_goes_on_from_its_checkpoint(cluster, tmp_path):
+    cluster.join()
     program = (
         "import test_ray as t\n"
         "from agents.distributed.actors import RayTextSource\n"
         "t.train(t.replace(t.CONFIG, steps=100_000, checkpoint_every=200), 'run', model=t.weather(), "
-        "text_source=RayTextSource(1))\n"
+        f"text_source=RayTextSource(1, {cluster.address!r}))\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.path.join(root, "tests"), os.path.dirname(__file__)])}
@@ -333,25 +394,8 @@ def test_a_killed_learner_goes_on_from_its_checkpoint(tmp_path):
     at = int(newest_checkpoint(tmp_path / "run" / "checkpoints").name)
     for path in (tmp_path / "run" / "config.json", *(tmp_path / "run" / "checkpoints").glob("*/state.json")):
         path.write_text(path.read_text().replace("100000", str(at + 300)))  # a run of that many steps
-    result = resume(tmp_path / "run", model=weather(), text_source=RayTextSource(1))
+    result = resume(tmp_path / "run", model=weather(), text_source=RayTextSource(1, cluster.address))
     assert (result.finished, result.steps) == (True, at + 300)
-
-
-# --- a cluster
-
-
-@pytest.fixture
-def cluster(monkeypatch):
-    """A head without cores for actors, and what adds nodes of one core."""
-    from ray.cluster_utils import Cluster
-
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    settings = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **settings})
-    cluster.node = lambda **env: cluster.add_node(num_cpus=1, env_vars=env, object_store_memory=80 * 2**20)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
 
 
 class Plan(BaseCallback):
@@ -375,15 +419,15 @@ class Plan(BaseCallback):
 
 @pytest.mark.slow
 def test_a_late_node_is_used_and_what_a_killed_one_was_writing_is_dropped_once(cluster):
-    first = cluster.node()
+    first = cluster.join()
     run, said = opened(), []
     with RayTextSource(2, cluster.address)(run, said.append) as pool:
         assert "warning: 2 actors, and 1 cores for them: the rest wait for nodes" in said
         plan = Plan(
             pool,
-            (lambda pool: pool.writing == 1 and run.agent.num_timesteps > 0, cluster.node),
-            (lambda pool: pool.writing == 2, lambda: cluster.remove_node(first, allow_graceful=False)),
-            (lambda pool: pool.replaced >= 1, cluster.node),
+            (lambda pool: pool.writing == 1 and run.agent.num_timesteps > 0, cluster.join),
+            (lambda pool: pool.writing == 2, lambda: cluster.kill(first)),
+            (lambda pool: pool.replaced >= 1, cluster.join),
             (lambda pool: pool.writing == 2, lambda: None),
         )
         run.agent.learn(10_000_000, plan)
@@ -395,8 +439,8 @@ def test_a_late_node_is_used_and_what_a_killed_one_was_writing_is_dropped_once(c
 
 @pytest.mark.slow
 def test_batches_of_a_slow_actor_are_old_and_what_is_too_old_is_not_learned_from(cluster):
-    cluster.node()
-    cluster.node(SLOW="0.05")
+    cluster.join()
+    cluster.join(SLOW="0.05")
 
     def here(completion):
         import os
@@ -420,15 +464,10 @@ def in_this_process(config, cells, workers, started):
 
 
 @pytest.mark.slow
-def test_a_benchmark_on_ray_has_the_rows_of_a_local_one_and_goes_on_where_it_stopped(tmp_path):
-    config = BenchmarkConfig(("Needle",), ("random", "sample"), seeds=(0, 1), steps=64, texts=8, evaluations=2)
-    local = run_benchmark(config, tmp_path / "local", cell_runner=in_this_process)
-    runner = RayCellRunner()
-    cells = iter(runner(config, config.cells, 1))
-    next(cells)
-    cells.close()  # stopped
-    assert not ray.is_initialized()
-    rays = run_benchmark(config, tmp_path / "ray", workers=2, cell_runner=runner)
+def test_a_benchmark_on_ray_has_the_rows_of_a_local_one_and_goes_on_where_it_stopped(cluster, tmp_path):
+    cluster.join(cores=2)
+    local = run_benchmark(BENCHMARK, tmp_path / "local", cell_runner=in_this_process)
+    rays = run_benchmark(BENCHMARK, tmp_path / "ray", cell_runner=RayCellRunner(cluster.address))
 
     def plain(results):
         return json.dumps([[r.cell, r.status, [{**row, "seconds": 0} for row in r.rows]] for r in results])
@@ -440,10 +479,5 @@ def test_a_benchmark_on_ray_has_the_rows_of_a_local_one_and_goes_on_where_it_sto
         asked.extend(cells)
         return iter(())
 
-    assert plain(run_benchmark(config, tmp_path / "ray", cell_runner=none_left)) == plain(local)
+    assert plain(run_benchmark(BENCHMARK, tmp_path / "ray", cell_runner=none_left)) == plain(local)
     assert asked == []
-
-
-def test_a_missing_model_is_an_error_of_the_caller():
-    with pytest.raises(ModelError):
-        Collector().open(replace(CONFIG, model="no-such-model", objects=()), {}, 0)
