@@ -336,6 +336,7 @@ class Pause(BaseCallback):
     def _on_step(self):
         if not self.counts:  # the run lasts until both actors are up, and then a little
             self.model._total_timesteps = self.num_timesteps + 200
+            time.sleep(0.2 * (self.pool.writing < 2))  # leaves the cores to the actor that starts
         if len(self.pool.pending) == 2 * OUTSTANDING - 1 and not self.counts:
             ready = []
             deadline = time.monotonic() + 60
@@ -399,11 +400,16 @@ def test_a_killed_learner_goes_on_from_its_checkpoint(cluster, tmp_path):
 
 
 class Plan(BaseCallback):
-    """Does one thing after the other, each as soon as its condition holds, and keeps what was seen."""
+    """Does one thing after the other, each as soon as its condition holds, and keeps what was seen.
 
-    def __init__(self, pool, *parts):
+    Args:
+        calm: Seconds for which the learner sleeps after each batch until the plan is done: actors start in the half of
+            the time if it and those that write leave them the cores.
+    """
+
+    def __init__(self, pool, *parts, calm=0.0):
         super().__init__()
-        self.pool, self.parts, self.seen = pool, list(parts), []
+        self.pool, self.parts, self.seen, self.calm = pool, list(parts), [], calm
 
     def _on_rollout_start(self):
         if self.parts and self.parts[0][0](self.pool):
@@ -414,6 +420,7 @@ class Plan(BaseCallback):
         # The run lasts until the plan is done, and then for some batches more.
         if self.parts:
             self.model._total_timesteps = self.num_timesteps + 200
+            time.sleep(self.calm)
         return self.num_timesteps < self.model._total_timesteps
 
 
@@ -429,6 +436,7 @@ def test_a_late_node_is_used_and_what_a_killed_one_was_writing_is_dropped_once(c
             (lambda pool: pool.writing == 2, lambda: cluster.kill(first)),
             (lambda pool: pool.replaced >= 1, cluster.join),
             (lambda pool: pool.writing == 2, lambda: None),
+            calm=0.2,
         )
         run.agent.learn(10_000_000, plan)
         assert not plan.parts
