@@ -8,14 +8,13 @@ from benchmarks.soak import slope, soak, toy
 
 
 @pytest.mark.slow
-def test_seven_thousand_steps_add_no_more_than_the_memo_may_hold_and_leave_the_cache_exact():
-    """The heap has its size after some 2,000 steps: until then oneDNN makes programs for other numbers of rows."""
-    found = soak(toy(), 7_000)
-    assert (found.steps, found.forks) == (7_000, 7_000 // 7)
+def test_three_thousand_steps_add_little_beside_a_full_memo_and_leave_the_cache_exact(monkeypatch):
+    monkeypatch.setattr("benchmarks.soak.MEMO_BYTES", 1 << 16)  # full within the warm-up of so few steps, too
+    found = soak(toy(), 3_000)
+    assert (found.steps, found.forks) == (3_000, 3_000 // 7)
     assert found.texts > 300
     assert found.drift < 1e-4
-    # The memo is still filling, so whether memory is flat after that is for the long soak to show.
-    assert found.slope / 10 < 64  # MB per 10,000 steps; the memo's bound
+    assert found.slope / 10 < 20  # MB per 10,000 steps: oneDNN still makes programs for other numbers of rows
 
 
 def test_the_slope_of_a_leak_is_its_size():

@@ -318,8 +318,8 @@ def tiny_run(tiny_lm, tmp_path):
         prompts=str(tmp_path / "prompts.txt"),
         reward={"name": "keywords", "words": ["good"]},
         env={"top_k": 4, "max_new_tokens": 8, "min_new_tokens": 4, "max_prompt_tokens": 8},
-        steps=1_600,
-        checkpoint_every=80,
+        steps=960,
+        checkpoint_every=48,
     )
     (tmp_path / "config.json").write_text(config.to_json())
     return tmp_path
@@ -342,7 +342,7 @@ def test_ten_kills_and_a_resumed_run_ends_like_one_that_was_never_killed(tiny_ru
             time.sleep(0.002)
             continue
         seen = int(checkpoint.name)  # a new one has come: kill at a random moment after it
-        time.sleep(rng.uniform(0.0, 0.1))
+        time.sleep(rng.uniform(0.0, 0.06))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL

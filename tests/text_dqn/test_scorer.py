@@ -436,7 +436,7 @@ def test_before_the_first_update_the_policy_is_the_language_model():
 
 @pytest.mark.parametrize("score", ["learned", "judge"])
 def test_the_scorer_alone_leads_to_reward(score):
-    learned = agent(worth, score=score, learning_rate=0.0).learn(4_000)
+    learned = agent(worth, score=score, learning_rate=0.0).learn(1_200)
     assert learned.learner.scorer_r2 > 0.8
     observation = learned.env.reset()
     gains = learned.probabilities(observation) * (observation["candidates"] == letters().encode("b")[0])
@@ -446,13 +446,13 @@ def test_the_scorer_alone_leads_to_reward(score):
 
 def test_judged_prefixes_are_counted():
     asked, calls = agent(worth, score="judge"), agent(worth, score="learned")
-    asked.learn(2_000)
-    calls.learn(2_000)
-    assert calls.learner.judge_calls == calls.replay_buffer.episodes_seen > 450
+    asked.learn(1_000)
+    calls.learn(1_000)
+    assert calls.learner.judge_calls == calls.replay_buffer.episodes_seen > 225
     there = agent(worth, score="learned")
-    there.learner.put(*calls.replay_buffer.take(), counted=2_000)  # texts that were written, and judged, elsewhere
+    there.learner.put(*calls.replay_buffer.take(), counted=1_000)  # texts that were written, and judged, elsewhere
     assert there.learner.judge_calls == calls.learner.judge_calls
-    assert calls.learner.judge_calls < asked.learner.judge_calls <= 2_000
+    assert calls.learner.judge_calls < asked.learner.judge_calls <= 1_000
 
 
 def test_a_saved_agent_scores_as_before(tmp_path):

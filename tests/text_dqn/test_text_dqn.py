@@ -268,7 +268,7 @@ def test_a_reward_in_other_units_is_learned_from_alike(score, factor):
     values = []
     for unit in (1.0, factor):
         env = make(reward=lambda text, unit=unit: unit * (text.count("a") - 0.5 * text.count("b")))
-        agent = small_agent(env, beta=0.5 * unit, score=score, policy_kwargs=SMALL).learn(800)
+        agent = small_agent(env, beta=0.5 * unit, score=score, policy_kwargs=SMALL).learn(480)
         observation, _ = env.reset(seed=3)
         values.append(agent.learner.q(observation) / unit)
     assert np.ptp(values[0], axis=1).min() > 0.1  # something was learned
@@ -279,7 +279,7 @@ def test_a_reward_in_other_units_is_learned_from_alike(score, factor):
 def test_scores_that_are_learned_replace_those_that_the_environment_shows(score):
     """The agent acts, writes and values texts as one that is shown none; what the replay holds is the reward."""
     env = make(keys=NEEDED_KEYS + SCORES, reward=FromThreeQuarters())
-    agent = small_agent(env, score=score, policy_kwargs=SMALL).learn(1_600)
+    agent = small_agent(env, score=score, policy_kwargs=SMALL).learn(640)
     observation, _ = env.reset(seed=3)
     blind = {key: value for key, value in observation.items() if key not in SCORES}
     assert agent.learner.scorer_r2 > 0  # it has learned scores

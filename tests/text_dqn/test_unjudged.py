@@ -96,13 +96,13 @@ def test_what_is_written_depends_on_the_learner_alone():
 
 
 def test_a_resumed_run_ends_as_the_one_that_went_on(tmp_path):
-    agent = agent_in(make()).learn(400)
+    agent = agent_in(make()).learn(300)
     assert agent.learner.unjudged_steps > 0
     path = save_checkpoint(tmp_path, agent, {})
-    agent.learn(400, reset_num_timesteps=False)
+    agent.learn(200, reset_num_timesteps=False)
     other = agent_in(make(), seed=9)
     load_checkpoint(path, other)
-    other.learn(400, reset_num_timesteps=False)
+    other.learn(200, reset_num_timesteps=False)
     assert agent.learner.counters() == other.learner.counters()
     for name, tensor in agent.policy.state_dict().items():
         assert torch.equal(tensor, other.policy.state_dict()[name]), name
@@ -122,19 +122,20 @@ def test_a_reward_that_is_paid_by_step_is_left_out_too():
 
 
 def test_another_environment_brings_its_own_language_model():
-    agent = agent_in(make()).learn(400)
+    agent = agent_in(make()).learn(300)
     other = make()
     agent.set_env(other)
-    agent.learn(400, reset_num_timesteps=False)
+    agent.learn(100, reset_num_timesteps=False)
     assert agent._unjudged is not None
     assert agent._unjudged._env.language_model is other.unwrapped.language_model
 
 
 @pytest.mark.parametrize("steps_per_update", [16, 80, 400])
 def test_updates_are_as_many_as_their_rule_says(steps_per_update):
-    learner = agent_in(make(), steps_per_update=steps_per_update).learn(2_400).learner
-    rest = 2_400 - learner.unjudged_steps / 4  # steps before there were learned scores, and less than a write
-    expected = 2_400 * learner.updates_per_step - rest / steps_per_update
+    steps = 800 + 4 * steps_per_update
+    learner = agent_in(make(), steps_per_update=steps_per_update).learn(steps).learner
+    rest = steps - learner.unjudged_steps / 4  # steps before there were learned scores, and less than a write
+    expected = steps * learner.updates_per_step - rest / steps_per_update
     assert learner.updates == pytest.approx(expected, abs=4)
 
 
@@ -184,7 +185,7 @@ def test_they_carry_back_what_the_last_tokens_are_worth():
 )
 def test_none_are_written_where_they_could_teach_nothing(of_env, of_agent):
     env = make(**({"observation": "full"} | of_env if of_env else {}))
-    agent = agent_in(env, score="learned", **of_agent).learn(1_000)
+    agent = agent_in(env, score="learned", **of_agent).learn(500)
     assert agent.learner.scorer_r2 > 0
     assert agent.learner.unjudged_steps == 0
 
