@@ -100,6 +100,6 @@ def test_one_reward_function_trains_with_trl_and_here():
     pytest.importorskip("trl", reason="TRL is not installed")
     module = example("trl_grpo.py")
     assert module["scores"](["an enormous elephant", "a cat"]) == [pytest.approx(2 / 3), 0]
-    means = module["main"](160)
+    means = module["main"](128)
     assert means["GRPO"] > means["language model"]
     assert means["TextDQN"] > means["language model, 16 candidates"]

@@ -158,7 +158,7 @@ def test_q_converges_to_the_exact_soft_values_from_the_language_models_texts_alo
     monkeypatch.setattr(env, "step", stepped)
     monkeypatch.setattr(env, "reset", stepped)
     assert fill_replay(agent.replay_buffer, dataset) == 1500 == agent.replay_buffer.size()
-    losses = agent.fit(500)
+    losses = agent.fit(150)
 
     assert losses[-100:].mean() < 0.2 * losses[:20].mean()
     observations, _ = agent.policy.obs_to_tensor(toy.observations)

@@ -167,7 +167,7 @@ def test_they_carry_back_what_the_last_tokens_are_worth():
         return np.abs(q - values[toy.child])[inner].max()
 
     before = gaps()
-    for _ in range(60):
+    for _ in range(20):
         texts.write(learner, 0.0)
         learner.update(10, offline=True, texts=texts)
     assert gaps() < 0.02 < before
