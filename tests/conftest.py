@@ -71,10 +71,27 @@ def blank_pictures():
         yield
 
 
+LONGEST = (
+    "test_ray.py",
+    "test_any_model.py",
+    "test_text_dqn.py",
+    "test_benchmark.py",
+    "test_checkpoint.py",
+    "test_engine.py",
+    "test_pruning.py",
+    "test_adapters.py",
+)
+"""Files that take half a minute or more, the longest first."""
+
+
 def pytest_collection_modifyitems(items):
-    """Put the files with the most slow tests first: with ``--dist loadfile`` a long file at the end holds up all."""
+    """Put long files first: with ``--dist loadfile`` one that begins at the end holds up all.
+
+    After those of ``LONGEST`` come those with the most slow tests.
+    """
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (place.get(item.path.name, len(place)), -slow[item.path]))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -108,6 +108,7 @@ def test_recorded_statistics_of_the_vector_are_each_texts_own():
 # --- RL Baselines3 Zoo
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what other packages warn of is not this project's
 def test_rl_zoo_trains_with_the_projects_hyperparameters(tiny_lm, tmp_path, monkeypatch):
     pytest.importorskip("rl_zoo3", reason="RL Zoo is not installed")
@@ -171,6 +172,7 @@ def make_masked_after(env, kind):
 # --- TorchRL
 
 
+@pytest.mark.slow
 def test_torchrl_accepts_the_specs_and_samples_under_the_mask():
     pytest.importorskip("torchrl", reason="TorchRL is not installed")
     from torchrl.envs import GymEnv, TransformedEnv, check_env_specs
@@ -203,6 +205,7 @@ def vanilla(name):
     return kind, {"policy_kwargs": {}, "n_steps": 16, "batch_size": 64, "n_epochs": 4, "learning_rate": 1e-2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["DQN", "QRDQN", "PPO", "MaskablePPO"])
 @pytest.mark.parametrize("features", ["extractor", "hidden"])
 def test_vanilla_agents_learn_what_the_language_model_seldom_writes(name, features):
@@ -229,6 +232,7 @@ def test_vanilla_agents_learn_what_the_language_model_seldom_writes(name, featur
     assert mean > 0.9
 
 
+@pytest.mark.slow
 def test_the_cleanrl_example_learns(tiny_lm, tmp_path, monkeypatch):
     for part in tiny_lm:
         part.save_pretrained(tmp_path / "model")

@@ -94,6 +94,7 @@ def assert_close(first, second):
 # --- equal to the last bit
 
 
+@pytest.mark.slow
 def test_determinism_the_same_process_writes_and_learns_the_same_again(here):
     assert digests() == here
 
@@ -113,6 +114,7 @@ def test_determinism_another_seed_writes_something_else(one_thread):
     assert drawn == [tuple(env.reset(seed=seed)[0]["tokens"]) for seed in range(8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 3])
 def test_determinism_runs_that_pass_the_same_barrier_are_equal(one_thread, step):
     assert digest(written(open_model(), barrier=step)) == digest(written(open_model(), barrier=step))

@@ -124,6 +124,7 @@ def test_every_name_that_a_page_imports_is_there(page):
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     [pytest.param(ROOT / "README.md", marks=pytest.mark.slow), *TUTORIALS, ROOT / "docs" / "conversations.md"],

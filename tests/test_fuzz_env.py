@@ -340,5 +340,6 @@ class TestSingleEnvironment(SingleMachine.TestCase):
     """Hypothesis runs the machine as a unittest."""
 
 
+@pytest.mark.slow
 class TestVectorEnvironment(VectorMachine.TestCase):
     """Hypothesis runs the machine as a unittest."""

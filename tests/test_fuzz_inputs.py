@@ -77,6 +77,7 @@ LOG = {
 }
 
 
+@pytest.mark.slow
 def test_damaged_files_of_a_run_are_refused_or_lead_to_its_opening(folder, monkeypatch):
     def opened(*_, **__):
         raise ConfigError("as far as this")
@@ -97,6 +98,7 @@ def test_damaged_files_of_a_run_are_refused_or_lead_to_its_opening(folder, monke
     check()
 
 
+@pytest.mark.slow
 def test_a_damaged_log_of_a_checkpoint_is_refused_or_restored(folder):
     from rich.console import Console
 
@@ -162,6 +164,7 @@ VALUES = [*NUMBERS, "", " ", "{", "[" * 2000, '{"name": 1}', "a:b", "é\ud800", 
 OPTION = st.tuples(st.sampled_from(OPTIONS), st.sampled_from(VALUES) | TEXT) | st.tuples(st.sampled_from(OPTIONS))
 
 
+@pytest.mark.slow
 @examples(120, 1_500)
 @given(st.sampled_from(sorted(NOWHERE)), st.lists(OPTION, max_size=4))
 def test_a_damaged_command_line_ends_in_an_error_and_not_in_a_traceback(command, options):

@@ -141,6 +141,7 @@ RUN = {**json.loads(RunConfig().to_json()), "model": "tiny"}
 ENV = {field.name: field.default for field in fields(EnvConfig)}
 
 
+@pytest.mark.slow
 @examples(150, 2_000)
 @given(damaged_json(RUN, RUN, {"agent": "dqn", "env": {"top_k": 4}}))
 def test_a_damaged_run_configuration_is_refused_or_kept(document):
@@ -163,6 +164,7 @@ def test_a_run_configuration_of_damaged_bytes_is_refused_or_kept(content):
         assert RunConfig.from_json(config.to_json()) == config
 
 
+@pytest.mark.slow
 @examples(80, 1_000)
 @given(damaged_json(ENV, {"top_k": None, "observation": ["tokens", "length"], "stop": ["."]}))
 def test_damaged_environment_settings_are_refused_or_kept(document):
@@ -205,6 +207,7 @@ SPECS = [
 ]
 
 
+@pytest.mark.slow
 @examples(150, 2_000)
 @given(damaged_json(*SPECS) | JSON)
 def test_a_damaged_reward_is_refused_or_scores_every_text(document):
@@ -267,6 +270,7 @@ def stored(folder):
     return folder, agent
 
 
+@pytest.mark.slow
 def test_a_damaged_agent_zip_is_refused_or_acts(stored):
     folder, _agent = stored
     with zipfile.ZipFile(folder / "agent.zip") as archive:
@@ -293,6 +297,7 @@ def test_a_damaged_agent_zip_is_refused_or_acts(stored):
     check()
 
 
+@pytest.mark.slow
 def test_a_damaged_agent_folder_is_refused_or_acts(stored):
     folder, _agent = stored
     settings, env = json.loads((folder / "agent" / "agent.json").read_text()), open_env()
@@ -311,6 +316,7 @@ def test_a_damaged_agent_folder_is_refused_or_acts(stored):
     check()
 
 
+@pytest.mark.slow
 def test_any_setting_of_an_agent_may_be_anything(stored):
     folder, _agent = stored
     agent, env = folder / "agent", open_env()

@@ -86,7 +86,7 @@ class Hub(BaseHTTPRequestHandler):
 def server(monkeypatch, tmp_path):
     handler = type("ThisHub", (Hub,), {"files": {}, "asked": [], "claimed": {}})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,))  # it looks for its end as often
         thread.start()
         endpoint = f"http://127.0.0.1:{running.server_port}"
         constants = huggingface_hub.constants

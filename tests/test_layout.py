@@ -16,6 +16,7 @@ house = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(house)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", house.CHECKS)
 def test_the_house_is_within_its_limits(limit):
     breaches = house.CHECKS[limit]()
@@ -127,6 +128,7 @@ def loaded_by(program: str) -> set[str]:
 HEAVY = {"torch", "transformers", "sklearn", "evaluate", "datasets", "stable_baselines3", "matplotlib", "PIL"}
 
 
+@pytest.mark.slow
 def test_the_environment_loads_no_framework_before_a_model_needs_one():
     assert not HEAVY & loaded_by("import textgen_env")
     assert not HEAVY & loaded_by(

@@ -103,6 +103,7 @@ def test_security_code_in_a_model_folder_does_not_run(tmp_path, mark, tiny_lm):
         load_language_model(str(folder))
 
 
+@pytest.mark.slow
 def test_security_no_source_unpickles_or_trusts_remote_code():
     """Each call that could run what a file holds is named with what keeps it from doing so."""
     for path in SOURCES:
@@ -136,6 +137,7 @@ def test_security_remote_code_is_off_and_a_file_cannot_switch_it_on(tmp_path):
 # --- what a configuration may write
 
 
+@pytest.mark.slow
 def test_security_a_configuration_writes_nowhere_but_in_its_run_folder(tmp_path, tiny_lm, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()

@@ -124,6 +124,7 @@ def test_deep_and_binary_json_is_named(content, tmp_path):
         open_task(f"TextGen/Needle-v0:depth={text}")
 
 
+@pytest.mark.slow
 def test_a_zip_that_unpacks_to_more_than_a_settings_file_may_have_is_not_unpacked(tmp_path):
     with (
         zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive,

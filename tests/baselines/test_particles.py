@@ -113,6 +113,7 @@ def test_systematic_draws_round_n_weight_up_or_down_and_are_right_on_average():
     np.testing.assert_allclose(draws.mean(0), 4 * weights, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrong", "zero"])
 def test_the_law_of_the_text_approaches_the_optimum_at_rate_one_over_n(name, tree, texts):
     ids, mu, rewards = texts
@@ -180,6 +181,7 @@ def law_of_best(n, pi, weights):
     return pi * (at_most**n - below**n) / (at_most - below)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrong", "very wrong", "zero"])
 def test_the_best_of_independent_rows_is_one_of_n_and_its_value_is_no_more_than_is_certified(name, tree, texts):
     ids, mu, rewards = texts
@@ -366,6 +368,7 @@ def test_the_texts_of_all_prompts_share_a_forward():
     assert model.forwards == [3, 12, 12]  # a prefix is computed once, then forked; the last token needs none
 
 
+@pytest.mark.slow
 def test_tempering_ignores_values_that_are_worthless_and_keeps_good_ones(tree):
     settings = {"n": 8, "beta": BETA, "rows": 512}
     agent = ParticlesAgent(open_env(), seed=0, values=Planted(tree, 8.0), **settings)
@@ -412,6 +415,7 @@ def test_guided_best_of_n_in_one_block_is_best_of_n(texts):
     assert sum(text.tokens for text in found) == agent.tokens_used
 
 
+@pytest.mark.slow
 def test_the_kl_of_guided_best_of_n_is_within_its_bound(tree, texts):
     ids, mu, _ = texts
     agent = GuidedBestOfNAgent(open_env(), seed=0, n=4, block=1, values=Planted(tree, 0.5), beta=BETA)

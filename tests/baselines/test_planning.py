@@ -66,6 +66,7 @@ def test_a_wide_beam_finds_the_best_text_there_is(reward):
         assert found.rewards[0] - 0.1 * found.kl[0] == pytest.approx((rewards + 0.1 * logprobs).max())
 
 
+@pytest.mark.slow
 def test_the_best_of_n_is_as_good_as_theory_says():
     env = open_env(rows=16)
     for n in (1, 4):
@@ -79,6 +80,7 @@ def test_the_best_of_n_is_as_good_as_theory_says():
         assert found.kl is None
 
 
+@pytest.mark.slow
 def test_tree_search_with_many_simulations_writes_a_best_text():
     env = open_env()
     agent = MCTSAgent(env, seed=0, simulations=400)

@@ -75,6 +75,7 @@ def done(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_one_row_for_each_run_and_evaluation(done):
     rows = read(done)
     steps = [row["step"] for row in rows if row["agent"] == "text_dqn" and row["seed"] == "0"]
@@ -104,17 +105,20 @@ def test_settings_that_an_agent_does_not_have_are_refused_before_anything_runs(t
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_the_price_of_kl_is_a_share_of_what_can_be_gained():
     agent, *_ = _open(CONFIG, Cell("TextGen/Sentiment-v0", "text_dqn", 0))
     bounds = make_task("TextGen/Sentiment-v0").bounds()
     assert agent.beta == agent.target_beta == pytest.approx(0.05 * (bounds.best - bounds.language_model))
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_rows(done, tmp_path):
     run_benchmark(CONFIG, tmp_path / "again", cell_runner=in_this_process)
     assert read(tmp_path / "again") == read(done)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", task_ids("diagnostic"))
 def test_the_best_policy_scores_1_and_the_language_model_0(task):
     config = replace(CONFIG, tasks=(task,), agents=("sample", "my_agents:planted"), seeds=(0,), texts=400)
@@ -130,6 +134,7 @@ def test_the_best_policy_scores_1_and_the_language_model_0(task):
 # --- what goes wrong is recorded, and the rest goes on
 
 
+@pytest.mark.slow
 def test_an_agent_that_raises_or_acts_illegally_is_recorded_as_such(done):
     rows = read(done)
     raises = [row for row in rows if row["agent"] == "my_agents:Raises"]
@@ -209,6 +214,7 @@ def lives(session):
     return True
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing_recorded(done, tmp_path, monkeypatch):
     calls, fsync = [], os.fsync
 
@@ -228,6 +234,7 @@ def test_a_full_disk_loses_nothing_recorded(done, tmp_path, monkeypatch):
     assert read(tmp_path / "b") == [row for row in read(done) if row["agent"] in config.agents]
 
 
+@pytest.mark.slow
 def test_failed_runs_are_only_run_again_when_asked(done, tmp_path):
     folder = tmp_path / "b"
     shutil.copytree(done, folder)
@@ -244,6 +251,7 @@ def test_failed_runs_are_only_run_again_when_asked(done, tmp_path):
     assert read(folder) == read(done)
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_configuration_is_refused(done, tmp_path):
     with pytest.raises(RunFolderError, match=r"another configuration: steps 200 instead of 300"):
         run_benchmark(replace(CONFIG, steps=300), done)
@@ -287,6 +295,7 @@ def test_a_wrong_configuration_is_refused(changes, error, message):
 # --- comparing
 
 
+@pytest.mark.slow
 def test_two_agents_and_two_results_can_be_compared(done):
     ((name, found),) = compare_results("text_dqn", "sample", done)
     assert name == "text_dqn against sample"
@@ -303,6 +312,7 @@ def test_two_agents_and_two_results_can_be_compared(done):
         compare_results(str(done), "nowhere", None)
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_and_compares(tmp_path):
     def textgen(*arguments):
         return CliRunner().invoke(app, ["benchmark", *map(str, arguments)], env={"COLUMNS": "200"})
@@ -330,6 +340,7 @@ def test_the_command_line_runs_and_compares(tmp_path):
 # --- the pages
 
 
+@pytest.mark.slow
 def test_the_report_holds_every_table_and_figure(done):
     html, markdown = ((done / f"report.{kind}").read_text() for kind in ("html", "md"))
     for id in ("overall", "tasks", "profiles", "improvement", "curves", "failures", "transcripts"):
@@ -343,6 +354,7 @@ def test_the_report_holds_every_table_and_figure(done):
         assert markdown.count(f"| {agent.replace('_', chr(92) + '_')} |") >= 2 + len(tasks)
 
 
+@pytest.mark.slow
 def test_single_runs_have_no_interval(done):
     """A bootstrap over one run a task draws the same runs again: its interval would be a point."""
     rows = read_results(done)
@@ -366,6 +378,7 @@ def nasty_report(done, folder):
     return folder / "report.html"
 
 
+@pytest.mark.slow
 def test_what_agents_write_is_text_and_nothing_else(done, tmp_path):
     page = nasty_report(done, tmp_path / "b").read_text()
     assert "<script" not in page
@@ -375,6 +388,7 @@ def test_what_agents_write_is_text_and_nothing_else(done, tmp_path):
     assert "\\|\\*bold\\*" in markdown
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
 def test_a_browser_shows_the_report_and_runs_nothing_in_it(done, tmp_path):
     page = nasty_report(done, tmp_path / "b")

@@ -63,6 +63,7 @@ def test_the_best_policy_has_the_whole_share_and_the_language_model_none(tmp_pat
     assert bench.share({"reward": float(rewards.mean()), "kl": 0.0}, "sentiment") == pytest.approx(0.0)
 
 
+@pytest.mark.slow
 def test_more_tokens_a_text_are_measured_and_summed_up(tmp_path, capsys):
     bench = object.__new__(Bench)
     bench.folder, bench.quick, bench.texts, bench.samples = tmp_path, True, 4, 16
@@ -96,6 +97,7 @@ def test_more_tokens_a_text_are_measured_and_summed_up(tmp_path, capsys):
     assert bench._spending(replace(contestant, counts=()), None, env) == {}
 
 
+@pytest.mark.slow
 def test_a_cell_of_the_suite_is_learned_measured_and_kept(tmp_path):
     suite, cell = Suite(tmp_path, samples=16, texts=32), Cell("length", tokens=4, steps=600)
     settings = {"learning_starts": 300, "batch_size": 4, "unjudged": 1.0}
@@ -108,6 +110,7 @@ def test_a_cell_of_the_suite_is_learned_measured_and_kept(tmp_path):
     assert errors["held_out"] == found["held_out"]  # the same agent, learned again
 
 
+@pytest.mark.slow
 def test_a_rival_runs_as_long_as_the_agent_learned_with_each_setting(tmp_path, monkeypatch):
     suite, cell = Suite(tmp_path, samples=16, texts=32), Cell("length", tokens=4, steps=320)
     asked = []

@@ -27,6 +27,7 @@ def arguments(tiny_lm, tmp_path, monkeypatch):
     return [str(o) for o in ("--model", tmp_path / "model", "--text", tmp_path / "text.txt", *options)]
 
 
+@pytest.mark.slow
 def test_a_stopped_benchmark_goes_on_where_it_was(arguments, tmp_path, tiny_lm, monkeypatch):
     pruning.main(arguments)
 

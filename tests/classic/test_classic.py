@@ -274,6 +274,7 @@ def read_cell(texts, **kwargs):
     return {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0]]).repeat(len(texts), 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("texts", [False, True])
 def test_the_corridors_q_values_are_found(texts):
     torch.manual_seed(0)
@@ -301,6 +302,7 @@ def test_the_corridors_q_values_are_found(texts):
     assert history[0].reward == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_the_loop_chooses_where_every_actions_reward_is_known():
     torch.manual_seed(0)
     model = DeepQLearningModel(CELLS, 3, hidden_dim=32)
@@ -555,6 +557,7 @@ def test_batches_are_padded_on_the_right(folder, letter_model):
     assert batch.rewards[1, 4:].sum() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefixes", [False, True])
 def test_the_loop_learns_a_text_that_the_language_model_does_not_know(tmp_path, letter_model, prefixes):
     (tmp_path / "a.txt").write_text("abcabcabcabcabcabc" * 10)

@@ -54,6 +54,7 @@ def run(folder):
     return result
 
 
+@pytest.mark.slow
 def test_train_shows_the_table_and_where_everything_is(run, folder):
     for words in ("language model, sampled", "score lookahead", "text_dqn, trained", "best possible policy"):
         assert words in run.stdout
@@ -65,6 +66,7 @@ def test_train_shows_the_table_and_where_everything_is(run, folder):
     assert config["model"] == str(folder / "model")
 
 
+@pytest.mark.slow
 def test_generate_prints_a_json_list(run, folder):
     result = textgen("generate", folder / "run", "--prompt", "the film", "--num", 3, "--json")
     assert result.exit_code == 0, result.output
@@ -82,6 +84,7 @@ def test_generate_without_json_prints_a_line_a_text(run, folder):
     assert "the film|" in lines[0]
 
 
+@pytest.mark.slow
 def test_generate_draws_each_text_from_weighted_ones(run, folder):
     command = ("generate", folder / "run", "--prompt", "the film", "--num", 3, "--particles", 5)
     result = textgen(*command, "--json")
@@ -119,6 +122,7 @@ def test_generate_says_which_particles_it_cannot_draw(arguments, message, run, f
     assert message in result.stderr.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_record_writes_a_dataset_of_a_run_or_of_a_language_model(run, folder, monkeypatch):
     pytest.importorskip("minari", reason="recorded texts need minari[hdf5]")
     from agents.text_dqn.offline import BEHAVIOUR, open_dataset
@@ -198,6 +202,7 @@ def test_a_pruned_and_healed_model_writes(folder, tmp_path):
     assert written.output.count("the film|") == 2
 
 
+@pytest.mark.slow
 def test_evaluate_measures_what_more_tokens_buy(run, folder):
     result = textgen("evaluate", folder / "run", "--particles", "1, 2", "--out", folder / "tokens")
     assert result.exit_code == 0, result.output
@@ -212,6 +217,7 @@ def test_evaluate_measures_what_more_tokens_buy(run, folder):
     assert "like 1,2,4,8, got '2,none'" in refused.stderr
 
 
+@pytest.mark.slow
 def test_evaluate_repeats_the_table_and_draws_the_plane(run, folder):
     result = textgen("evaluate", folder / "run")
     assert result.exit_code == 0, result.output
@@ -221,6 +227,7 @@ def test_evaluate_repeats_the_table_and_draws_the_plane(run, folder):
     assert (folder / "run" / "evaluation" / "plane.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_evaluate_on_other_prompts_as_json(run, folder):
     (folder / "one.txt").write_text("good film")
     result = textgen(
@@ -237,6 +244,7 @@ def test_evaluate_on_other_prompts_as_json(run, folder):
     assert 0 < report["metrics"]["language model"]["distinct_1"] <= 1
 
 
+@pytest.mark.slow
 def test_a_stored_configuration_is_a_start_for_another_run(run, folder):
     result = textgen(
         *("train", "--config", folder / "run" / "config.json", "--out", folder / "other", "--prune", "none"),
@@ -248,6 +256,7 @@ def test_a_stored_configuration_is_a_start_for_another_run(run, folder):
     assert second == {**first, "prune": None, "steps": 40, "reward": "length"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fewest", "expected"), [(0, 0), (4, 5)])
 def test_a_longer_text_keeps_the_file_s_least_length_unless_all_texts_are_full(run, folder, fewest, expected):
     stored = json.loads((folder / "run" / "config.json").read_text())
@@ -260,6 +269,7 @@ def test_a_longer_text_keeps_the_file_s_least_length_unless_all_texts_are_full(r
     assert (env["min_new_tokens"], env["max_new_tokens"]) == (expected, 5)
 
 
+@pytest.mark.slow
 def test_evaluations_keep_what_was_tempered_and_refuse_before_they_measure(run, folder):
     command = ("evaluate", folder / "run", "--texts", 6, "--samples", 4)
     assert textgen(*command, "--particles", "2").exit_code == 0
@@ -375,6 +385,7 @@ def test_the_help_shows_the_defaults_of_a_run():
     assert shown >= 10
 
 
+@pytest.mark.slow
 def test_help_loads_no_framework():
     program = (
         "import sys; from typer.testing import CliRunner; from agents.cli.app import app\n"
@@ -385,6 +396,7 @@ def test_help_loads_no_framework():
     assert run.stdout.strip() == ""
 
 
+@pytest.mark.slow
 def test_train_and_benchmark_print_json_alone(folder, tmp_path):
     result = textgen(
         *("train", "--out", tmp_path / "r", "--model", folder / "model", "--prompts", folder / "prompts.txt"),
@@ -404,6 +416,7 @@ def test_train_and_benchmark_print_json_alone(folder, tmp_path):
     assert compared["random against greedy"]["by_task"][0]["second"] == pytest.approx(sum(scores) / 2)
 
 
+@pytest.mark.slow
 def test_the_version_and_short_help_are_options_of_the_command():
     from importlib import metadata
 
@@ -427,6 +440,7 @@ def test_every_example_of_a_help_is_parsed():
         group.commands[name].make_context(name, words[2:])
 
 
+@pytest.mark.slow
 def test_how_scores_are_found_is_a_setting_of_the_agent(folder, tmp_path):
     small = ("--model", folder / "model", "--prompts", folder / "prompts.txt", "--max-prompt-tokens", 8, "--top-k", 4)
     sizes = ("--max-new-tokens", 4, "--steps", 64, "--envs", 4, "--texts", 8, "--samples", 4)

@@ -289,6 +289,7 @@ def single_of(**settings):
     return TextGenEnv(summing(), ["a", "b a", ". b", "ab"], Worth(), echo, **given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"max_turn_tokens": 1, "max_turns": 6}, {"reward_at": "step"}])
 def test_the_contract_of_environments_holds_and_rows_equal_single_environments(settings):
     check_env(single_of(**settings))
@@ -435,6 +436,7 @@ def test_a_partner_that_hangs_is_left_behind():
     assert say(env, "ab")[0]["length"] == 4
 
 
+@pytest.mark.slow
 def test_after_an_error_the_partner_is_not_asked_for_the_other_rows():
     calls = []
 
@@ -565,6 +567,7 @@ def encoder_decoder(request):
     return module, tokenizer
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_reads_replies_as_its_uncached_forward_does(encoder_decoder):
     import torch
 
@@ -600,6 +603,7 @@ def test_an_encoder_decoder_reads_replies_as_its_uncached_forward_does(encoder_d
             assert (seen["speaker"][row, began[row] + 1 :][: len(reply)] == 2).all()
 
 
+@pytest.mark.slow
 def test_text_dqn_learns_conversations_on_an_encoder_decoder(encoder_decoder):
     from agents.text_dqn.agent import TextDQN
 

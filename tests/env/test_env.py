@@ -104,6 +104,7 @@ def test_the_keywords_and_defaults_are_the_documented_ones():
     assert objects | {field.name: field.default for field in dataclasses.fields(EnvConfig)} == documented
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["textgen_env:TextGen-v0", "TextGen-v0"])
 def test_the_id_is_found_with_the_module_prefix_or_after_the_import(name):
     program = f"""
@@ -206,6 +207,7 @@ def test_the_same_seed_and_actions_replay_bit_for_bit(observation):
     assert not data_equivalence(first, play(make(observation=observation), seed=6), exact=True)
 
 
+@pytest.mark.slow
 def test_two_environments_with_one_model_match_under_gymnasium_s_checker():
     model = letters()
     a, b = (make(model=model, on_illegal="last_legal", render_mode="ansi", observation="full") for _ in range(2))
@@ -240,6 +242,7 @@ RULES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", RULES, ids=str)
 def test_episodes_follow_the_rules(rules):
     env = make(observation="full", **rules)
@@ -406,7 +409,7 @@ class SingleMachine(RuleBasedStateMachine):
 
 
 SingleMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
-TestAnyOrder = SingleMachine.TestCase
+TestAnyOrder = pytest.mark.slow(SingleMachine.TestCase)
 
 
 # --- misuse

@@ -107,6 +107,7 @@ def tables(draw):
     return table / table.sum(-1, keepdims=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     table=tables(),

@@ -78,6 +78,7 @@ with (whole_folder if kind == "folder" else whole_file)(target) as half_made:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_process_killed_in_the_middle_leaves_the_old_content_and_its_rest_is_cleared(tmp_path, kind):
     target = tmp_path / "target"
@@ -101,6 +102,7 @@ def test_a_process_killed_in_the_middle_leaves_the_old_content_and_its_rest_is_c
     assert names(tmp_path) == ["target"]
 
 
+@pytest.mark.slow
 def test_a_reader_never_sees_a_part(tmp_path):
     path, size = tmp_path / "file", 1 << 20
     program = (

@@ -143,6 +143,7 @@ def test_a_file_can_be_asked_for_a_split(tmp_path):
     assert [len(make_prompts(f"{path}:{part}")) for part in SPLITS] == [8, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_large_file_is_indexed_not_loaded(tmp_path):
     path = write(tmp_path / "p.txt", "".join(f"{i} {'x' * 400}\n" for i in range(20_000)))  # 8 MB
     tracemalloc.start()

@@ -505,4 +505,4 @@ class VectorMachine(RuleBasedStateMachine):
 
 
 VectorMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
-TestAnyOrder = VectorMachine.TestCase
+TestAnyOrder = pytest.mark.slow(VectorMachine.TestCase)

@@ -102,6 +102,37 @@ QUICK = [
     "starcoder2",
     "xglm",
 ]
+LONGER = {
+    "afmoe",
+    "camembert",
+    "cohere2",
+    "cwm",
+    "deepseek_v3",
+    "diffllama",
+    "doge",
+    "dots1",
+    "exaone4",
+    "falcon_mamba",
+    "gemma2",
+    "gemma4_text",
+    "gpt_neo",
+    "gpt_oss",
+    "granite_swa",
+    "jamba",
+    "llama4_text",
+    "mamba2",
+    "mistral",
+    "mixtral",
+    "modernbert-decoder",
+    "nanochat",
+    "olmo3",
+    "qwen3_5_text",
+    "qwen3_next",
+    "roberta",
+    "rwkv",
+    "smollm3",
+}
+"""Of these, the ones that take more than 0.35 s each."""
 QUICK_SEQ2SEQ = [
     "bart",
     "blenderbot",
@@ -188,11 +219,14 @@ def exact(kind: str, seq2seq: bool, steps: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", QUICK)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in LONGER else kind for kind in QUICK]
+)
 def test_a_causal_model_equals_its_uncached_forward(kind):
     exact(kind, seq2seq=False, steps=QUICK_STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", QUICK_SEQ2SEQ)
 def test_an_encoder_decoder_equals_its_uncached_forward(kind):
@@ -316,6 +350,7 @@ def test_an_encoder_reads_a_prompt_once_and_forks_share_it(t5):
     assert slots.ids_of(2) == [0, 11, 12]
 
 
+@pytest.mark.slow
 def test_a_forced_first_token_begins_each_text(t5):
     module = build("mbart", seq2seq=True)
     module.generation_config.forced_bos_token_id = 7
@@ -359,6 +394,7 @@ def test_rows_of_an_encoder_decoder_are_stored_and_restored(t5):
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_text_dqn_learns_on_an_encoder_decoder_and_steers_it(t5):
     from agents import TextDQN
     from agents.train import OBSERVATION

@@ -35,6 +35,7 @@ def build():
     return build_tiny_lm
 
 
+@pytest.mark.slow
 def test_the_prompts_in_the_box_are_not_those_of_the_teacher(build):
     rng = np.random.default_rng(0)
     openings = {build.draw(rng)[1] for _ in range(20_000)}

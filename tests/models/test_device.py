@@ -42,6 +42,7 @@ def stderr_of(program, **settings):
     return done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not OPENMP, reason="torch has no GNU OpenMP of its own, which prints its settings")
 @pytest.mark.parametrize(
     ("own", "policy", "turns"),
@@ -78,6 +79,7 @@ def test_garbage_is_looked_for_less_often_unless_the_user_looks_for_it_never_or_
         gc.set_threshold(*before)
 
 
+@pytest.mark.slow
 def test_to_import_the_library_and_load_a_model_leaves_the_settings_of_the_process():
     stderr_of(AS_A_LIBRARY)
 

@@ -207,6 +207,7 @@ def test_other_families_take_the_generic_path(name):
     assert isinstance(engine(name).decoder, GenericDecoder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memo_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_course_of_rows_equals_the_uncached_forward(name, memo_bytes):
@@ -315,6 +316,7 @@ def test_half_precision_stays_near_the_uncached_forward():
         assert np.abs(found - expected).sum(-1).max() < 0.1  # twice the total variation
 
 
+@pytest.mark.slow
 def test_environments_with_and_without_a_cache_match():
     class Uncached(HFModel):
         def slots(self, rows, length, k):
@@ -763,6 +765,7 @@ def byte_model() -> HFModel:
     return HFModel(hf.LlamaForCausalLM(config), byte_tokenizer())
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(text=st.text(max_size=6), ids=st.lists(st.integers(0, 258), max_size=8))
 def test_continuations_of_byte_level_tokens_equal_decoding(byte_model, text, ids):

@@ -138,6 +138,7 @@ def test_autocast_chooses_precisions_itself(dtype):
             assert all(torch.equal(a, b) for a, b in zip(layers(x), own, strict=True))
 
 
+@pytest.mark.slow
 def test_a_module_that_its_owner_has_compiled_is_left_alone(dtype):
     layers = Layers(dtype)
     whole = torch.compile(layers, backend="eager")

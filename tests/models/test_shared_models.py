@@ -53,6 +53,7 @@ def course(model, seed, steps=40):
     return np.array(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", ["once", "by each thread"])
 def test_two_threads_on_one_model_see_what_each_sees_alone(tiny_lm, wrapped):
     pair = (gpt2(), tiny_lm[1])  # a hook on its head hands the hidden states over
@@ -77,6 +78,7 @@ def test_an_owner_who_trains_the_model_changes_no_environment_and_keeps_the_mode
     assert not model.transformer.h[0].training
 
 
+@pytest.mark.slow
 def test_weights_that_change_while_their_owner_trains_are_checked_without_dropout(tiny_lm):
     model = gpt2(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
     language_model = load_language_model((model, tiny_lm[1]))

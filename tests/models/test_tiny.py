@@ -99,6 +99,7 @@ def test_the_default_prompts_are_many_and_every_split_has_some():
 # --- what it reads and writes
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(exclude_categories=("Cs",)), min_size=1))
 def test_any_text_survives_the_tokenizer(text):

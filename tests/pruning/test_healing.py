@@ -61,6 +61,7 @@ def test_the_loss_is_the_kl_to_the_teacher(ids):
     assert losses == [pytest.approx(expected, rel=1e-5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_healing_takes_back_most_of_the_damage(dtype, ids):
     teacher = model(0, dtype)
@@ -250,6 +251,7 @@ def stop(*args):
     raise Stopped
 
 
+@pytest.mark.slow
 def test_a_kill_while_the_model_is_saved_or_just_after_is_made_good_by_the_same_command(tmp_path, monkeypatch):
     model(0).save_pretrained(tmp_path / "dense")
     options = {"cuts": [("ffn", 0.25)], "steps": 2, "progress": False}
@@ -275,6 +277,7 @@ def test_a_kill_while_the_model_is_saved_or_just_after_is_made_good_by_the_same_
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".") or path.is_dir()]
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_a_healed_folder_and_on_after_a_stop(tmp_path, monkeypatch):
     model(0).save_pretrained(tmp_path / "dense")
     options = {"cuts": [("layers", 0.5), ("ffn", 0.25)], "steps": 4, "progress": False}

@@ -283,6 +283,7 @@ def test_padding_on_the_right_changes_no_real_token(ids):
     torch.testing.assert_close(model(ids, mask)[:, :7], model(ids[:, :7])[:, :7], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["wanda", "ffn", "heads", "layers"])
 def test_a_causal_model_calibrates_on_its_own_text_and_a_seed_fixes_it(method):
     one, same = (PrunedTransformerModel(tiny("llama"), 0.5, method, seed=3).model.state_dict() for _ in range(2))
@@ -459,6 +460,7 @@ def minilm():
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["l1_unstructured", "wanda", "ffn"])
 def test_a_lightly_pruned_minilm_still_finds_the_nearest_sentence(minilm, method):
     dense = PrunedTransformerModel(minilm, 0.0)

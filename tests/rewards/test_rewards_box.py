@@ -275,6 +275,7 @@ def test_rouge_of_rouge_scores_own_tests():
     assert score("rouge", "", reference="testing one two") == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.sampled_from(["a", "b", "c", "d", "É", "1,2"]), max_size=12),
@@ -316,6 +317,7 @@ def test_similarity_orders_sentences_as_people_do():
     assert score("similarity", "", reference=reference) == 0
 
 
+@pytest.mark.slow
 def test_similarity_is_the_mean_of_the_encoders_states():
     """Against the published recipe: mean of token states, cosine."""
     import torch
@@ -445,6 +447,7 @@ def test_the_saved_classifier_answers_what_scikit_learn_answers(tmp_path):
         assert score("classifier", text, file=str(tmp_path / "words.json")) == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_command_trains_from_labelled_lines(tmp_path):
     lines = tmp_path / "lines.tsv"
     lines.write_text("\ufeff" + "\n".join(f"{label}\t{text}" for label, text in examples()) + "\n\n", encoding="utf-8")

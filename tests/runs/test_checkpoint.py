@@ -56,6 +56,7 @@ def assert_same(first, second):
         np.testing.assert_array_equal(array, second._last_obs[key], err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["table", "llama"])
 def test_resume_goes_on_as_the_run_that_passed_the_same_checkpoint(tmp_path, tiny_lm, of):
     settings = {"model": tiny_lm, "prompts": ["the film", "good and"], "top_p": 0.9} if of == "llama" else {}
@@ -74,6 +75,7 @@ def test_resume_goes_on_as_the_run_that_passed_the_same_checkpoint(tmp_path, tin
     assert_same(agent, other)
 
 
+@pytest.mark.slow
 def test_without_the_barrier_the_cached_forward_would_differ_in_its_last_bits(tmp_path, tiny_lm):
     """What makes the test above sharp: the running process really does forget."""
     env = make(model=tiny_lm, prompts=["the film"])
@@ -96,6 +98,7 @@ def test_a_checkpoint_holds_no_pickle_and_replaces_the_one_before(tmp_path):
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     agent = agent_in(make()).learn(40)
     first = save_checkpoint(tmp_path, agent, {"n": 1})
@@ -111,6 +114,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     assert load_checkpoint(first, agent_in(make())) == {"n": 1}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, tiny_lm):
     path = save_checkpoint(tmp_path, agent_in(make()).learn(40), {})
     with pytest.raises(ModelError, match="another vocabulary"):
@@ -133,6 +137,7 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "replay.safetensors"])
 def test_security_damaged_or_pickled_parts_of_a_checkpoint_are_refused_and_do_not_run(tmp_path, name):
     path = save_checkpoint(tmp_path, agent_in(make()).learn(40), {})
@@ -229,6 +234,7 @@ def test_a_signal_keeps_its_name_where_a_library_makes_a_plain_interrupt_of_it()
     assert (stop.value.signum, stop.value.name) == (signal.SIGTERM, "SIGTERM")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_resumed_says_why(tmp_path):
     with pytest.raises(RunFolderError, match=r"holds no config\.json"):
         resume(tmp_path)
@@ -256,6 +262,7 @@ def test_what_cannot_be_resumed_says_why(tmp_path):
         resume(broken, model=weather(), reward=len)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_resumed(tmp_path):
     train(replace(CONFIG, steps=40), tmp_path / "run", model=weather())
     with pytest.raises(RunFolderError, match="a finished run: there is nothing to resume"):
@@ -270,6 +277,7 @@ def hangups_count():
     signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hangups_count")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_there(tmp_path, signum):

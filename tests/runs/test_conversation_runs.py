@@ -68,6 +68,7 @@ def guessing(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_in_a_task_has_the_task_s_parts_and_says_its_bounds(guessing):
     config = json.loads((guessing / "config.json").read_text())
     assert config["task"] == GUESS
@@ -81,6 +82,7 @@ def test_a_run_in_a_task_has_the_task_s_parts_and_says_its_bounds(guessing):
     assert "partner:" in (guessing / "samples.md").read_text()
 
 
+@pytest.mark.slow
 def test_generate_shows_who_said_what_and_the_partner_keeps_to_the_rules(guessing):
     texts = json.loads(done("generate", guessing, "--num", 9, "--json"))
     assert {text["prompt"] for text in texts} == {"Guess: "}
@@ -96,6 +98,7 @@ def test_generate_shows_who_said_what_and_the_partner_keeps_to_the_rules(guessin
     assert re.fullmatch(r"\+[01]\.000  Guess: \|\n(  agent:   \d\n  partner: (higher|lower|right)\.\n){1,2}", shown)
 
 
+@pytest.mark.slow
 def test_evaluate_repeats_the_table_of_a_conversation(guessing):
     rows = json.loads(done("evaluate", guessing, "--json"))["rows"]
     assert rows == json.loads((guessing / "summary.json").read_text())["report"]["rows"]
@@ -167,6 +170,7 @@ def project(made_once, monkeypatch):
     return made_once
 
 
+@pytest.mark.slow
 def test_a_function_in_a_file_is_the_partner_of_every_command(project, monkeypatch):
     monkeypatch.setenv("TEXTGEN_CACHE", str(project / "cache"))
     config = json.loads(Path("runs/a/config.json").read_text())
@@ -184,6 +188,7 @@ def test_a_function_in_a_file_is_the_partner_of_every_command(project, monkeypat
     assert portable(located(before, Path("runs/a")), Path("runs/a")) == before
 
 
+@pytest.mark.slow
 def test_security_a_stranger_s_partner_answers_only_if_it_is_trusted_or_named_again(project):
     for command in (["generate", "runs/a"], ["evaluate", "runs/a"], ["train", "--config", "runs/a/config.json"]):
         refused = textgen(*command)
@@ -194,6 +199,7 @@ def test_security_a_stranger_s_partner_answers_only_if_it_is_trusted_or_named_ag
     assert "must be FILE.py:NAME" in textgen("generate", "runs/a", "--partner", "script").stderr
 
 
+@pytest.mark.slow
 def test_a_partner_that_was_changed_since_the_run_does_not_answer(project, monkeypatch, tmp_path):
     monkeypatch.setenv("TEXTGEN_CACHE", str(project / "cache"))
     original = Path("critic.py").read_text()
@@ -204,6 +210,7 @@ def test_a_partner_that_was_changed_since_the_run_does_not_answer(project, monke
         Path("critic.py").write_text(original)
 
 
+@pytest.mark.slow
 def test_a_named_partner_with_settings_is_plain_data(project, tmp_path):
     script = '{"name": "script", "lines": ["the film", "was"]}'
     options = ("--model", "model", "--prompts", "prompts.txt", "--reward", "length", "--partner", script)
@@ -261,6 +268,7 @@ def whole(tmp_path_factory):
     return folder, tossed(folder, Toss())
 
 
+@pytest.mark.slow
 def test_the_last_line_is_the_optimum_of_a_player_who_knows_the_secret(whole):
     """By hand: whoever knows the side needs no question, and has it at even odds; asking costs a player more."""
     report = whole[1].report
@@ -274,6 +282,7 @@ def test_the_last_line_is_the_optimum_of_a_player_who_knows_the_secret(whole):
     assert any("at least so much" in note for note in report.notes)
 
 
+@pytest.mark.slow
 def test_a_run_whose_partner_broke_resumes_to_the_same_end(whole, tmp_path):
     measured = len(PROMPTS) * (TOSS.eval_samples + 1) * 2  # answers while the yardstick is measured
     with pytest.raises(PartnerError, match="gone"):
@@ -292,6 +301,7 @@ def test_a_run_whose_partner_broke_resumes_to_the_same_end(whole, tmp_path):
         assert torch.equal(tensor, states[1][name]), name
 
 
+@pytest.mark.slow
 def test_an_object_must_be_announced_so_that_the_settings_are_those_of_a_conversation(whole, tmp_path):
     given = {"model": coin_model(), "prompts": PROMPTS}
     with pytest.raises(ConfigError, match=r"RunConfig\(objects=\('partner',\)\)"):

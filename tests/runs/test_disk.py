@@ -72,6 +72,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_once_there_is_room
     assert sorted(path.name for path in folder.iterdir()) == RUN_FILES
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_names_its_step_and_goes_on_from_the_last_finite_checkpoint(tmp_path):
     left = [70]
 
@@ -88,6 +89,7 @@ def test_a_run_that_diverges_names_its_step_and_goes_on_from_the_last_finite_che
     assert resume(folder, model=weather(), reward=breaking_after(-1)).steps == 400
 
 
+@pytest.mark.slow
 def test_what_a_kill_after_the_summary_left_is_cleared(tmp_path):
     folder = tmp_path / "run"
     train(replace(CONFIG, steps=40), folder, model=weather())
@@ -110,6 +112,7 @@ with locked(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_folder_is_of_one_process_until_it_ends_or_is_killed(tmp_path):
     folder = tmp_path / "run"
     holder = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True)

@@ -112,6 +112,7 @@ def test_a_tree_that_grows_too_large_says_so():
         TextTree(make_env(), "a", limit=5)
 
 
+@pytest.mark.slow
 def test_samples_lead_to_the_exact_optimum():
     samples = evaluate(SampleAgent(), make_env(rows=64), episodes=20_000, seed=0)
     exact = TextTree(make_env(), "a").optimum(0.3)

@@ -32,6 +32,7 @@ def run(tmp_path_factory):
     return folder, train(CONFIG, folder, model=weather())
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_it_promises(run):
     folder, result = run
     assert sorted(path.name for path in folder.iterdir()) == RUN_FILES
@@ -55,6 +56,7 @@ def test_metrics_go_from_the_first_steps_to_the_last(run):
     assert float(last["seconds"]) == pytest.approx(run[1].seconds, rel=0.2)
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_mix_are_in_the_metrics(tmp_path):
     mix = {"length": 1.0, "repetition": -0.5}
     train(replace(CONFIG, reward=mix, steps=400, eval_texts=8, eval_samples=4), tmp_path / "mix", model=weather())
@@ -92,6 +94,7 @@ def test_the_report_is_near_the_exact_values(run):
     assert rows["text_dqn, trained"].reward == pytest.approx(agent, abs=0.16)  # 64 texts
 
 
+@pytest.mark.slow
 def test_the_agent_has_learned(run):
     """It begins as a look one token ahead, by the candidates' scores, and ends above the language model."""
     opened, untrained = load_run(run[0], model=weather()), open_run(CONFIG, model=weather())
@@ -119,6 +122,7 @@ def test_generated_text_cannot_break_the_page(run):
     assert "<script" not in page
 
 
+@pytest.mark.slow
 def test_the_stored_configuration_repeats_the_run(run, tmp_path):
     folder, _ = run
     config = RunConfig.from_json((folder / "config.json").read_text())
@@ -127,6 +131,7 @@ def test_the_stored_configuration_repeats_the_run(run, tmp_path):
     assert [(row["steps"], row["reward"]) for row in first] == [(row["steps"], row["reward"]) for row in second]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", sorted(set(AGENTS) - {"text_dqn"}))
 def test_every_agent_runs_and_loads(agent, tmp_path):
     if agent in ("qrdqn", "maskable_ppo"):
@@ -207,6 +212,7 @@ def failing_after(calls, error):
     return reward
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_what_there_is(tmp_path):
     # 800 and 2 texts are measured before the training.
     result = train(CONFIG, tmp_path / "run", model=weather(), reward=failing_after(1000, KeyboardInterrupt()))
@@ -224,6 +230,7 @@ def test_ctrl_c_before_learning_leaves_the_configuration(tmp_path):
         load_run(tmp_path / "run", model=weather(), reward=len)
 
 
+@pytest.mark.slow
 def test_an_error_in_the_middle_is_raised_and_the_run_so_far_kept(tmp_path):
     with pytest.raises(RewardError, match="lost its nerve"):
         train(CONFIG, tmp_path / "run", model=weather(), reward=failing_after(1000, OSError("lost its nerve")))
@@ -235,6 +242,7 @@ def test_a_run_with_python_objects_says_which_it_needs(run):
         load_run(run[0])
 
 
+@pytest.mark.slow
 def test_a_reward_object_with_plain_settings_is_stored_as_such(tmp_path):
     from textgen_env.rewards import Keywords
 

@@ -61,6 +61,7 @@ def test_a_run_that_cannot_be_as_short_as_asked_is_the_smallest_one():
     assert "smallest" not in fit(60, 8.0, SPEED, WORK).estimate()
 
 
+@pytest.mark.slow
 def test_a_sized_run_says_its_sizes_and_is_the_run_of_its_configuration(tmp_path, monkeypatch):
     timed = []
     sizes = replace(fit(60, 0.0, SPEED, WORK), steps=400, texts=8, samples=4)
@@ -91,6 +92,7 @@ def test_learning_is_expected_to_take_the_time_of_the_steps_that_are_taken(monke
     assert found.learning == pytest.approx(2e-3 * found.steps)
 
 
+@pytest.mark.slow
 def test_a_second_timing_is_not_answered_from_memory(monkeypatch):
     """It writes the same texts, so that as many rows must pass through the model."""
     passed, forward = [], HFSlots._forward

@@ -30,6 +30,7 @@ from textgen_env.prompts import Prompt
 from textgen_env.vector_env import TextGenVectorEnv
 
 
+@pytest.mark.slow
 def test_choices_among_samples_are_worth_what_all_pairs_are():
     values, beta = np.array([0.0, 0.3, 1.0]), 0.25
     rewards = np.random.default_rng(0).choice(values, (4, 4_000))

@@ -44,6 +44,7 @@ class Recorded(KVWriter):
         self.tags |= set(key_values)
 
 
+@pytest.mark.slow
 def test_a_run_sends_its_figures_under_the_tags_of_sb3(tracker, tmp_path):
     config = RunConfig(steps=128, envs=4, eval_prompts=2, eval_texts=4, eval_samples=2, env=SETTINGS)
     train(config, tmp_path / "mine", model=letters(), prompts=PROMPTS, reward=Worth(), track="trackio")

@@ -96,6 +96,7 @@ def config_of(run="runs/a"):
     return json.loads((Path(run) / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_function_in_a_file_is_the_reward_of_every_command(project, named):
     config = config_of()
     assert config["reward"] == "../../my_reward.py:score"
@@ -134,6 +135,7 @@ def test_a_run_with_its_own_reward_is_recorded(project, named):
     assert recorded.exit_code == 0, recorded.output
 
 
+@pytest.mark.slow
 def test_models_and_prompts_may_be_functions_too(project):
     config = train_("--model", "my_reward.py:model", "--prompts", "my_reward.py:prompts", out="runs/b")
     assert (config["model"], config["prompts"]) == ("../../my_reward.py:model", "../../my_reward.py:prompts")
@@ -144,6 +146,7 @@ def test_models_and_prompts_may_be_functions_too(project):
     assert "prune needs a model by name" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_unchanged_function_and_names_a_changed_one(project):
     config = RunConfig(
         model="model", prompts="prompts.txt", reward="my_reward.py:score", steps=100, envs=4, eval_texts=8,
@@ -163,6 +166,7 @@ def test_a_stopped_run_goes_on_with_the_unchanged_function_and_names_a_changed_o
     assert resume("runs/s").finished  # the same process: texts are counted on
 
 
+@pytest.mark.slow
 def test_security_a_stranger_s_run_runs_no_code_unless_it_is_trusted(project):
     for command in (["evaluate", "runs/a"], ["train", "--config", "runs/a/config.json", "--out", "runs/b"]):
         refused = textgen(*command)
@@ -191,6 +195,7 @@ def test_security_a_configuration_cannot_name_modules_of_the_machine(project, re
     assert textgen("generate", "runs/a", "--prompt", "the film").exit_code == 0  # without it
 
 
+@pytest.mark.slow
 def test_code_that_was_changed_after_it_was_named_is_not_the_code_that_was_named(project, named):
     script = project / "my_reward.py"
     original = script.read_text()
@@ -210,6 +215,7 @@ def test_code_that_was_changed_after_it_was_named_is_not_the_code_that_was_named
     assert load_run("runs/a").agent.num_timesteps == 8
 
 
+@pytest.mark.slow
 def test_a_run_of_a_python_function_writes_without_it_and_is_scored_with_it_again(project):
     config = RunConfig(model="model", prompts="prompts.txt", steps=8, envs=4, eval_texts=8, eval_samples=4, env=SIZES)
     train(config, "runs/b", reward=len)
@@ -221,6 +227,7 @@ def test_a_run_of_a_python_function_writes_without_it_and_is_scored_with_it_agai
     assert "--reward FILE.py:NAME" in textgen("evaluate", "runs/b").stderr
 
 
+@pytest.mark.slow
 def test_an_agent_that_sees_the_running_score_does_not_write_without_it(project, own_cache):
     Path("running.py").write_text(
         "from textgen_env.rewards import Keywords\n\n\nclass Good(Keywords):\n    def __init__(self):\n"
@@ -288,6 +295,7 @@ def test_a_file_is_run_once_until_it_changes(tmp_path):
 # --- runs and configurations that move
 
 
+@pytest.mark.slow
 def test_a_run_moves_with_its_project_and_keeps_its_prompts(project, tmp_path):
     config = config_of()
     assert (config["model"], config["prompts"]) == ("../../model", "prompts.jsonl")

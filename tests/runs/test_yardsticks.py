@@ -83,6 +83,7 @@ def test_each_thing_that_it_depends_on_gives_another_file(model, tiny_lm):
     assert path(opened(model)) == paths[0]
 
 
+@pytest.mark.slow
 def test_a_setting_of_the_model_gives_another_file_and_its_origin_does_not(tiny_lm):
     """With the same weights, these change the texts, or the tokens that are proposed."""
     lm, tokenizer = tiny_lm

@@ -118,6 +118,7 @@ def test_frozen_weights_are_stored_once_and_stay_as_they_were(env, backbone, tra
     assert any(not torch.equal(p, q) for p, q in zip(start, online.trained.values(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", MODES)
 def test_the_target_follows_the_trained_weights(env, backbone, trainable):
     agent = dqn(env, backbone, trainable)
@@ -131,6 +132,7 @@ def test_the_target_follows_the_trained_weights(env, backbone, trainable):
     assert torch.equal(online(observation), target(observation))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", MODES)
 def test_a_saved_agent_brings_its_trained_weights_back(env, backbone, trainable, tmp_path):
     agent = dqn(env, backbone, trainable)

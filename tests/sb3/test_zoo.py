@@ -59,6 +59,7 @@ def test_agents_with_a_price_of_kl_are_told_it(name):
     assert agent.beta == 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "maskable_ppo"])
 def test_what_an_actor_says_of_its_policy_is_what_is_played(name):
     pytest.importorskip("sb3_contrib")

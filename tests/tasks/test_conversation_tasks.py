@@ -78,6 +78,7 @@ class GameTree:
         return max(values) if best else float(np.array(values) @ mu / mu.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sizes"), SMALL)
 def test_bounds_equal_brute_force_over_all_that_can_be_said(name, sizes):
     task = make_task(f"TextGen/{name}-v0", **sizes)
@@ -93,6 +94,7 @@ def test_the_best_guess_halves_what_is_left(numbers, turns):
     assert best == pytest.approx(min(1, (2**turns - 1) / numbers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("numbers", "turns"), [(100, 3), (1000, 16)])
 def test_bounds_of_many_numbers_follow_no_guess(numbers, turns, monkeypatch):
     """All guesses after all others are some millions: a formula knows what they come to."""
@@ -116,6 +118,7 @@ def test_the_formula_of_guessing_equals_dynamic_programming(numbers, turns, best
     assert expected_reward(process, best) == pytest.approx(found, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_the_planted_optimal_policy_scores_1_and_the_language_model_0(task):
     vec, bounds = task.make_vec(8), task.bounds()
     planted = evaluate(OptimalAgent(task), vec, len(task.test_prompts), 0, task.test_prompts, deterministic=True)
@@ -146,6 +149,7 @@ def test_features_determine_the_value_of_a_state(task):
     assert len(known) > 20
 
 
+@pytest.mark.slow
 def test_the_contract_of_environments_holds(task):
     vec = task.make_vec(3, observation="full")
     check_vector_env(vec, lambda: task.make_env(observation="full"), tolerance=0.0)
@@ -276,6 +280,7 @@ def test_text_dqn_learns_to_halve():
     assert after > 0.9
 
 
+@pytest.mark.slow
 def test_the_example_plays_from_blind_guesses_on(capsys):
     blind, learned = runpy.run_path(str(EXAMPLES / "guess_the_number.py"))["main"](400)
     # A blind guess is right with 1/7: 4 of them, each wrong one at -0.25.

@@ -65,6 +65,7 @@ def test_exact_bounds_equal_brute_force_over_all_texts(name, sizes):
     assert bounds.best == pytest.approx(best, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_the_planted_optimal_policy_scores_1_and_the_language_model_0(task):
     vec = task.make_vec(32)
     bounds = task.bounds()
@@ -251,6 +252,7 @@ def test_the_search_has_beaten_the_language_model_on_every_language_task(languag
     assert bounds.language_model < bounds.best <= bounds.ceiling == 1.0
 
 
+@pytest.mark.slow
 def test_the_documentation_has_the_tables_that_its_command_prints():
     page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
     assert [line for line in tables().splitlines() if line not in page.splitlines()] == []

@@ -154,6 +154,7 @@ def test_an_agent_must_see_which_tokens_are_its_own():
         agent_in(echoing(observation=NEEDED_KEYS))
 
 
+@pytest.mark.slow
 def test_a_stored_agent_of_conversations_goes_on_with_a_partner_and_not_without(tmp_path):
     env = echoing()
     agent = agent_in(env)

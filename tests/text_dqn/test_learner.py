@@ -54,6 +54,7 @@ def test_returns_are_carried_back_less_far_where_learned_scores_explain_the_rewa
         assert (now.beta, now.gamma) == (learner.objective.beta, learner.objective.gamma)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reset", [True, False])
 def test_updates_are_owed_for_every_step_of_every_learn(reset):
     agent = agent_in(make(), unjudged=0.0)
@@ -65,6 +66,7 @@ def test_updates_are_owed_for_every_step_of_every_learn(reset):
         assert not all(torch.equal(a, b) for a, b in zip(before, agent.q_net.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_loaded_agent_learns_on(tmp_path):
     agent = agent_in(make()).learn(160)
     agent.save(tmp_path / "agent")
@@ -78,6 +80,7 @@ def test_a_loaded_agent_learns_on(tmp_path):
         assert loaded.learner.updates == 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"learning_rate": 1e30}, {"beta": 1e-300, "target_beta": 0.1}])
 def test_a_training_that_diverges_is_a_named_error_and_the_acting_network_stays_finite(settings):
     agent = agent_in(make(), **settings)
@@ -100,6 +103,7 @@ def test_weights_that_are_not_finite_are_refused_when_they_are_read(tmp_path):
         TextDQN.from_pretrained(tmp_path, model=letters())
 
 
+@pytest.mark.slow
 def test_normalised_rewards_stay_out_of_the_replay_and_normalised_observations_are_refused():
     env = VecNormalize(SB3VecEnv(make(reward=lambda text: 100.0, min_new_tokens=4)), norm_obs=False, gamma=1.0)
     agent = agent_in(env).learn(400)
@@ -109,6 +113,7 @@ def test_normalised_rewards_stay_out_of_the_replay_and_normalised_observations_a
         agent_in(VecNormalize(SB3VecEnv(make()))).learn(40)
 
 
+@pytest.mark.slow
 def test_torch_s_default_dtype_changes_nothing():
     expected = agent_in(make()).learn(200).q_net.state_dict()
     torch.set_default_dtype(torch.float64)

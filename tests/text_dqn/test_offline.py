@@ -41,6 +41,7 @@ def dataset(tmp_path_factory):
     return record(SampleAgent(), make(), START, tmp_path_factory.mktemp("datasets") / "letters-v0", seed=3)
 
 
+@pytest.mark.slow
 def test_a_recorded_text_is_what_the_environment_answers_to_its_actions(dataset):
     env = gym.make("TextGen-v0", model=letters(), observation="full", **TOY)
     metadata = list(dataset.storage.get_episode_metadata(dataset.episode_indices))
@@ -169,6 +170,7 @@ def test_q_converges_to_the_exact_soft_values_from_the_language_models_texts_alo
     assert reached.reward - 0.5 * reached.kl == pytest.approx(values[0], abs=0.005)
 
 
+@pytest.mark.slow
 def test_an_agent_fitted_offline_goes_on_in_the_environment(dataset):
     env = make(4)
     agent = TextDQN("CandidatePolicy", env, learning_starts=0, steps_per_update=20, buffer_size=1_000, seed=0)

@@ -62,6 +62,7 @@ def assert_same_weights(first, second):
 # --- the zip
 
 
+@pytest.mark.slow
 def test_a_loaded_agent_goes_on_exactly_as_the_saved_one(agent, tmp_path):
     agent.save(tmp_path / "agent")
     agent.save_replay_buffer(tmp_path / "replay.safetensors")
@@ -125,6 +126,7 @@ def test_what_has_no_plain_form_is_asked_for(tmp_path):
     assert isinstance(loaded.policy, Mine)
 
 
+@pytest.mark.slow
 def test_an_agent_of_other_weights_or_another_vocabulary_is_refused(tmp_path, tiny_lm):
     model, tokenizer = tiny_lm
     env = make(model=tiny_lm, prompts=["the film"])
@@ -147,6 +149,7 @@ def test_an_agent_of_other_weights_or_another_vocabulary_is_refused(tmp_path, ti
 # --- the folder
 
 
+@pytest.mark.slow
 def test_a_folder_gives_the_same_agent_with_or_without_an_environment(tmp_path):
     env = make(keys=NEEDED_KEYS + SCORES)
     agent = agent_in(env, beta=0.4).learn(200)
@@ -168,6 +171,7 @@ def test_an_agent_that_learned_its_scores_writes_without_the_reward_that_showed_
     assert np.isnan(found[0].reward)  # nobody knows it: the reward, an object, was not stored
 
 
+@pytest.mark.slow
 def test_the_card_says_what_was_trained_on_what(tmp_path):
     mix = {"length": 1.0, "repetition": -0.5}
     agent_in(make(reward=mix, min_new_tokens=2), beta=0.25).learn(240).save_pretrained(tmp_path)

@@ -152,6 +152,7 @@ def test_values_are_a_potential_in_the_rewards_of_whole_texts():
     np.testing.assert_allclose((shaped.rewards * shaped.acted).sum(-1)[long], first[long], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [("score", "candidate_scores"), ("score",)])
 def test_an_agent_fits_the_lines_and_keeps_them(keys, tmp_path):
     env = make(keys=NEEDED_KEYS + keys)

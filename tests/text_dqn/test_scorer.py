@@ -77,6 +77,7 @@ JUDGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judge", JUDGES)
 def test_it_finds_what_the_judge_looks_at_and_predicts_new_texts(judge):
     scorer, held_out = fitted(texts(JUDGES[judge]))
@@ -118,6 +119,7 @@ def arguments(found, count=50):
     return tokens, steps, candidates
 
 
+@pytest.mark.slow
 def test_the_candidate_that_was_taken_has_the_score_of_the_next_prefix():
     scorer, _ = fitted(texts(JUDGES["saturating"]))
     tokens, steps, _ = arguments(texts(JUDGES["saturating"], seed=6))
@@ -125,6 +127,7 @@ def test_the_candidate_that_was_taken_has_the_score_of_the_next_prefix():
     torch.testing.assert_close(taken[:, :-1, 0], score[:, 1:, 0])
 
 
+@pytest.mark.slow
 def test_before_a_text_the_score_is_the_soft_value_of_all_texts():
     """Tokens add up and are drawn alike, so that the exact one is a sum over the places."""
     scorer, _ = fitted(texts(lambda row: float(row.sum()) / 30))
@@ -161,6 +164,7 @@ def scores_in_language(found, mu, step):
     return scores[0, 0].numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [1, 2])
 def test_a_token_is_worth_what_it_lets_expect(left):
     """A judge counts token 5, which always follows 3; the chances of what comes next are powers of a matrix."""
@@ -177,6 +181,7 @@ def test_a_token_is_worth_what_it_lets_expect(left):
     assert exact[2] - exact.mean() > 0.4
 
 
+@pytest.mark.slow
 def test_what_was_said_early_counts_for_what_it_makes_likely_later():
     """The more often token 5 has occurred, the likelier it comes again: its chance is 0.1, and 0.12 more each time."""
     rng, often = np.random.default_rng(12), np.arange(1, VOCABULARY) == 5
@@ -192,6 +197,7 @@ def test_what_was_said_early_counts_for_what_it_makes_likely_later():
     assert more == pytest.approx(1.12 ** (LENGTH - 1), abs=0.25)  # each step that follows multiplies by 1.12
 
 
+@pytest.mark.slow
 def test_what_the_prompt_has_is_told_from_what_it_has_not():
     """A judge counts the different tokens of a text that the prompt has: any ones, each in every second prompt."""
     found = texts(lambda row: 0.0)
@@ -231,6 +237,7 @@ def test_what_occurs_in_the_prompt_is_found_alike_for_the_replay_and_for_acting(
     assert not echoed({**observation, "speaker": tokens}, generated).any()  # a conversation
 
 
+@pytest.mark.slow
 def test_prefixes_that_were_judged_count_as_texts():
     found = texts(JUDGES["a token"], count=60)
     lengths = np.random.default_rng(8).integers(1, LENGTH, 600)
@@ -243,6 +250,7 @@ def test_prefixes_that_were_judged_count_as_texts():
     assert more_ < few
 
 
+@pytest.mark.slow
 def test_prefixes_that_mislead_are_left_out():
     found = texts(JUDGES["a token"], count=300)
     of_prefixes = texts(lambda row: -float((row == 3).sum()), seed=9, count=600)  # half of a text that needs its end
@@ -402,6 +410,7 @@ def worth(text):
     return float(text.count("b")) / 4
 
 
+@pytest.mark.slow
 def test_scores_of_the_replay_are_those_of_acting():
     learner = agent(worth).learn(800).learner
     scorer = learner.network.scorer
@@ -434,6 +443,7 @@ def test_before_the_first_update_the_policy_is_the_language_model():
     np.testing.assert_allclose(fresh.probabilities(observation), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["learned", "judge"])
 def test_the_scorer_alone_leads_to_reward(score):
     learned = agent(worth, score=score, learning_rate=0.0).learn(1_200)
@@ -444,6 +454,7 @@ def test_the_scorer_alone_leads_to_reward(score):
     assert (gains.sum(-1) > before.sum(-1)).all()
 
 
+@pytest.mark.slow
 def test_judged_prefixes_are_counted():
     asked, calls = agent(worth, score="judge"), agent(worth, score="learned")
     asked.learn(1_000)
@@ -455,6 +466,7 @@ def test_judged_prefixes_are_counted():
     assert calls.learner.judge_calls < asked.learner.judge_calls <= 1_000
 
 
+@pytest.mark.slow
 def test_a_saved_agent_scores_as_before(tmp_path):
     learned = agent(worth).learn(1_200)
     learned.save_pretrained(tmp_path / "folder")
@@ -464,6 +476,7 @@ def test_a_saved_agent_scores_as_before(tmp_path):
     np.testing.assert_array_equal(loaded.probabilities(observation), learned.probabilities(observation))
 
 
+@pytest.mark.slow
 def test_a_model_that_is_bound_later_is_the_one_that_is_read():
     replay = agent(worth).learn(800).replay_buffer
     other = TableModel((" by", "the", "a", " ", ".", "<end>"), TABLE)
@@ -477,6 +490,7 @@ def test_a_model_that_is_bound_later_is_the_one_that_is_read():
         torch.testing.assert_close(again.scorer.state_dict()[name], values, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_the_temperature_is_the_language_models_where_nothing_was_learned():
     luck = np.random.default_rng(0)
     useless = agent(lambda text: luck.random(), learning_rate=0.0)

@@ -81,6 +81,7 @@ SURFACE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judge", SURFACE)
 def test_rare_tokens_are_worth_what_others_that_are_spelled_alike_are(judge):
     found, fresh = texts(SURFACE[judge]), texts(SURFACE[judge], seed=5)
@@ -99,6 +100,7 @@ NEIGHBOURS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judge", NEIGHBOURS)
 def test_words_that_were_never_seen_together_are_worth_what_others_of_their_classes_are(judge):
     def share(tokens):

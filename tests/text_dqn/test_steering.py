@@ -271,6 +271,7 @@ def test_a_text_that_goes_on_from_the_last_one_is_a_new_text(pair):
         model.generate(**inputs, logits_processor=[steer], **greedy, use_cache=False)
 
 
+@pytest.mark.slow
 def test_one_steering_in_two_threads_writes_what_it_writes_alone(pair):
     model, tokenizer = pair
     inputs = batch(tokenizer)

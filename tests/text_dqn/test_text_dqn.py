@@ -207,6 +207,7 @@ def test_the_last_tokens_have_weights_of_their_own_and_others_share_theirs():
     )
 
 
+@pytest.mark.slow
 def test_each_row_draws_its_own_random_number():
     env = make(64, prompts=["a"])
     agent = small_agent(env)
@@ -232,6 +233,7 @@ def test_beta_can_be_changed_after_training():
         agent.beta = 0.0
 
 
+@pytest.mark.slow
 def test_saved_agents_act_the_same_and_hold_no_language_model(tmp_path, tiny_lm):
     env = make(model=tiny_lm, prompts=["the film"])
     agent = randomised(small_agent(env))
@@ -252,6 +254,7 @@ def test_saved_agents_act_the_same_and_hold_no_language_model(tmp_path, tiny_lm)
     assert set(weights) == set(agent.policy.state_dict())
 
 
+@pytest.mark.slow
 def test_the_same_seed_learns_the_same_agent():
     def learned():
         agent = small_agent(make())
@@ -261,6 +264,7 @@ def test_the_same_seed_learns_the_same_agent():
     np.testing.assert_array_equal(learned(), learned())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", [None, "learned"])
 @pytest.mark.parametrize("factor", [4.0**-5, 4.0**4])
 def test_a_reward_in_other_units_is_learned_from_alike(score, factor):
@@ -275,6 +279,7 @@ def test_a_reward_in_other_units_is_learned_from_alike(score, factor):
     np.testing.assert_allclose(*values, rtol=0 if score is None else 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["learned", "judge"])
 def test_scores_that_are_learned_replace_those_that_the_environment_shows(score):
     """The agent acts, writes and values texts as one that is shown none; what the replay holds is the reward."""
@@ -408,6 +413,7 @@ def test_what_load_is_given_is_set_or_refused(tmp_path):
         loaded.learn(8)
 
 
+@pytest.mark.slow
 def test_single_environments_and_their_lists_are_taken_as_by_sb3():
     def one():
         return gym.make("TextGen-v0", model=letters(), prompts=PROMPTS, reward=Worth(), top_k=4, observation="full")
@@ -465,6 +471,7 @@ def test_an_agent_of_another_vocabulary_is_refused(tmp_path, tiny_lm):
         TextDQN.load(tmp_path / "agent.zip", env=make())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:rich is experimental")  # tqdm says so of the bar that SB3 shows
 def test_callbacks_progress_bar_and_tensorboard_work_as_sb3_users_expect(tmp_path):
     agent = small_agent(make(), tensorboard_log=str(tmp_path / "logs"), learning_starts=64)

@@ -43,6 +43,7 @@ class CountedWorth(Worth):
         return None
 
 
+@pytest.mark.slow
 def test_the_reward_is_asked_about_judged_texts_alone():
     reward = CountedWorth()
     agent = agent_in(make(reward=reward), unjudged=3.0)
@@ -54,6 +55,7 @@ def test_the_reward_is_asked_about_judged_texts_alone():
     assert 3 * (800 - begun) - UNJUDGED_ROWS * LENGTH * 2 < learner.unjudged_steps <= 3 * (800 - begun)
 
 
+@pytest.mark.slow
 def test_each_text_is_one_of_the_environment_without_its_last_action():
     env = make(4, stop=("b",))
     learner = agent_in(make()).learn(400).learner
@@ -95,6 +97,7 @@ def test_what_is_written_depends_on_the_learner_alone():
         assert torch.equal(value, second.observations[key]), key
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_the_one_that_went_on(tmp_path):
     agent = agent_in(make()).learn(300)
     assert agent.learner.unjudged_steps > 0
@@ -108,6 +111,7 @@ def test_a_resumed_run_ends_as_the_one_that_went_on(tmp_path):
         assert torch.equal(tensor, other.policy.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_texts_of_one_token_leave_the_weights_finite():
     """A stop string may end each of a few texts at once: cut, they have no action left."""
     agent = agent_in(make(stop=("a", "b", " ", ".")), batch_size=1, score="learned")
@@ -116,11 +120,13 @@ def test_texts_of_one_token_leave_the_weights_finite():
     assert all(torch.isfinite(weight).all() for weight in agent.q_net.parameters())
 
 
+@pytest.mark.slow
 def test_a_reward_that_is_paid_by_step_is_left_out_too():
     agent = agent_in(make(reward=Worth(), reward_at="step")).learn(600)
     assert agent.learner.unjudged_steps > 0
 
 
+@pytest.mark.slow
 def test_another_environment_brings_its_own_language_model():
     agent = agent_in(make()).learn(300)
     other = make()
@@ -130,6 +136,7 @@ def test_another_environment_brings_its_own_language_model():
     assert agent._unjudged._env.language_model is other.unwrapped.language_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps_per_update", [16, 80, 400])
 def test_updates_are_as_many_as_their_rule_says(steps_per_update):
     steps = 800 + 4 * steps_per_update
@@ -173,6 +180,7 @@ def test_they_carry_back_what_the_last_tokens_are_worth():
     assert gaps() < 0.02 < before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("of_env", "of_agent"),
     [
@@ -190,6 +198,7 @@ def test_none_are_written_where_they_could_teach_nothing(of_env, of_agent):
     assert agent.learner.unjudged_steps == 0
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_say_how_to_do_without(monkeypatch):
     agent = agent_in(make())
 
