@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forked import Forked, textgen
+from forked import CONTEXT, Forked, textgen
 from typer.testing import CliRunner
 
 from agents.benchmark.cells import _open, run_cell
@@ -147,7 +147,8 @@ def test_an_agent_that_raises_or_acts_illegally_is_recorded_as_such(done):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_takes_one_run_with_it(tmp_path):
+def test_a_process_that_dies_takes_one_run_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("agents.benchmark.grid.get_context", lambda method: CONTEXT)  # a start without imports
     config = replace(CONFIG, tasks=CONFIG.tasks[:1], agents=("sample", "my_agents:Dies", "random"), seeds=(0,))
     results = run_benchmark(config, tmp_path / "b", workers=1)
     assert [result.status for result in results] == ["ok", "failed", "ok"]
