@@ -209,7 +209,7 @@ def toy_teacher(build, tmp_path_factory):
 
 
 def options(teacher, work):
-    size = {"shards": 3, "texts": 64, "rows": 32, "vocabulary": 300, "batch": 512, "threads": 1}
+    size = {"shards": 3, "texts": 64, "rows": 32, "vocabulary": 300, "batch": 1024, "threads": 1}
     size |= {"width": 96, "layers": 1, "epochs": 3}
     size |= {"teacher": teacher, "work": work, "out": work / "model"}
     return [f"--{name}={value}" for name, value in size.items()]
