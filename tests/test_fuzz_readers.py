@@ -164,7 +164,6 @@ def test_a_run_configuration_of_damaged_bytes_is_refused_or_kept(content):
         assert RunConfig.from_json(config.to_json()) == config
 
 
-@pytest.mark.slow
 @examples(80, 1_000)
 @given(damaged_json(ENV, {"top_k": None, "observation": ["tokens", "length"], "stop": ["."]}))
 def test_damaged_environment_settings_are_refused_or_kept(document):
@@ -316,7 +315,6 @@ def test_a_damaged_agent_folder_is_refused_or_acts(stored):
     check()
 
 
-@pytest.mark.slow
 def test_any_setting_of_an_agent_may_be_anything(stored):
     folder, _agent = stored
     agent, env = folder / "agent", open_env()

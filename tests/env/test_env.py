@@ -104,7 +104,6 @@ def test_the_keywords_and_defaults_are_the_documented_ones():
     assert objects | {field.name: field.default for field in dataclasses.fields(EnvConfig)} == documented
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["textgen_env:TextGen-v0", "TextGen-v0"])
 def test_the_id_is_found_with_the_module_prefix_or_after_the_import(name):
     program = f"""
@@ -207,7 +206,6 @@ def test_the_same_seed_and_actions_replay_bit_for_bit(observation):
     assert not data_equivalence(first, play(make(observation=observation), seed=6), exact=True)
 
 
-@pytest.mark.slow
 def test_two_environments_with_one_model_match_under_gymnasium_s_checker():
     model = letters()
     a, b = (make(model=model, on_illegal="last_legal", render_mode="ansi", observation="full") for _ in range(2))

@@ -56,7 +56,6 @@ def test_results_do_not_depend_on_the_number_of_rows(rows):
     np.testing.assert_array_equal(got.rewards, expected.rewards)
 
 
-@pytest.mark.slow
 def test_short_texts_are_not_favoured():
     # The end token is action 3: a text stops with chance 1/2 a step and holds at most 6 tokens.
     env = make_env(rows=16, top_k=None)

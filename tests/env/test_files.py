@@ -78,7 +78,6 @@ with (whole_folder if kind == "folder" else whole_file)(target) as half_made:
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_process_killed_in_the_middle_leaves_the_old_content_and_its_rest_is_cleared(tmp_path, kind):
     target = tmp_path / "target"

@@ -317,7 +317,6 @@ def test_similarity_orders_sentences_as_people_do():
     assert score("similarity", "", reference=reference) == 0
 
 
-@pytest.mark.slow
 def test_similarity_is_the_mean_of_the_encoders_states():
     """Against the published recipe: mean of token states, cosine."""
     import torch

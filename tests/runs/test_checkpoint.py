@@ -75,7 +75,6 @@ def test_resume_goes_on_as_the_run_that_passed_the_same_checkpoint(tmp_path, tin
     assert_same(agent, other)
 
 
-@pytest.mark.slow
 def test_without_the_barrier_the_cached_forward_would_differ_in_its_last_bits(tmp_path, tiny_lm):
     """What makes the test above sharp: the running process really does forget."""
     env = make(model=tiny_lm, prompts=["the film"])
@@ -98,7 +97,6 @@ def test_a_checkpoint_holds_no_pickle_and_replaces_the_one_before(tmp_path):
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
-@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     agent = agent_in(make()).learn(40)
     first = save_checkpoint(tmp_path, agent, {"n": 1})
@@ -114,7 +112,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     assert load_checkpoint(first, agent_in(make())) == {"n": 1}
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, tiny_lm):
     path = save_checkpoint(tmp_path, agent_in(make()).learn(40), {})
     with pytest.raises(ModelError, match="another vocabulary"):
@@ -137,7 +134,6 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "replay.safetensors"])
 def test_security_damaged_or_pickled_parts_of_a_checkpoint_are_refused_and_do_not_run(tmp_path, name):
     path = save_checkpoint(tmp_path, agent_in(make()).learn(40), {})
@@ -262,7 +258,6 @@ def test_what_cannot_be_resumed_says_why(tmp_path):
         resume(broken, model=weather(), reward=len)
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_not_resumed(tmp_path):
     train(replace(CONFIG, steps=40), tmp_path / "run", model=weather())
     with pytest.raises(RunFolderError, match="a finished run: there is nothing to resume"):

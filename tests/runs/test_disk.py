@@ -89,7 +89,6 @@ def test_a_run_that_diverges_names_its_step_and_goes_on_from_the_last_finite_che
     assert resume(folder, model=weather(), reward=breaking_after(-1)).steps == 400
 
 
-@pytest.mark.slow
 def test_what_a_kill_after_the_summary_left_is_cleared(tmp_path):
     folder = tmp_path / "run"
     train(replace(CONFIG, steps=40), folder, model=weather())

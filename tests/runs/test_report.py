@@ -126,7 +126,6 @@ class Leaning:
         return policy / policy.sum(-1, keepdims=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("power", "ahead"), [(0.0, True), (10.0, False)])
 def test_lookahead_that_is_ahead_is_said_to_be(power, ahead):
     """An a is worth 1 or more: at 0.1 a nat its best odds are at least e^10 times the language model's."""
@@ -134,7 +133,6 @@ def test_lookahead_that_is_ahead_is_said_to_be(power, ahead):
     assert any("is ahead of agent: let it learn for longer" in note for note in report.notes) == ahead
 
 
-@pytest.mark.slow
 def test_a_share_far_below_the_language_model_s_is_shown_as_such():
     """Three tokens cost log 8 nats each, at 5 a nat."""
     report = report_of(Worth(), 5.0, agent=Leaning(50.0))

@@ -132,7 +132,6 @@ def test_the_target_follows_the_trained_weights(env, backbone, trainable):
     assert torch.equal(online(observation), target(observation))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trainable", MODES)
 def test_a_saved_agent_brings_its_trained_weights_back(env, backbone, trainable, tmp_path):
     agent = dqn(env, backbone, trainable)

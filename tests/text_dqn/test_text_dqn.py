@@ -272,7 +272,7 @@ def test_a_reward_in_other_units_is_learned_from_alike(score, factor):
     values = []
     for unit in (1.0, factor):
         env = make(reward=lambda text, unit=unit: unit * (text.count("a") - 0.5 * text.count("b")))
-        agent = small_agent(env, beta=0.5 * unit, score=score, policy_kwargs=SMALL).learn(480)
+        agent = small_agent(env, beta=0.5 * unit, score=score, policy_kwargs=SMALL).learn(800)
         observation, _ = env.reset(seed=3)
         values.append(agent.learner.q(observation) / unit)
     assert np.ptp(values[0], axis=1).min() > 0.1  # something was learned
