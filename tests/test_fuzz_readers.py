@@ -315,6 +315,7 @@ def test_a_damaged_agent_folder_is_refused_or_acts(stored):
     check()
 
 
+@pytest.mark.slow
 def test_any_setting_of_an_agent_may_be_anything(stored):
     folder, _agent = stored
     agent, env = folder / "agent", open_env()
