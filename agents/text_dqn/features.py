@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 
 from agents.text_dqn.ridge import Design
-from agents.text_dqn.spelling import CLASSES, CLASSINGS, last_word, spelling
+from agents.text_dqn.spelling import CLASSES, CLASSINGS, COUNTED, last_word, spelling
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
@@ -36,6 +37,9 @@ MARKS = np.linspace(-2.5, 2.5, 11)
 
 LONGEST = 15
 """Tokens that the prompt has, too, have a weight by their length in characters, up to this: short ones are common."""
+
+OCCURRENCES = 64
+"""Each kind of what is counted has weights for the first, the second, and so on up to this; later ones are alike."""
 
 Indices = npt.NDArray[np.int64]
 
@@ -61,8 +65,27 @@ class KnownTokens(NamedTuple):
     spelling: Floats  # (V, e); see ``spelling``, over first occurrences as well
 
 
+class Past(NamedTuple):
+    """What texts had before each place."""
+
+    first: torch.Tensor  # (B, RESIDUES); see ``first_occurrences``
+    words: torch.Tensor  # (3, B, T + 1) classes of the last word, 0 for none
+    counts: torch.Tensor  # (B, T + 1, COUNTED) up to OCCURRENCES - 1
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor, classes: torch.Tensor, counted: torch.Tensor) -> Past:
+        """Return it for tokens (B, T).
+
+        Args:
+            classes: (3, V) of the tokens; see ``spelling.classes``.
+            counted: (V, COUNTED) of the tokens; see ``spelling.counted``.
+        """
+        words, counts = last_word(tokens, classes), counted[tokens].cumsum(1).clamp(max=OCCURRENCES - 1).long()
+        return cls(first_occurrences(tokens), functional.pad(words, (1, 0)), functional.pad(counts, (0, 0, 1, 0)))
+
+
 def design_of(
-    texts: JudgedTexts, known: KnownTokens, characters: Floats, classes: Indices
+    texts: JudgedTexts, known: KnownTokens, characters: Floats, classes: torch.Tensor, counted: torch.Tensor
 ) -> tuple[Design, tuple[float, float]]:
     """Return the features of texts, and mean and deviation of their lengths in characters.
 
@@ -71,12 +94,13 @@ def design_of(
         known: Of the tokens.
         characters: (V,) of the tokens.
         classes: (3, V) of the tokens; see ``spelling.classes``.
+        counted: (V, COUNTED) of the tokens; see ``spelling.counted``.
     """
     begin, padding = layout(len(characters))
     tokens, places = texts.tokens, np.arange(texts.tokens.shape[1])
     inside = places < texts.lengths[:, None]
-    first = first_occurrences(torch.from_numpy(tokens)).gather(1, torch.from_numpy(tokens % RESIDUES)).numpy()
-    fresh = inside & (first == places)
+    past = Past.of(torch.from_numpy(tokens), classes, counted)
+    fresh = inside & (past.first.gather(1, torch.from_numpy(tokens % RESIDUES)).numpy() == places)
     pairs = pair_index(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])).numpy()
     echo = begin["echo"] + np.minimum(characters[tokens], LONGEST).astype(np.int64)
     echoes = np.concatenate([echo, echo + LONGEST + 1], 1)
@@ -84,17 +108,21 @@ def design_of(
     sparse = {
         "token": np.where(inside, tokens, padding),
         "first": np.where(fresh, begin["first"] + tokens, padding),
+        "opening": begin["opening"] + tokens[:, :1],
         "last": np.where(texts.finished[:, None], begin["last"] + last, padding),
         "pair": np.where(inside[:, 1:], begin["pair"] + pairs, padding),
         "echo": np.where(np.concatenate([inside, fresh], 1) & np.tile(texts.echoes, 2), echoes, padding),
     }
     alike = []
-    words, before = classes[:, tokens[:, 1:]], last_word(torch.from_numpy(tokens), torch.from_numpy(classes)).numpy()
-    for number, (kind, of, of_last) in enumerate(zip(CLASSINGS, words, before[:, :, :-1], strict=True)):
-        both = inside[:, 1:] & (of > 0) & (of_last > 0)
-        sparse[kind] = np.where(both, begin[kind] + of_last * CLASSES + of, padding)
-        alike.append(np.where(both & (of == of_last), begin["alike"] + number, padding))
+    for number, kind in enumerate(CLASSINGS):
+        word, before = classes[number].numpy()[tokens], past.words[number, :, :-1].numpy()
+        begun = inside & (word > 0)
+        sparse[kind] = np.where(begun, begin[kind] + before * CLASSES + word, padding)
+        alike.append(np.where(begun & (word == before), begin["alike"] + number, padding))
     sparse["alike"] = np.concatenate(alike, 1)
+    numbers = begin["count"] + np.arange(COUNTED) * OCCURRENCES + past.counts[:, :-1].numpy()
+    occurs = (counted.numpy()[tokens] > 0) & inside[:, :, None]
+    sparse["count"] = np.where(occurs, numbers, padding).reshape(len(tokens), -1)
     length = (characters[tokens] * inside).sum(1)
     marks = (float(length.mean()), float(length.std()) + 1e-6)
     dense = {
@@ -108,8 +136,9 @@ def design_of(
 
 def layout(vocabulary: int) -> tuple[dict[str, int], int]:
     """Return where the numbers of each kind of sparse feature begin, and the number behind the last, for none."""
-    sizes = {"token": vocabulary, "first": vocabulary, "last": vocabulary, "pair": PAIRS, "echo": 2 * (LONGEST + 1)}
-    sizes |= {**dict.fromkeys(CLASSINGS, CLASSES**2), "alike": len(CLASSINGS)}
+    sizes = dict.fromkeys(("token", "first", "opening", "last"), vocabulary)
+    sizes |= {"pair": PAIRS, "echo": 2 * (LONGEST + 1), **dict.fromkeys(CLASSINGS, CLASSES**2)}
+    sizes |= {"alike": len(CLASSINGS), "count": COUNTED * OCCURRENCES}
     *begin, end = itertools.accumulate(sizes.values(), initial=0)
     return dict(zip(sizes, begin, strict=True)), end
 

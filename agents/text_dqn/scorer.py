@@ -27,17 +27,19 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 from agents.text_dqn.echoes import Echoes
 from agents.text_dqn.features import (
     FOLDS,
     LONGEST,
+    OCCURRENCES,
     PAIRS,
     RESIDUES,
     JudgedTexts,
     KnownTokens,
+    Past,
     design_of,
-    first_occurrences,
     hats,
     layout,
     pair_index,
@@ -56,7 +58,7 @@ from agents.text_dqn.ridge import (
     penalties_up_to,
     weigh_groups,
 )
-from agents.text_dqn.spelling import CLASSES, CLASSINGS, classes, last_word
+from agents.text_dqn.spelling import CLASSES, CLASSINGS, COUNTED, classes, counted
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
@@ -74,7 +76,7 @@ LEAST_TEXTS = 50
 
 GROUPS = {
     **dict.fromkeys(("token", "first", "pair", "echo", "vector", "length"), 1.0),
-    **dict.fromkeys(("last", *CLASSINGS, "alike", "spelling", "first_spelling"), 0.3),
+    **dict.fromkeys(("opening", "last", *CLASSINGS, "alike", "count", "spelling", "first_spelling"), 0.3),
 }
 """Kinds of features, and the relevance that each begins with."""
 
@@ -98,6 +100,7 @@ class TextScorer(nn.Module):
     characters: torch.Tensor
     ends: torch.Tensor
     classes: torch.Tensor
+    counted: torch.Tensor
     penalty: torch.Tensor
     relevance: torch.Tensor
     weighed: torch.Tensor
@@ -106,11 +109,13 @@ class TextScorer(nn.Module):
     token: torch.Tensor
     first: torch.Tensor
     pair: torch.Tensor
+    opening: torch.Tensor
     last: torch.Tensor
     echo: torch.Tensor
     initials: torch.Tensor
     endings: torch.Tensor
     sizes: torch.Tensor
+    count: torch.Tensor
     potential: torch.Tensor
     drift: torch.Tensor
     ahead: torch.Tensor
@@ -123,6 +128,7 @@ class TextScorer(nn.Module):
         shapes = {
             "characters": (vocab_size,),  # of each token
             "ends": (vocab_size,),  # 1 for end tokens
+            "counted": (vocab_size, COUNTED),  # 1 for what each has
             "penalty": (),  # of the last fit, 0 before the first
             "relevance": (len(GROUPS),),  # factor of each kind of feature
             "weighed": (),  # texts from which it was found
@@ -131,9 +137,11 @@ class TextScorer(nn.Module):
             "token": (FOLDS + 1, vocab_size),
             "first": (FOLDS + 1, vocab_size),
             "pair": (FOLDS + 1, PAIRS),
+            "opening": (FOLDS + 1, vocab_size),
             "last": (FOLDS + 1, vocab_size),
             "echo": (FOLDS + 1, 2, LONGEST + 1),  # at every occurrence, and beside that at the first; by length
             **dict.fromkeys(CLASSINGS, (FOLDS + 1, CLASSES**2)),  # of words, by the one before
+            "count": (FOLDS + 1, COUNTED, OCCURRENCES),  # of the first, the second, ... that can be counted
             "potential": (max_new_tokens + 1, *GRID),  # after t tokens, by the z and the length that are to be expected
             "drift": (2, max_new_tokens + 1),  # of z and of the length, still to come after t tokens
             "persistence": (2, max_new_tokens + 1),  # what a unit of either after t tokens is worth in the end
@@ -157,6 +165,7 @@ class TextScorer(nn.Module):
         texts = texts_of_tokens(language_model)
         self.characters.copy_(torch.tensor([float(len(text)) for text in texts]))
         self.classes.copy_(torch.from_numpy(classes(texts)))
+        self.counted.copy_(torch.from_numpy(counted(texts)))
         self.ends.zero_()
         self.ends[list(language_model.end_ids)] = 1.0
 
@@ -209,7 +218,7 @@ class TextScorer(nn.Module):
         """Return z and length of the prefixes, (B, S), and what candidates add to both, (B, S, k)."""
         table = self._table(tokens, folds)
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        past = first_occurrences(tokens), last_word(tokens, self.classes)
+        past = Past.of(tokens, self.classes, self.counted)
         own = self._added(table, tokens[..., None], echoes.own[..., None], places, tokens, past).squeeze(-1)
         index = self.bias[table].unsqueeze(-1) + _of_prefixes(own, steps)
         length = _of_prefixes(_at(self.characters, tokens), steps)
@@ -223,27 +232,25 @@ class TextScorer(nn.Module):
         echoes: torch.Tensor,
         steps: torch.Tensor,
         tokens: torch.Tensor,
-        past: tuple[torch.Tensor, torch.Tensor],
+        past: Past,
     ) -> torch.Tensor:
-        """Return what ids (B, S, c) add to z after prefixes of ``steps`` (B, S) tokens.
-
-        Args:
-            past: Of the tokens, ``first_occurrences`` and ``last_word``.
-        """
-        first_places, words = past
+        """Return what ids (B, S, c) add to z after prefixes of ``steps`` (B, S) tokens, whose ``past`` is given."""
         own = table.view(-1, 1, 1) * self.vocab_size + ids
         before = tokens.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1)
-        pairs = _at(self.pair, table.view(-1, 1, 1) * PAIRS + pair_index(before, ids))
-        for kind, of, last in zip(CLASSINGS, self.classes, words, strict=True):
-            of_last = last.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1)
-            both = (table.view(-1, 1, 1) * CLASSES + of_last) * CLASSES + _at(of, ids)
-            pairs = pairs + _at(getattr(self, kind), both)
-        pairs = torch.where(steps.unsqueeze(-1) > 0, pairs, 0.0)
-        before_here = first_places.gather(1, (ids % RESIDUES).flatten(1)).view(ids.shape) < steps.unsqueeze(-1)
+        by_before = _at(self.pair, table.view(-1, 1, 1) * PAIRS + pair_index(before, ids))
+        by_before = torch.where(steps.unsqueeze(-1) > 0, by_before, _at(self.opening, own))
+        for kind, of, last in zip(CLASSINGS, self.classes, past.words, strict=True):
+            both = (table.view(-1, 1, 1) * CLASSES + last.gather(1, steps).unsqueeze(-1)) * CLASSES + _at(of, ids)
+            by_before = by_before + _at(getattr(self, kind), both)
+        counts = past.counts.gather(1, steps.unsqueeze(-1).expand(-1, -1, COUNTED))
+        kinds = table.view(-1, 1, 1) * COUNTED + torch.arange(COUNTED, device=ids.device)
+        next_ones = _at(self.count, kinds * OCCURRENCES + counts).unsqueeze(-1)  # (B, S, COUNTED, 1)
+        ordinal = (functional.embedding(ids, self.counted) @ next_ones).squeeze(-1)
+        before_here = past.first.gather(1, (ids % RESIDUES).flatten(1)).view(ids.shape) < steps.unsqueeze(-1)
         echo = table.view(-1, 1, 1) * 2 * (LONGEST + 1) + _at(self.characters, ids).long().clamp(max=LONGEST)
         always = _at(self.token, own) + torch.where(echoes, _at(self.echo, echo), 0.0)
         first = _at(self.first, own) + torch.where(echoes, _at(self.echo, echo + LONGEST + 1), 0.0)
-        return always + torch.where(before_here, 0.0, first) + pairs
+        return always + torch.where(before_here, 0.0, first) + by_before + ordinal
 
     def _table(self, tokens: torch.Tensor, folds: torch.Tensor | None) -> torch.Tensor:
         return torch.full((len(tokens),), FOLDS, device=tokens.device) if folds is None else folds
@@ -302,7 +309,7 @@ class TextScorer(nn.Module):
         return bool(self.prefixes)
 
     def _design(self, texts: JudgedTexts, known: KnownTokens) -> tuple[Design, tuple[float, float]]:
-        return design_of(texts, known, self.characters.cpu().numpy(), self.classes.cpu().numpy())
+        return design_of(texts, known, self.characters.cpu().numpy(), self.classes.cpu(), self.counted.cpu())
 
     def _is_due(self, texts: JudgedTexts) -> bool:
         """Return True if it is to be found anew what the judge cares about."""
@@ -392,7 +399,7 @@ class TextScorer(nn.Module):
         last, candidates = tokens[:, :-1][there], visited.candidates[:, 1:][there]  # (n,), (n, k)
         mu, goes_on = visited.probabilities[:, 1:][there], 1.0 - _at(self.ends, candidates)
         visits = torch.bincount(last, minlength=self.vocab_size)
-        past = first_occurrences(tokens), last_word(tokens, self.classes)
+        past = Past.of(tokens, self.classes, self.counted)
         for fold in range(FOLDS + 1):
             table, echoes = torch.full_like(tokens[:, 0], fold), visited.echoes.candidates
             more = self._added(table, visited.candidates, echoes, steps, tokens, past)[:, 1:][there]
@@ -423,4 +430,4 @@ def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def _of_prefixes(added: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """Return the sums of (B, T) numbers over the first ``steps`` (B, S) of them."""
-    return nn.functional.pad(added.cumsum(1), (1, 0)).gather(1, steps)
+    return functional.pad(added.cumsum(1), (1, 0)).gather(1, steps)

@@ -3,6 +3,7 @@
     texts of the tokens  ->  spelling  ->  numbers of each, which add up over a text
     texts of the tokens  ->  classes   ->  the class of each, where it begins a word, by initial, by ending and by size
     tokens of texts      ->  last_word ->  the classes of the word before
+    texts of the tokens  ->  counted   ->  what each has of what can be counted: a word, a capital, a comma
 
 Source: subwords as features, Bojanowski et al. 2017, arXiv:1607.04606.
 """
@@ -23,6 +24,12 @@ CLASSINGS = ("initials", "endings", "sizes")
 
 CLASSES = 32
 """By each of them; 0 is of tokens that begin no word."""
+
+SIGNS = (",", ".!?", "?", "!", ":;", "'’", '"“”', "()[]", "-–—", "\n")
+"""Characters of which tokens are counted, beside words, capitals and digits."""
+
+COUNTED = 3 + len(SIGNS)
+"""Kinds of what is counted."""
 
 ALPHABET = 26
 OTHERS = 4
@@ -80,6 +87,13 @@ def classes(texts: Sequence[str]) -> npt.NDArray[np.int64]:
         if after_blank[token] if any(after_blank) else word[:1].isalnum():
             found[:, token] = 1 + _class_of(word[0]), 1 + _class_of(word[-1]), min(len(word), CLASSES - 1)
     return found
+
+
+def counted(texts: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Return (V, ``COUNTED``): the token begins a word, has a capital, a digit, one of the characters of each sign."""
+    kinds = [classes(texts)[0] > 0, [any(map(str.isupper, text)) for text in texts]]
+    kinds += [[not signs.isdisjoint(text) for text in texts] for signs in map(set, ("0123456789", *SIGNS))]
+    return np.array(kinds).T
 
 
 def last_word(tokens: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

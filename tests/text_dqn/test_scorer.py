@@ -70,6 +70,7 @@ JUDGES = {
     "a token": lambda row: float((row == 3).sum()),
     "a token at all": lambda row: float(3 in row),
     "a pair": lambda row: float(sum(a == 3 and b == 5 for a, b in pairwise(row))),
+    "the first token": lambda row: float(row[0] in (2, 7)),
     "the last token": lambda row: float(row[-1] in (2, 7)),
     "a length": lambda row: -abs(float((row % 4 + 1).sum()) - 15) / 10,
     "different tokens": lambda row: float(len(set(row.tolist()))),

@@ -12,7 +12,7 @@ from test_scorer import finished_scores, judged, of_texts
 from agents.text_dqn.features import KnownTokens
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.scorer import TextScorer
-from agents.text_dqn.spelling import CLASSES, classes, last_word, spelling
+from agents.text_dqn.spelling import CLASSES, classes, counted, last_word, spelling
 
 WORDS = ["".join(letters) for letters in product("bcdfgklmnprst", "aeiou", ("", "d", "k", "l", "m", "n", "r", "st"))]
 HALF = len(WORDS)
@@ -56,6 +56,19 @@ def test_the_last_word_is_that_of_the_last_token_that_began_one():
     assert found[2].tolist() == [[0, 5, 5, 6, 5], [6, 6, 6, 6, 5]]
 
 
+def test_words_capitals_digits_and_signs_are_counted():
+    found = dict(zip(ODD, counted(ODD).tolist(), strict=True))
+    words, capitals, digits, commas = np.array([found[text][:4] for text in ODD]).T
+    assert [text for text, is_word in zip(ODD, words, strict=True) if is_word] == [" The", " 42"]
+    assert [text for text, has_one in zip(ODD, capitals, strict=True) if has_one] == [" The", "THE", "İ"]
+    assert [text for text, has_one in zip(ODD, digits, strict=True) if has_one] == ["9", " 42"]
+    assert [text for text, has_one in zip(ODD, commas, strict=True) if has_one] == [","]
+    signs = counted([".", "?", "!", "word"])[:, 3:]
+    assert (signs[0] & signs[1] & signs[2]).any()  # all end a sentence
+    assert len({tuple(row) for row in signs}) == 4
+    assert not signs[3].any()
+
+
 def texts(reward, seed=0):
     rng = np.random.default_rng(seed)
     few = rng.integers(0, len(TOKENS), (TEXTS, LENGTH))  # a text repeats some of them
@@ -67,6 +80,7 @@ def fitted(found, spelled=True):
     scorer = TextScorer(len(TOKENS), LENGTH)
     scorer.characters.copy_(torch.tensor([float(len(text)) for text in TOKENS]))
     scorer.classes.copy_(torch.from_numpy(classes(TOKENS)))
+    scorer.counted.copy_(torch.from_numpy(counted(TOKENS)))
     tokens = torch.from_numpy(found.tokens[:100])
     candidates = tokens.unsqueeze(-1).repeat(1, 1, 2)
     states = Visited(tokens, candidates, torch.full(candidates.shape, 0.5), *of_texts(tokens, candidates))
@@ -110,3 +124,17 @@ def test_words_that_were_never_seen_together_are_worth_what_others_of_their_clas
     scorer, fresh = fitted(texts(share)), texts(share, seed=5)
     errors = finished_scores(scorer, fresh) - fresh.rewards
     assert 1 - (errors**2).mean() / fresh.rewards.var() > 0.6
+
+
+NUMBERS = {
+    "three words": lambda tokens: sum(token[0] == " " for token in tokens) == 3,
+    "an odd number of words": lambda tokens: sum(token[0] == " " for token in tokens) % 2 == 1,
+    "a first word from b to f": lambda tokens: next((token[1] < "g" for token in tokens if token[0] == " "), False),
+}
+
+
+@pytest.mark.parametrize("judge", NUMBERS)
+def test_what_is_to_occur_so_many_times_is_counted(judge):
+    scorer, fresh = fitted(texts(NUMBERS[judge])), texts(NUMBERS[judge], seed=5)
+    errors = finished_scores(scorer, fresh) - fresh.rewards
+    assert 1 - (errors**2).mean() / fresh.rewards.var() > 0.7
