@@ -157,8 +157,10 @@ def known_tokens(language_model: LanguageModel) -> KnownTokens:
 
 
 def texts_of_tokens(language_model: LanguageModel) -> list[str]:
-    """Return the text of each token, (V,)."""
-    return language_model.continuations([], [], range(language_model.vocab_size))
+    """Return the text that each token adds to a longer one, (V,): at the beginning some tokenizers strip a blank."""
+    ids = range(language_model.vocab_size)
+    before = next(([token] for token in ids if language_model.decode([token]).strip()), [])
+    return language_model.continuations(before, [], ids)
 
 
 def directions(language_model: LanguageModel) -> Floats:
@@ -179,9 +181,9 @@ def pair_index(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 def first_occurrences(tokens: torch.Tensor) -> torch.Tensor:
     """Return where each residue of ids occurs first in tokens (B, T): (B, RESIDUES), T where it does not."""
-    length = tokens.shape[1]
-    places = torch.arange(length, device=tokens.device).expand(tokens.shape)
-    found = torch.full((len(tokens), RESIDUES), length, device=tokens.device)
+    length, dtype = tokens.shape[1], torch.int16 if tokens.shape[1] < 2**15 else torch.int32  # there are many
+    places = torch.arange(length, device=tokens.device, dtype=dtype).expand(tokens.shape)
+    found = torch.full((len(tokens), RESIDUES), length, device=tokens.device, dtype=dtype)
     return found.scatter_reduce(1, tokens % RESIDUES, places, "amin")
 
 

@@ -325,6 +325,7 @@ class Learner:
             return
         r2 = fit_scores(self.network, self.replay, self.objective.beta)
         if r2 is None:
+            self._fit_at = seen + LEAST_TEXTS
             return
         self.scorer_r2 = r2
         for own, slow in zip(self.network.scores, self.slow_network.scores, strict=True):

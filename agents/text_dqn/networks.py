@@ -188,7 +188,7 @@ class CandidateQNetwork(nn.Module):
         object.__setattr__(self, "_language_model", language_model)
         object.__setattr__(self, "_known_tokens", None)
         if self.scorer is not None:
-            self.scorer.describe(language_model)
+            self.scorer.describe(language_model, self._end_ids)
 
     def fit_scorer(self, texts: JudgedTexts, visited: Visited, beta: float) -> float:
         """Fit the scorer; return R2 on texts that were left out. See ``TextScorer.fit``."""
@@ -220,11 +220,16 @@ class CandidateQNetwork(nn.Module):
         found = {"score": self.score_value(observations["score"].float(), at.clamp(0, last))}
         if self.uses_candidate_scores:
             scores, candidates = observations["candidate_scores"].float(), observations["candidates"]
-            ends = () if self._language_model is None else self._language_model.end_ids
-            ended = torch.isin(candidates, torch.tensor(ends, dtype=candidates.dtype, device=candidates.device))
+            ends = torch.tensor(self._end_ids, dtype=candidates.dtype, device=candidates.device)
+            ended = torch.isin(candidates, ends)
             after = self.score_value(scores, (at + 1).clamp(0, last))
             found["candidate_scores"] = torch.where(ended, scores, after)
         return {**observations, **found}
+
+    @property
+    def _end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text. In a conversation they end a turn."""
+        return () if self._language_model is None or self.turn_scales else self._language_model.end_ids
 
     def _generated(self, observations: Tensors) -> torch.Tensor:
         return ((1.0 - observations["budget"].float()) * self.max_new_tokens).round().long()  # (B, 1)

@@ -36,17 +36,34 @@ class Course(NamedTuple):
 
     mean: Floats  # (T,) that a step adds
     variance: Floats  # (T,)
+    goes_on: Floats  # (T,) the chance that the text does after the step
     so_far: Floats  # (T + 1,) the mean after t tokens
     persistence: Floats  # (T + 1,) what a unit more than that is worth in the end
 
+    def still_to_come(self) -> Floats:
+        """Return the mean of what is added from each step on, (T + 1,)."""
+        return _later(self.mean, self.goes_on)
 
-def course(before: torch.Tensor, added: torch.Tensor, ahead: torch.Tensor, visited: Visited, total: int) -> Course:
+    def deviation(self) -> Floats:
+        """Return the standard deviation in the end of what is added from each step on, (T + 1,)."""
+        return np.asarray(np.sqrt(_later(self.variance * self.persistence[1:] ** 2, self.goes_on)))
+
+
+def course(
+    before: torch.Tensor,
+    added: torch.Tensor,
+    ahead: torch.Tensor,
+    goes_on: torch.Tensor,
+    visited: Visited,
+    total: int,
+) -> Course:
     """Return how a quantity grows.
 
     Args:
         before: (m, T) the quantity at each state.
         added: (m, T, k) what each candidate adds to it.
         ahead: (m, T) what the token that was taken lets expect of the next ones, more than others do.
+        goes_on: (m, T, k) 1 for candidates after which the text goes on.
         visited: The states.
         total: Tokens of a whole text.
     """
@@ -55,12 +72,13 @@ def course(before: torch.Tensor, added: torch.Tensor, ahead: torch.Tensor, visit
     count, beyond = weight.sum(0).clamp(min=1), (0, total - expected.shape[1])
     mean = expected.sum(0) / count
     variance = (((mu * added**2).sum(-1) * weight).sum(0) / count - mean**2).clamp(min=0)
-    means, variances = (np.pad(values.cpu().numpy(), beyond) for values in (mean, variance))
+    lives = ((mu * goes_on).sum(-1) * weight).sum(0) / count
+    means, variances, chances = (np.pad(values.cpu().numpy(), beyond) for values in (mean, variance, lives))
     by_chance = (visited.acted & visited.by_language_model)[:, :-1]
     luck = (before.diff(dim=1) - expected[:, :-1]) * by_chance
     rate = _carried_on(luck, expected, ahead[:, :-1], total)
     so_far = float(before[:, 0].mean()) + np.append(0.0, means.cumsum())
-    return Course(means, variances, so_far, np.maximum(0.0, 1.0 + rate * np.arange(total, -1, -1)))
+    return Course(means, variances, chances, so_far, np.maximum(0.0, 1.0 + rate * np.arange(total, -1, -1)))
 
 
 def _carried_on(luck: torch.Tensor, expected: torch.Tensor, ahead: torch.Tensor, total: int) -> float:
@@ -83,6 +101,9 @@ def _carried_on(luck: torch.Tensor, expected: torch.Tensor, ahead: torch.Tensor,
     return float(np.sign(rate)) * max(0.0, abs(rate) - error)
 
 
-def still_to_come(values: Floats) -> Floats:
-    """Return the sums of (T,) values from each step on, (T + 1,)."""
-    return np.append(values[::-1].cumsum()[::-1], 0.0)
+def _later(values: Floats, goes_on: Floats) -> Floats:
+    """Return the sums of (T,) values from each step on, (T + 1,), as far as texts are expected to go on."""
+    sums = np.zeros(len(values) + 1)
+    for step in range(len(values) - 1, -1, -1):
+        sums[step] = values[step] + goes_on[step] * sums[step + 1]
+    return sums

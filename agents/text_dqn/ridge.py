@@ -277,7 +277,7 @@ def bent(problem: Problem, count: int, straight: Fitted) -> Fitted:
     is added in the middle.
     """
     rewards = problem.rewards
-    if not correlates(straight.left_out, rewards):
+    if not correlates(straight.left_out[problem.counted], rewards[problem.counted]):
         return straight
     link = Logistic(float(rewards.min()), float(rewards.max()))
     share = (float(rewards.mean()) - link.low) / (link.high - link.low)

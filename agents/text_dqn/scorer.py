@@ -6,11 +6,12 @@ sum of contributions of what occurs in it, and a curve g from z to the reward.
     finished texts, rewards  ->  fit      ->  contributions, potentials
     a prefix, k candidates   ->  forward  ->  score (B, 1), candidate_scores (B, k)
 
-The contributions are a ridge regression on sparse features, which need few texts: tokens, tokens
-that occur for the first time, pairs of neighbours, the last token, tokens that the prompt has too, the
-length in characters. Rare tokens and pairs share weights with others that are spelled alike or have similar
-embeddings. Judges differ in which of these kinds matter, so each kind is shrunk by a factor of its own, chosen
-by predictions for texts that were left out; the curve is fitted to such predictions. Where a judge
+The contributions are a ridge regression on sparse features, which need few texts: tokens, and those that
+occur for the first time; the first and the last token; pairs of neighbouring tokens, and of words by how they
+begin, end and compare in length; the first, the second, ... word, capital, digit or sign; tokens that the
+prompt has too; the length in characters. Rare tokens share weights with others that are spelled alike or have
+similar embeddings. Judges differ in which of these kinds matter, so each kind is shrunk by a factor of its
+own, chosen by predictions for texts that were left out; the curve is fitted to such predictions. Where a judge
 saturates, both go through a logistic link. Where nothing was learned every prefix is scored alike: a random
 judge.
 
@@ -23,6 +24,8 @@ Kakade et al. 2011, arXiv:1104.2018.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -45,7 +48,7 @@ from agents.text_dqn.features import (
     pair_index,
     texts_of_tokens,
 )
-from agents.text_dqn.outlook import Course, Visited, course, still_to_come
+from agents.text_dqn.outlook import Course, Visited, course
 from agents.text_dqn.ridge import (
     PENALTIES,
     Design,
@@ -160,14 +163,18 @@ class TextScorer(nn.Module):
         self.potential.zero_()
         self.grid.fill_(1.0)
 
-    def describe(self, language_model: LanguageModel) -> None:
-        """Read how many characters each token has, of which class it is, and which ones end a text."""
+    def describe(self, language_model: LanguageModel, end_ids: Iterable[int]) -> None:
+        """Read how many characters each token has, of which class it is and what of it is counted.
+
+        Args:
+            end_ids: Tokens that end a text. Stop strings end one, too: those are not seen.
+        """
         texts = texts_of_tokens(language_model)
         self.characters.copy_(torch.tensor([float(len(text)) for text in texts]))
         self.classes.copy_(torch.from_numpy(classes(texts)))
         self.counted.copy_(torch.from_numpy(counted(texts)))
         self.ends.zero_()
-        self.ends[list(language_model.end_ids)] = 1.0
+        self.ends[list(end_ids)] = 1.0
 
     # --- scoring
 
@@ -192,9 +199,8 @@ class TextScorer(nn.Module):
         index, length, more, longer = self._parts(
             tokens, steps, candidates, echoes or Echoes.none(tokens, candidates), folds
         )
-        done = (steps.unsqueeze(-1) >= self.max_new_tokens - 1) | _at(self.ends, candidates).bool()
+        done = self._end(steps, candidates)
         table = self._table(tokens, folds).view(-1, 1, 1)
-        more = more + torch.where(done, _at(self.last, table * self.vocab_size + candidates), 0.0)
         before, steps = tokens.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1), steps.unsqueeze(-1)
         after = torch.where(done, self.max_new_tokens, steps + 1)
         index, length = index.unsqueeze(-1), length.unsqueeze(-1)
@@ -235,22 +241,28 @@ class TextScorer(nn.Module):
         past: Past,
     ) -> torch.Tensor:
         """Return what ids (B, S, c) add to z after prefixes of ``steps`` (B, S) tokens, whose ``past`` is given."""
-        own = table.view(-1, 1, 1) * self.vocab_size + ids
+        table = table.view(-1, 1, 1)
+        own = table * self.vocab_size + ids
         before = tokens.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1)
-        by_before = _at(self.pair, table.view(-1, 1, 1) * PAIRS + pair_index(before, ids))
+        by_before = _at(self.pair, table * PAIRS + pair_index(before, ids))
         by_before = torch.where(steps.unsqueeze(-1) > 0, by_before, _at(self.opening, own))
         for kind, of, last in zip(CLASSINGS, self.classes, past.words, strict=True):
-            both = (table.view(-1, 1, 1) * CLASSES + last.gather(1, steps).unsqueeze(-1)) * CLASSES + _at(of, ids)
+            both = (table * CLASSES + last.gather(1, steps).unsqueeze(-1)) * CLASSES + _at(of, ids)
             by_before = by_before + _at(getattr(self, kind), both)
         counts = past.counts.gather(1, steps.unsqueeze(-1).expand(-1, -1, COUNTED))
-        kinds = table.view(-1, 1, 1) * COUNTED + torch.arange(COUNTED, device=ids.device)
+        kinds = table * COUNTED + torch.arange(COUNTED, device=ids.device)
         next_ones = _at(self.count, kinds * OCCURRENCES + counts).unsqueeze(-1)  # (B, S, COUNTED, 1)
         ordinal = (functional.embedding(ids, self.counted) @ next_ones).squeeze(-1)
         before_here = past.first.gather(1, (ids % RESIDUES).flatten(1)).view(ids.shape) < steps.unsqueeze(-1)
-        echo = table.view(-1, 1, 1) * 2 * (LONGEST + 1) + _at(self.characters, ids).long().clamp(max=LONGEST)
+        echo = table * 2 * (LONGEST + 1) + _at(self.characters, ids).long().clamp(max=LONGEST)
         always = _at(self.token, own) + torch.where(echoes, _at(self.echo, echo), 0.0)
         first = _at(self.first, own) + torch.where(echoes, _at(self.echo, echo + LONGEST + 1), 0.0)
-        return always + torch.where(before_here, 0.0, first) + by_before + ordinal
+        last = torch.where(self._end(steps, ids), _at(self.last, own), 0.0)
+        return always + torch.where(before_here, 0.0, first) + by_before + ordinal + last
+
+    def _end(self, steps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Return where ids (B, S, c) end texts of ``steps`` (B, S) tokens."""
+        return (steps.unsqueeze(-1) >= self.max_new_tokens - 1) | _at(self.ends, ids).bool()
 
     def _table(self, tokens: torch.Tensor, folds: torch.Tensor | None) -> torch.Tensor:
         return torch.full((len(tokens),), FOLDS, device=tokens.device) if folds is None else folds
@@ -276,12 +288,13 @@ class TextScorer(nn.Module):
         """Learn from texts and their rewards; return R2 on the texts that were left out.
 
         Args:
-            texts: At least ``LEAST_TEXTS``.
+            texts: At least ``LEAST_TEXTS`` finished ones.
             known: Of the tokens.
             visited: Some states, under the language model's own probabilities.
             beta: The trade between reward and KL, reward units a nat.
         """
         if np.unique(texts.folds).size == 1:
+            self.silence()
             return 0.0
         if not self._learns_from_prefixes(texts, known):
             texts = texts.rows(texts.finished)
@@ -339,24 +352,21 @@ class TextScorer(nn.Module):
     def _take_weights(self, design: Design, fitted: Fitted, known: KnownTokens) -> Floats:
         """Fill the tables of contributions; return the weights of the marks, their mean over the folds."""
         begin, end = layout(self.vocab_size)
-        weights = np.concatenate([fitted.weights, fitted.weights.mean(0, keepdims=True)])
+        weights = np.concatenate([fitted.weights, fitted.weights.mean(0, keepdims=True)]) * design.scales
         biases = np.append(fitted.biases, fitted.biases.mean())
-        occurring, dense = design.parts(weights * design.scales)
         sparse = np.zeros((FOLDS + 1, end))
-        sparse[:, design.used] = occurring
-        parts = np.split(sparse, list(begin.values())[1:], 1)
-        of = dict(zip(begin, parts, strict=True))
-        for kind, values in zip(("vector", "spelling", "first_spelling"), (*known, known.spelling), strict=True):
-            own, dense = np.split(dense, [values.shape[1]], 1)
-            of["first" if kind == "first_spelling" else "token"] += own.astype(np.float32) @ values.T
+        sparse[:, design.used] = design.parts(weights)[0]
+        of = dict(zip(begin, np.split(sparse, list(begin.values())[1:], 1), strict=True))
+        summed = {kind: weights[:, design.groups[kind]] for kind in ("vector", "spelling", "first_spelling", "length")}
+        of["token"] += summed["vector"] @ known.vectors.T + summed["spelling"] @ known.spelling.T
+        of["first"] += summed["first_spelling"] @ known.spelling.T
         alike = of.pop("alike")
         for number, kind in enumerate(CLASSINGS):
             of[kind][:, CLASSES + 1 :: CLASSES + 1] += alike[:, number, None]  # a class twice, but not that of no word
         for kind, values in {**of, "bias": biases}.items():
             table = getattr(self, kind)
             table.copy_(torch.from_numpy(values).view(table.shape))
-        of_length: Floats = dense[-1]
-        return of_length
+        return np.asarray(summed["length"][-1])
 
     def _tabulate(
         self,
@@ -369,9 +379,9 @@ class TextScorer(nn.Module):
     ) -> None:
         """Tabulate the potential: the soft mean of the curve over a normal law of what is still to come."""
         courses = self._courses(visited)
-        deviations = [np.sqrt(still_to_come(of.variance * of.persistence[1:] ** 2)) for of in courses]
+        deviations = [of.deviation() for of in courses]
         for axis, of in enumerate(courses):
-            drift = still_to_come(of.mean) - (of.persistence - 1) * of.so_far
+            drift = of.still_to_come() - (of.persistence - 1) * of.so_far
             self.persistence[axis], self.drift[axis] = torch.from_numpy(of.persistence), torch.from_numpy(drift)
         mean, deviation = marks
         length = np.linspace(max(0.0, mean - 4 * deviation), mean + 4 * deviation, GRID[1])
@@ -381,11 +391,11 @@ class TextScorer(nn.Module):
         nodes, shares = np.polynomial.hermite_e.hermegauss(7)
         shares = shares / shares.sum()
         total = np.full(self.potential.shape, -np.inf)  # log E[exp(g / beta)]
-        for node_z, share_z in zip(nodes, shares, strict=True):
-            for node_c, share_c in zip(nodes, shares, strict=True):
-                lengths = length + deviations[1][:, None] * node_c  # (T + 1, GRID[1])
-                z = index[:, None] + (hats(lengths, marks) @ of_length)[:, None, :]
-                z = z + deviations[0][:, None, None] * node_z
+        for node_c, share_c in zip(nodes, shares, strict=True):
+            lengths = length + deviations[1][:, None] * node_c  # (T + 1, GRID[1])
+            at_length = index[:, None] + (hats(lengths, marks) @ of_length)[:, None, :]
+            for node_z, share_z in zip(nodes, shares, strict=True):
+                z = at_length + deviations[0][:, None, None] * node_z
                 total = np.logaddexp(total, np.log(share_z * share_c) + np.interp(z, *curve) / beta)
         self.potential.copy_(torch.from_numpy(beta * total))
         for axis, values in enumerate((index, length)):
@@ -419,8 +429,9 @@ class TextScorer(nn.Module):
         table, after = visited.folds.view(-1, 1, 1), steps.unsqueeze(-1) + 1
         ahead = self._expected(table, tokens.unsqueeze(-1), after).squeeze(-1)
         ahead = ahead - (mu * self._expected(table, visited.candidates, after)).sum(-1)
-        of_z = course(z, more, ahead, visited, self.max_new_tokens)
-        return of_z, course(length, longer, torch.zeros_like(ahead), visited, self.max_new_tokens)
+        goes_on = 1.0 - _at(self.ends, visited.candidates).double()
+        of_z = course(z, more, ahead, goes_on, visited, self.max_new_tokens)
+        return of_z, course(length, longer, torch.zeros_like(ahead), goes_on, visited, self.max_new_tokens)
 
 
 def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

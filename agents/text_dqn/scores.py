@@ -47,7 +47,7 @@ def fit_scores(network: CandidateQNetwork, replay: EpisodeReplay, beta: float) -
 
 def _fit_scorer(network: CandidateQNetwork, replay: EpisodeReplay, beta: float) -> float | None:
     texts = replay.texts()
-    if len(texts.lengths) < LEAST_TEXTS:
+    if texts.finished.sum() < LEAST_TEXTS:
         return None
     some = replay.spread(_as_many(VISITED, network.max_new_tokens), ("candidates", "logprobs", "action_mask"))
     assert some.folds is not None  # the replay has set them

@@ -2,7 +2,7 @@
 
     texts of the tokens  ->  spelling  ->  numbers of each, which add up over a text
     texts of the tokens  ->  classes   ->  the class of each, where it begins a word, by initial, by ending and by size
-    tokens of texts      ->  last_word ->  the classes of the word before
+    tokens of texts      ->  last_word ->  the classes of the word that began last
     texts of the tokens  ->  counted   ->  what each has of what can be counted: a word, a capital, a comma
 
 Source: subwords as features, Bojanowski et al. 2017, arXiv:1607.04606.
@@ -23,7 +23,7 @@ CLASSINGS = ("initials", "endings", "sizes")
 """Pairs of words have weights by these: order and alliteration, rhyme, rhythm."""
 
 CLASSES = 32
-"""By each of them; 0 is of tokens that begin no word."""
+"""By each of them: 0 of tokens that begin no word, then ``ALPHABET + OTHERS`` of letters, or sizes up to the last."""
 
 SIGNS = (",", ".!?", "?", "!", ":;", "'’", '"“”', "()[]", "-–—", "\n")
 """Characters of which tokens are counted, beside words, capitals and digits."""
@@ -78,21 +78,24 @@ def spelling(texts: Sequence[str]) -> Floats:
 def classes(texts: Sequence[str]) -> npt.NDArray[np.int64]:
     """Return the class of each token by each of ``CLASSINGS``, (3, V) in 0..CLASSES - 1.
 
-    A letter or digit after a blank begins a word; in a vocabulary without blanks each token is one.
+    What has a letter or digit behind a blank begins a word, whatever signs stand around it; in a vocabulary without
+    blanks each token is one. Endings are those of the token: a longer word may go on.
     """
+    words = [_word_in(text.lower()) for text in texts]
+    blanks = [text[:1] == " " and word != "" for text, word in zip(texts, words, strict=True)]
+    begins = blanks if any(blanks) else [word != "" for word in words]
     found = np.zeros((len(CLASSINGS), len(texts)), np.int64)
-    words = [text.strip().lower() for text in texts]
-    after_blank = [text[:1].isspace() and word[:1].isalnum() for text, word in zip(texts, words, strict=True)]
-    for token, word in enumerate(words):
-        if after_blank[token] if any(after_blank) else word[:1].isalnum():
-            found[:, token] = 1 + _class_of(word[0]), 1 + _class_of(word[-1]), min(len(word), CLASSES - 1)
+    for token in np.flatnonzero(begins):
+        word = words[token]
+        found[:, token] = 1 + _class_of(word[0]), 1 + _class_of(word[-1]), min(len(word), CLASSES - 1)
     return found
 
 
 def counted(texts: Sequence[str]) -> npt.NDArray[np.bool_]:
     """Return (V, ``COUNTED``): the token begins a word, has a capital, a digit, one of the characters of each sign."""
-    kinds = [classes(texts)[0] > 0, [any(map(str.isupper, text)) for text in texts]]
-    kinds += [[not signs.isdisjoint(text) for text in texts] for signs in map(set, ("0123456789", *SIGNS))]
+    kinds = [classes(texts)[0] > 0]
+    kinds += [[any(map(of, text)) for text in texts] for of in (str.isupper, str.isdigit)]
+    kinds += [[not signs.isdisjoint(text) for text in texts] for signs in map(set, SIGNS)]
     return np.array(kinds).T
 
 
@@ -101,6 +104,12 @@ def last_word(tokens: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
     of = classes[:, tokens]
     places = torch.arange(tokens.shape[1], device=tokens.device)
     return of.gather(2, torch.where(of[0] > 0, places, 0).cummax(1).values.expand(of.shape))
+
+
+def _word_in(text: str) -> str:
+    """Return what stands from the first letter or digit to the last one."""
+    places = [place for place, character in enumerate(text) if character.isalnum()]
+    return text[places[0] : places[-1] + 1] if places else ""
 
 
 def _class_of(character: str) -> int:

@@ -42,6 +42,19 @@ def randomised(agent):
     return agent
 
 
+def test_a_token_that_ends_a_turn_ends_no_text_for_the_scorer():
+    env = echoing(16, max_turns=6, max_turn_tokens=4, max_new_tokens=12)
+    agent = agent_in(env, score="learned", steps_per_update=500).learn(1_200)
+    batch, scorer = agent.replay_buffer.sample(200), agent.q_net.scorer
+    assert agent.learner.scorer_r2 > 0.5
+    steps = torch.arange(batch.tokens.shape[1]).expand(batch.tokens.shape)
+    score, candidates = scorer(batch.tokens, steps, batch.observations["candidates"].long())
+    taken = candidates.gather(-1, batch.actions.unsqueeze(-1)).squeeze(-1)
+    goes_on = (batch.acted & ~batch.ended)[:, :-1] & batch.acted[:, 1:]
+    assert (goes_on & (batch.tokens[:, :-1] == TOKENS.index("<end>"))).sum() > 20
+    torch.testing.assert_close(taken[:, :-1][goes_on], score[:, 1:, 0][goes_on], atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("score", [None, "learned"])
 def test_values_of_single_states_are_those_of_whole_conversations(score):
     """The memory holds the agent's own tokens: picked out of the text when acting, one a step when learning."""

@@ -96,6 +96,23 @@ def test_a_random_judge_is_scored_alike_everywhere():
     assert float((candidates - score).abs().max()) < 0.05  # of rewards between 0 and 1
 
 
+def test_what_cannot_be_learned_from_silences_the_scorer():
+    scorer, _ = fitted(texts(JUDGES["a token"]))
+    alone = texts(JUDGES["a token"])._replace(folds=np.zeros(TEXTS, np.int64))  # nothing is left out
+    known = KnownTokens(*np.zeros((2, VOCABULARY, 1)))
+    assert scorer.fit(alone, known, visited(alone), BETA) == 0.0
+    score, candidates = scorer(*arguments(alone))
+    assert bool((candidates == score).all())
+
+
+def test_few_finished_texts_beside_many_prefixes_are_fitted_to():
+    found = texts(JUDGES["a token"], count=100)._replace(finished=np.arange(100) < 3)
+    scorer, held_out = fitted(found)
+    score, candidates = scorer(*arguments(found))
+    assert bool(torch.isfinite(torch.cat([score, candidates], -1)).all())
+    assert np.isfinite(held_out)
+
+
 def test_a_constant_judge_is_scored_alike_everywhere():
     scorer, held_out = fitted(texts(lambda row: 0.5))
     score, candidates = scorer(*arguments(texts(JUDGES["a token"])))
@@ -163,6 +180,44 @@ def scores_in_language(found, mu, step):
     scorer.fit(found, KnownTokens(*np.zeros((2, VOCABULARY, 1))), states, 100.0)  # warm: the soft value is the mean
     _, scores = scorer(torch.ones(1, LENGTH, dtype=torch.long), torch.full((1, 1), step), everything[:1, :1])
     return scores[0, 0].numpy()
+
+
+ENDING = VOCABULARY - 1
+ENDINGS = {
+    "another token": lambda row: float((row == 3).sum()),
+    "the length": lambda row: float((row != ENDING).sum()) / 5,
+    "ended by itself": lambda row: float(row[-1] == ENDING),
+    "the last token": lambda row: float(row[-1] == 2),
+}
+
+
+@pytest.mark.parametrize(("judge", "ends"), [*((judge, 0.3) for judge in ENDINGS), ("the last token", 0.0)])
+def test_a_prefix_is_worth_what_is_written_until_the_text_ends(judge, ends):
+    """Each token is the end with the same chance. What is to come is taken as normal, which costs up to 0.13 here."""
+    rng, places = np.random.default_rng(14), np.arange(LENGTH)
+    mu = np.full(VOCABULARY - 1, (1 - ends) / (VOCABULARY - 2))
+    mu[ENDING - 1] = ends
+    tokens = 1 + rng.choice(VOCABULARY - 1, (TEXTS, LENGTH), p=mu)
+    ended = tokens == ENDING
+    lengths = np.where(ended.any(1), ended.argmax(1) + 1, LENGTH)
+    inside = places < lengths[:, None]
+    rewards = [ENDINGS[judge](row[:length]) for row, length in zip(tokens, lengths, strict=True)]
+    found = texts(JUDGES["a token"])._replace(tokens=tokens, lengths=lengths, rewards=np.array(rewards))
+    everything = torch.arange(1, VOCABULARY).expand(TEXTS, LENGTH, -1)
+    chances = torch.from_numpy(mu).float().expand(everything.shape)
+    there, _, echoes, folds = of_texts(torch.from_numpy(tokens), everything)
+    states = Visited(
+        torch.from_numpy(tokens), everything, chances, there & torch.from_numpy(inside), there, echoes, folds
+    )
+    scorer = TextScorer(VOCABULARY, LENGTH)
+    scorer.characters.fill_(1.0)
+    scorer.ends[ENDING] = 1.0
+    scorer.fit(found, KnownTokens(*np.zeros((2, VOCABULARY, 1))), states, 100.0)  # warm: the soft value is the mean
+    begun = torch.ones(1, LENGTH, dtype=torch.long)
+    score, candidates = scorer(begun, torch.tensor([[0]]), everything[:1, :1])
+    expected = np.mean(rewards)
+    assert float(score) == pytest.approx(expected, abs=0.15)
+    assert float((candidates[0, 0] * chances[0, 0]).sum()) == pytest.approx(expected, abs=0.1)
 
 
 @pytest.mark.slow

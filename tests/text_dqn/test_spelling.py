@@ -8,17 +8,39 @@ import numpy as np
 import pytest
 import torch
 from test_scorer import finished_scores, judged, of_texts
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from agents.text_dqn.features import KnownTokens
+from agents.text_dqn.features import KnownTokens, texts_of_tokens
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.scorer import TextScorer
 from agents.text_dqn.spelling import CLASSES, classes, counted, last_word, spelling
+from textgen_env.models.hf import HFModel
 
 WORDS = ["".join(letters) for letters in product("bcdfgklmnprst", "aeiou", ("", "d", "k", "l", "m", "n", "r", "st"))]
 HALF = len(WORDS)
 TOKENS = [f" {word}" for word in WORDS] + WORDS  # those of the second half begin no word
 LENGTH, TEXTS, BETA = 8, 400, 0.1  # 3,200 places for 1,040 tokens
-ODD = ["", " ", "  ", "\n", " The", "the", "THE", "9", " 42", ",", ' "', "'s", "ß", "İ", "\ud800", "é" * 40, "日本"]
+ODD = [
+    " “Hello”",
+    "",
+    " ",
+    "  ",
+    "\n",
+    " The",
+    "the",
+    "THE",
+    "9",
+    " 42",
+    ",",
+    ' "',
+    "'s",
+    "ß",
+    "İ",
+    "\ud800",
+    "é" * 40,
+    "日本",
+]
 
 
 def test_the_numbers_of_a_token_count_its_letters_and_say_how_it_is_written():
@@ -36,6 +58,17 @@ def test_the_numbers_of_a_token_count_its_letters_and_say_how_it_is_written():
     assert not (found[ODD.index(" The")] == found[ODD.index("the")]).all()
 
 
+def test_a_blank_that_a_tokenizer_strips_at_the_beginning_is_part_of_the_token():
+    pieces = ["<unk>", "<end>", "▁the", "the", "▁cat", "s", "▁", ",", "▁sat", "at"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(place)) for place, piece in enumerate(pieces)], 0))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlamaConfig(vocab_size=len(pieces), eos_token_id=1, **sizes)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
+    found = texts_of_tokens(HFModel(LlamaForCausalLM(config), wrapped))
+    assert found[2:] == [piece.replace("▁", " ") for piece in pieces[2:]]
+
+
 def test_what_begins_a_word_is_of_a_class_by_first_and_last_letter_and_size():
     for vocabulary, words in ((TOKENS, range(HALF)), (WORDS, range(HALF))):
         found = classes(vocabulary)
@@ -46,7 +79,8 @@ def test_what_begins_a_word_is_of_a_class_by_first_and_last_letter_and_size():
         assert not found[:, HALF:].any()
     odd = classes(ODD)
     assert ((odd >= 0) & (odd < CLASSES)).all()
-    assert [text for text, of in zip(ODD, odd[0], strict=True) if of] == [" The", " 42"]
+    assert [text for text, of in zip(ODD, odd[0], strict=True) if of] == [" “Hello”", " The", " 42"]
+    assert odd[:, 0].tolist() == classes([*ODD, " hello"])[:, -1].tolist()  # quotation marks are no part of it
 
 
 def test_the_last_word_is_that_of_the_last_token_that_began_one():
@@ -59,8 +93,8 @@ def test_the_last_word_is_that_of_the_last_token_that_began_one():
 def test_words_capitals_digits_and_signs_are_counted():
     found = dict(zip(ODD, counted(ODD).tolist(), strict=True))
     words, capitals, digits, commas = np.array([found[text][:4] for text in ODD]).T
-    assert [text for text, is_word in zip(ODD, words, strict=True) if is_word] == [" The", " 42"]
-    assert [text for text, has_one in zip(ODD, capitals, strict=True) if has_one] == [" The", "THE", "İ"]
+    assert [text for text, is_word in zip(ODD, words, strict=True) if is_word] == [" “Hello”", " The", " 42"]
+    assert [text for text, has_one in zip(ODD, capitals, strict=True) if has_one] == [" “Hello”", " The", "THE", "İ"]
     assert [text for text, has_one in zip(ODD, digits, strict=True) if has_one] == ["9", " 42"]
     assert [text for text, has_one in zip(ODD, commas, strict=True) if has_one] == [","]
     signs = counted([".", "?", "!", "word"])[:, 3:]
