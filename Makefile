@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 MINUTES ?= 4
+# One more than there are cores: tests of clusters and of other processes wait.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
 .PHONY: demo test quick check docs bench soak fuzz setup
@@ -29,7 +31,7 @@ demo: .venv/.demo
 	$(BIN)/textgen train --model smollm2 --prune l1_unstructured:0.1 --minutes $(MINUTES) --out $(RUN)
 
 test: .venv/.ready
-	$(PYTEST) -n auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 quick: .venv/.ready
 	$(PYTEST) -n auto --dist loadfile --no-loadscope-reorder -m "not slow"

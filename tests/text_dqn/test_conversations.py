@@ -42,6 +42,7 @@ def randomised(agent):
     return agent
 
 
+@pytest.mark.slow
 def test_a_token_that_ends_a_turn_ends_no_text_for_the_scorer():
     env = echoing(16, max_turns=6, max_turn_tokens=4, max_new_tokens=12)
     agent = agent_in(env, score="learned", steps_per_update=500).learn(1_200)

@@ -191,6 +191,7 @@ ENDINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("judge", "ends"), [*((judge, 0.3) for judge in ENDINGS), ("the last token", 0.0)])
 def test_a_prefix_is_worth_what_is_written_until_the_text_ends(judge, ends):
     """Each token is the end with the same chance. What is to come is taken as normal, which costs up to 0.13 here."""

@@ -167,6 +167,7 @@ NUMBERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judge", NUMBERS)
 def test_what_is_to_occur_so_many_times_is_counted(judge):
     scorer, fresh = fitted(texts(NUMBERS[judge])), texts(NUMBERS[judge], seed=5)
