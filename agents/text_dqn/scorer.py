@@ -357,16 +357,16 @@ class TextScorer(nn.Module):
         sparse = np.zeros((FOLDS + 1, end))
         sparse[:, design.used] = design.parts(weights)[0]
         of = dict(zip(begin, np.split(sparse, list(begin.values())[1:], 1), strict=True))
-        summed = {kind: weights[:, design.groups[kind]] for kind in ("vector", "spelling", "first_spelling", "length")}
-        of["token"] += summed["vector"] @ known.vectors.T + summed["spelling"] @ known.spelling.T
-        of["first"] += summed["first_spelling"] @ known.spelling.T
+        dense = {kind: weights[:, at].astype(np.float32) for kind, at in design.groups.items() if kind not in begin}
+        of["token"] += dense["vector"] @ known.vectors.T + dense["spelling"] @ known.spelling.T
+        of["first"] += dense["first_spelling"] @ known.spelling.T
         alike = of.pop("alike")
         for number, kind in enumerate(CLASSINGS):
             of[kind][:, CLASSES + 1 :: CLASSES + 1] += alike[:, number, None]  # a class twice, but not that of no word
         for kind, values in {**of, "bias": biases}.items():
             table = getattr(self, kind)
             table.copy_(torch.from_numpy(values).view(table.shape))
-        return np.asarray(summed["length"][-1])
+        return np.asarray(dense["length"][-1])
 
     def _tabulate(
         self,

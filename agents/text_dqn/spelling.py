@@ -26,10 +26,10 @@ CLASSES = 32
 """By each of them: 0 of tokens that begin no word, then ``ALPHABET + OTHERS`` of letters, or sizes up to the last."""
 
 SIGNS = (",", ".!?", "?", "!", ":;", "'’", '"“”', "()[]", "-–—", "\n")
-"""Characters of which tokens are counted, beside words, capitals and digits."""
+"""Tokens with any of these are counted, beside words, capitals and digits."""
 
 COUNTED = 3 + len(SIGNS)
-"""Kinds of what is counted."""
+"""Kinds of tokens that are counted."""
 
 ALPHABET = 26
 OTHERS = 4
