@@ -171,8 +171,9 @@ class TextScorer(nn.Module):
         """
         texts = texts_of_tokens(language_model)
         self.characters.copy_(torch.tensor([float(len(text)) for text in texts]))
-        self.classes.copy_(torch.from_numpy(classes(texts)))
-        self.counted.copy_(torch.from_numpy(counted(texts)))
+        words = classes(texts)
+        self.classes.copy_(torch.from_numpy(words))
+        self.counted.copy_(torch.from_numpy(counted(texts, words[0] > 0)))
         self.ends.zero_()
         self.ends[list(end_ids)] = 1.0
 

@@ -91,12 +91,16 @@ def classes(texts: Sequence[str]) -> npt.NDArray[np.int64]:
     return found
 
 
-def counted(texts: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Return (V, ``COUNTED``): the token begins a word, has a capital, a digit, one of the characters of each sign."""
-    kinds = [classes(texts)[0] > 0]
-    kinds += [[any(map(of, text)) for text in texts] for of in (str.isupper, str.isdigit)]
+def counted(texts: Sequence[str], begins: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return (V, ``COUNTED``): the token begins a word, has a capital, a digit, one of the characters of each sign.
+
+    Args:
+        texts: Of V tokens.
+        begins: (V,) the token begins a word; see ``classes``.
+    """
+    kinds = [[any(map(of, text)) for text in texts] for of in (str.isupper, str.isdigit)]
     kinds += [[not signs.isdisjoint(text) for text in texts] for signs in map(set, SIGNS)]
-    return np.array(kinds).T
+    return np.array([begins, *kinds]).T
 
 
 def last_word(tokens: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

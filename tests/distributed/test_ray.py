@@ -336,7 +336,8 @@ class Pause(BaseCallback):
     def _on_step(self):
         if not self.counts:  # the run lasts until both actors are up, and then a little
             self.model._total_timesteps = self.num_timesteps + 200
-            time.sleep(0.2 * (self.pool.writing < 2))  # leaves the cores to the actor that starts
+            if self.pool.writing < 2:
+                time.sleep(0.2)  # leaves the cores to the actor that starts
         if len(self.pool.pending) == 2 * OUTSTANDING - 1 and not self.counts:
             ready = []
             deadline = time.monotonic() + 60

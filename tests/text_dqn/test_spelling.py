@@ -91,13 +91,13 @@ def test_the_last_word_is_that_of_the_last_token_that_began_one():
 
 
 def test_words_capitals_digits_and_signs_are_counted():
-    found = dict(zip(ODD, counted(ODD).tolist(), strict=True))
+    found = dict(zip(ODD, counted(ODD, classes(ODD)[0] > 0).tolist(), strict=True))
     words, capitals, digits, commas = np.array([found[text][:4] for text in ODD]).T
     assert [text for text, is_word in zip(ODD, words, strict=True) if is_word] == [" “Hello”", " The", " 42"]
     assert [text for text, has_one in zip(ODD, capitals, strict=True) if has_one] == [" “Hello”", " The", "THE", "İ"]
     assert [text for text, has_one in zip(ODD, digits, strict=True) if has_one] == ["9", " 42"]
     assert [text for text, has_one in zip(ODD, commas, strict=True) if has_one] == [","]
-    signs = counted([".", "?", "!", "word"])[:, 3:]
+    signs = counted([".", "?", "!", "word"], np.zeros(4, bool))[:, 3:]
     assert (signs[0] & signs[1] & signs[2]).any()  # all end a sentence
     assert len({tuple(row) for row in signs}) == 4
     assert not signs[3].any()
@@ -114,7 +114,7 @@ def fitted(found, spelled=True):
     scorer = TextScorer(len(TOKENS), LENGTH)
     scorer.characters.copy_(torch.tensor([float(len(text)) for text in TOKENS]))
     scorer.classes.copy_(torch.from_numpy(classes(TOKENS)))
-    scorer.counted.copy_(torch.from_numpy(counted(TOKENS)))
+    scorer.counted.copy_(torch.from_numpy(counted(TOKENS, classes(TOKENS)[0] > 0)))
     tokens = torch.from_numpy(found.tokens[:100])
     candidates = tokens.unsqueeze(-1).repeat(1, 1, 2)
     states = Visited(tokens, candidates, torch.full(candidates.shape, 0.5), *of_texts(tokens, candidates))
