@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from agents.text_dqn.ridge import Design
-from agents.text_dqn.spelling import CLASSES, CLASSINGS, COUNTED, last_word, spelling
+from agents.text_dqn.spelling import CLASSES, CLASSINGS, COUNTED, LETTERED, TRAITS, last_word, spelling
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
@@ -32,6 +32,9 @@ RESIDUES = 4096
 DIRECTIONS = 256
 """Principal directions of the token embeddings that the regression sees."""
 
+LATE_DIRECTIONS = 64
+"""The largest of them, which it sees once more in the second half of a text."""
+
 MARKS = np.linspace(-2.5, 2.5, 11)
 """Lengths in characters that have a weight, in standard deviations from the mean; linear in between."""
 
@@ -40,6 +43,9 @@ LONGEST = 15
 
 OCCURRENCES = 64
 """Each kind of what is counted has weights for the first, the second, and so on up to this; later ones are alike."""
+
+NUMBERED = 32
+"""Words, the first, the second, and so on, that have weights by their initials; later ones are alike."""
 
 Indices = npt.NDArray[np.int64]
 
@@ -64,13 +70,22 @@ class KnownTokens(NamedTuple):
     vectors: Floats  # (V, at most ``DIRECTIONS``); see ``directions``
     spelling: Floats  # (V, e); see ``spelling``, over first occurrences as well
 
+    @property
+    def late_vectors(self) -> Floats:
+        return self.vectors[:, -LATE_DIRECTIONS:]
+
+    @property
+    def traits(self) -> Floats:
+        return self.spelling[:, :TRAITS]
+
 
 class Past(NamedTuple):
     """What texts had before each place."""
 
     first: torch.Tensor  # (B, RESIDUES); see ``first_occurrences``
     words: torch.Tensor  # (3, B, T + 1) classes of the last word, 0 for none
-    counts: torch.Tensor  # (B, T + 1, COUNTED) up to OCCURRENCES - 1
+    counts: torch.Tensor  # (B, T + 1, COUNTED + LETTERED) up to OCCURRENCES - 1
+    pairs: torch.Tensor  # (B, RESIDUES) where each residue of pairs occurs first, by the first token
 
     @classmethod
     def of(cls, tokens: torch.Tensor, classes: torch.Tensor, counted: torch.Tensor) -> Past:
@@ -78,14 +93,24 @@ class Past(NamedTuple):
 
         Args:
             classes: (3, V) of the tokens; see ``spelling.classes``.
-            counted: (V, COUNTED) of the tokens; see ``spelling.counted``.
+            counted: (V, COUNTED + LETTERED) of the tokens; see ``spelling.counted``.
         """
         words, counts = last_word(tokens, classes), counted[tokens].cumsum(1).clamp(max=OCCURRENCES - 1).long()
-        return cls(first_occurrences(tokens), functional.pad(words, (1, 0)), functional.pad(counts, (0, 0, 1, 0)))
+        return cls(
+            first_occurrences(tokens),
+            functional.pad(words, (1, 0)),
+            functional.pad(counts, (0, 0, 1, 0)),
+            first_occurrences(pair_index(tokens[:, :-1], tokens[:, 1:])),
+        )
 
 
 def design_of(
-    texts: JudgedTexts, known: KnownTokens, characters: Floats, classes: torch.Tensor, counted: torch.Tensor
+    texts: JudgedTexts,
+    known: KnownTokens,
+    characters: Floats,
+    classes: torch.Tensor,
+    counted: torch.Tensor,
+    middle: int,
 ) -> tuple[Design, tuple[float, float]]:
     """Return the features of texts, and mean and deviation of their lengths in characters.
 
@@ -94,41 +119,50 @@ def design_of(
         known: Of the tokens.
         characters: (V,) of the tokens.
         classes: (3, V) of the tokens; see ``spelling.classes``.
-        counted: (V, COUNTED) of the tokens; see ``spelling.counted``.
+        counted: (V, COUNTED + LETTERED) of the tokens; see ``spelling.counted``.
+        middle: Tokens behind so many others are late.
     """
     begin, padding = layout(len(characters))
     tokens, places = texts.tokens, np.arange(texts.tokens.shape[1])
     inside = places < texts.lengths[:, None]
+    late = inside & (places >= middle)
     past = Past.of(torch.from_numpy(tokens), classes, counted)
     fresh = inside & (past.first.gather(1, torch.from_numpy(tokens % RESIDUES)).numpy() == places)
-    pairs = pair_index(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])).numpy()
+    pairs = pair_index(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:]))
+    repeated = inside[:, 1:] & (past.pairs.gather(1, pairs % RESIDUES).numpy() < places[:-1])
     echo = begin["echo"] + np.minimum(characters[tokens], LONGEST).astype(np.int64)
     echoes = np.concatenate([echo, echo + LONGEST + 1], 1)
     last = np.take_along_axis(tokens, texts.lengths[:, None] - 1, 1)
     sparse = {
         "token": np.where(inside, tokens, padding),
         "first": np.where(fresh, begin["first"] + tokens, padding),
+        "late": np.where(late, begin["late"] + tokens, padding),
         "opening": begin["opening"] + tokens[:, :1],
         "last": np.where(texts.finished[:, None], begin["last"] + last, padding),
-        "pair": np.where(inside[:, 1:], begin["pair"] + pairs, padding),
+        "pair": np.where(inside[:, 1:], begin["pair"] + pairs.numpy(), padding),
+        "repeat": np.where(repeated, begin["repeat"], padding),
         "echo": np.where(np.concatenate([inside, fresh], 1) & np.tile(texts.echoes, 2), echoes, padding),
     }
-    alike = []
-    for number, kind in enumerate(CLASSINGS):
-        word, before = classes[number].numpy()[tokens], past.words[number, :, :-1].numpy()
-        begun = inside & (word > 0)
+    words, alike = classes.numpy()[:, tokens], []
+    for number, (kind, word) in enumerate(zip(CLASSINGS, words, strict=True)):
+        before, begun = past.words[number, :, :-1].numpy(), inside & (word > 0)
         sparse[kind] = np.where(begun, begin[kind] + before * CLASSES + word, padding)
         alike.append(np.where(begun & (word == before), begin["alike"] + number, padding))
     sparse["alike"] = np.concatenate(alike, 1)
-    numbers = begin["count"] + np.arange(COUNTED) * OCCURRENCES + past.counts[:, :-1].numpy()
-    occurs = (counted.numpy()[tokens] > 0) & inside[:, :, None]
-    sparse["count"] = np.where(occurs, numbers, padding).reshape(len(tokens), -1)
+    numbers = begin["count"] + np.arange(COUNTED + LETTERED) * OCCURRENCES + past.counts[:, :-1].numpy()
+    numbers = np.where((counted.numpy()[tokens] > 0) & inside[:, :, None], numbers, padding)
+    for kind, part in (("count", slice(COUNTED)), ("letter", slice(COUNTED, None))):
+        sparse[kind] = numbers[:, :, part].reshape(len(tokens), -1)
+    place = np.minimum(past.counts[:, :-1, 0].numpy(), NUMBERED - 1)
+    sparse["acrostic"] = np.where(inside & (words[0] > 0), begin["acrostic"] + place * CLASSES + words[0], padding)
     length = (characters[tokens] * inside).sum(1)
     marks = (float(length.mean()), float(length.std()) + 1e-6)
     dense = {
         "vector": _sums(known.vectors, tokens, inside),
         "spelling": _sums(known.spelling, tokens, inside),
         "first_spelling": _sums(known.spelling, tokens, fresh),
+        "late_vector": _sums(known.late_vectors, tokens, late),
+        "late_spelling": _sums(known.traits, tokens, late),
         "length": hats(length, marks),
     }
     return Design.of(sparse, dense, padding), marks
@@ -136,9 +170,10 @@ def design_of(
 
 def layout(vocabulary: int) -> tuple[dict[str, int], int]:
     """Return where the numbers of each kind of sparse feature begin, and the number behind the last, for none."""
-    sizes = dict.fromkeys(("token", "first", "opening", "last"), vocabulary)
-    sizes |= {"pair": PAIRS, "echo": 2 * (LONGEST + 1), **dict.fromkeys(CLASSINGS, CLASSES**2)}
-    sizes |= {"alike": len(CLASSINGS), "count": COUNTED * OCCURRENCES}
+    sizes = dict.fromkeys(("token", "first", "late", "opening", "last"), vocabulary)
+    sizes |= {"pair": PAIRS, "repeat": 1, "echo": 2 * (LONGEST + 1), **dict.fromkeys(CLASSINGS, CLASSES**2)}
+    sizes |= {"alike": len(CLASSINGS), "count": COUNTED * OCCURRENCES, "letter": LETTERED * OCCURRENCES}
+    sizes |= {"acrostic": NUMBERED * CLASSES}
     *begin, end = itertools.accumulate(sizes.values(), initial=0)
     return dict(zip(sizes, begin, strict=True)), end
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_array
+from scipy.sparse import csc_array, csr_array
 
 from textgen_env.policies import Floats
 
@@ -77,6 +77,7 @@ class Design(NamedTuple):
 
     used: npt.NDArray[np.int64]  # (u,) the sparse features that occur
     sparse: csr_array  # (n, u) how often each does
+    turned: csc_array  # its transpose, which takes long to make
     dense: Floats  # (n, e)
     scales: Floats  # (u + e,) factors of the features
     groups: Mapping[str, slice]  # of ``scales``
@@ -105,7 +106,7 @@ class Design(NamedTuple):
         used, columns = np.unique(features[occurring], return_inverse=True)
         counts = csr_array((np.ones(len(columns)), (occurring.nonzero()[0], columns)), (len(features), len(used)))
         whole = np.concatenate(list(dense.values()), 1)
-        return cls(used, counts, whole, np.concatenate(scales), groups, dict.fromkeys(groups, 1.0))
+        return cls(used, counts, counts.T, whole, np.concatenate(scales), groups, dict.fromkeys(groups, 1.0))
 
     def sized(self, **relevance: float) -> Design:
         """Return the features with these groups as relevant as this: the larger, the less their weights are shrunk."""
@@ -115,7 +116,8 @@ class Design(NamedTuple):
         return self._replace(scales=scales, relevance={**self.relevance, **relevance})
 
     def rows(self, chosen: npt.NDArray[np.int64]) -> Design:
-        return self._replace(sparse=self.sparse[chosen], dense=self.dense[chosen])
+        sparse = self.sparse[chosen]
+        return self._replace(sparse=sparse, turned=sparse.T, dense=self.dense[chosen])
 
     def parts(self, weights: Floats) -> tuple[Floats, Floats]:
         """Return the weights (..., u + e) of the sparse features and of the dense ones."""
@@ -128,7 +130,7 @@ class Design(NamedTuple):
 
     def transposed_times(self, errors: Floats) -> Floats:
         """Return the product of the transpose with (n,) numbers."""
-        return self.scales * np.concatenate([self.sparse.T @ errors, errors @ self.dense])
+        return self.scales * np.concatenate([self.turned @ errors, errors @ self.dense])
 
 
 def _scale(size: float) -> float:

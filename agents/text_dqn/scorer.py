@@ -6,14 +6,14 @@ sum of contributions of what occurs in it, and a curve g from z to the reward.
     finished texts, rewards  ->  fit      ->  contributions, potentials
     a prefix, k candidates   ->  forward  ->  score (B, 1), candidate_scores (B, k)
 
-The contributions are a ridge regression on sparse features, which need few texts: tokens, and those that
-occur for the first time; the first and the last token; pairs of neighbouring tokens, and of words by how they
-begin, end and compare in length; the first, the second, ... word, capital, digit or sign; tokens that the
-prompt has too; the length in characters. Rare tokens share weights with others that are spelled alike or have
-similar embeddings. Judges differ in which of these kinds matter, so each kind is shrunk by a factor of its
-own, chosen by predictions for texts that were left out; the curve is fitted to such predictions. Where a judge
-saturates, both go through a logistic link. Where nothing was learned every prefix is scored alike: a random
-judge.
+The contributions are a ridge regression on sparse features, which need few texts: tokens, and those that occur
+for the first time, or late; the first and the last token; pairs of neighbouring tokens, and of words by how they
+begin, end and compare in length; pairs that are repeated; the first, the second, ... word, capital, digit, sign or
+letter; the initials of the first, the second, ... word; tokens that the prompt has too; the length in characters.
+Rare tokens share weights with others that are spelled alike or have similar embeddings. Judges differ in which of
+these kinds matter, so each kind is shrunk by a factor of its own, chosen by predictions for texts that were left
+out; the curve is fitted to such predictions. Where a judge saturates, both go through a logistic link. Where
+nothing was learned every prefix is scored alike: a random judge.
 
 The score of a prefix is the soft value beta log E[exp(g / beta)] over what the rest of the text will
 add, if the language model writes on as it does on average after the last token: roughly what the
@@ -25,28 +25,18 @@ Kakade et al. 2011, arXiv:1104.2018.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional
 
+from agents.text_dqn.contributions import Contributions, at
 from agents.text_dqn.echoes import Echoes
 from agents.text_dqn.features import (
     FOLDS,
-    LONGEST,
-    OCCURRENCES,
-    PAIRS,
-    RESIDUES,
     JudgedTexts,
     KnownTokens,
     Past,
     design_of,
     hats,
-    layout,
-    pair_index,
-    texts_of_tokens,
 )
 from agents.text_dqn.outlook import Course, Visited, course
 from agents.text_dqn.ridge import (
@@ -61,8 +51,7 @@ from agents.text_dqn.ridge import (
     penalties_up_to,
     weigh_groups,
 )
-from agents.text_dqn.spelling import CLASSES, CLASSINGS, COUNTED, classes, counted
-from textgen_env.models.base import LanguageModel
+from agents.text_dqn.spelling import CLASSINGS
 from textgen_env.policies import Floats
 
 GRID = (64, 48)
@@ -80,6 +69,7 @@ LEAST_TEXTS = 50
 GROUPS = {
     **dict.fromkeys(("token", "first", "pair", "echo", "vector", "length"), 1.0),
     **dict.fromkeys(("opening", "last", *CLASSINGS, "alike", "count", "spelling", "first_spelling"), 0.3),
+    **dict.fromkeys(("late", "late_vector", "late_spelling", "repeat", "letter", "acrostic"), 0.3),
 }
 """Kinds of features, and the relevance that each begins with."""
 
@@ -90,7 +80,7 @@ MOST_WEIGHED = 2_000
 """Texts that it is found on."""
 
 
-class TextScorer(nn.Module):
+class TextScorer(Contributions):
     """Scores of prefixes and of their candidates. All its state is buffers, so networks save and load it.
 
     Silent, with the same score everywhere, until ``fit``.
@@ -100,25 +90,10 @@ class TextScorer(nn.Module):
         max_new_tokens: T.
     """
 
-    characters: torch.Tensor
-    ends: torch.Tensor
-    classes: torch.Tensor
-    counted: torch.Tensor
     penalty: torch.Tensor
     relevance: torch.Tensor
     weighed: torch.Tensor
     prefixes: torch.Tensor
-    bias: torch.Tensor
-    token: torch.Tensor
-    first: torch.Tensor
-    pair: torch.Tensor
-    opening: torch.Tensor
-    last: torch.Tensor
-    echo: torch.Tensor
-    initials: torch.Tensor
-    endings: torch.Tensor
-    sizes: torch.Tensor
-    count: torch.Tensor
     potential: torch.Tensor
     drift: torch.Tensor
     ahead: torch.Tensor
@@ -126,25 +101,12 @@ class TextScorer(nn.Module):
     grid: torch.Tensor
 
     def __init__(self, vocab_size: int, max_new_tokens: int) -> None:
-        super().__init__()
-        self.vocab_size, self.max_new_tokens = vocab_size, max_new_tokens
+        super().__init__(vocab_size, max_new_tokens)
         shapes = {
-            "characters": (vocab_size,),  # of each token
-            "ends": (vocab_size,),  # 1 for end tokens
-            "counted": (vocab_size, COUNTED),  # 1 for what each has
             "penalty": (),  # of the last fit, 0 before the first
             "relevance": (len(GROUPS),),  # factor of each kind of feature
             "weighed": (),  # texts from which it was found
             "prefixes": (),  # 1 if prefixes that were judged help to predict finished texts
-            "bias": (FOLDS + 1,),
-            "token": (FOLDS + 1, vocab_size),
-            "first": (FOLDS + 1, vocab_size),
-            "pair": (FOLDS + 1, PAIRS),
-            "opening": (FOLDS + 1, vocab_size),
-            "last": (FOLDS + 1, vocab_size),
-            "echo": (FOLDS + 1, 2, LONGEST + 1),  # at every occurrence, and beside that at the first; by length
-            **dict.fromkeys(CLASSINGS, (FOLDS + 1, CLASSES**2)),  # of words, by the one before
-            "count": (FOLDS + 1, COUNTED, OCCURRENCES),  # of the first, the second, ... that can be counted
             "potential": (max_new_tokens + 1, *GRID),  # after t tokens, by the z and the length that are to be expected
             "drift": (2, max_new_tokens + 1),  # of z and of the length, still to come after t tokens
             "persistence": (2, max_new_tokens + 1),  # what a unit of either after t tokens is worth in the end
@@ -153,7 +115,6 @@ class TextScorer(nn.Module):
         }
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
-        self.register_buffer("classes", torch.zeros(len(CLASSINGS), vocab_size, dtype=torch.long))
         self.relevance.copy_(torch.tensor(list(GROUPS.values())))
         self.prefixes.fill_(1.0)
         self.silence()
@@ -162,20 +123,6 @@ class TextScorer(nn.Module):
         """Score every text alike."""
         self.potential.zero_()
         self.grid.fill_(1.0)
-
-    def describe(self, language_model: LanguageModel, end_ids: Iterable[int]) -> None:
-        """Read how many characters each token has, of which class it is and what of it is counted.
-
-        Args:
-            end_ids: Tokens that end a text. Stop strings end one, too: those are not seen.
-        """
-        texts = texts_of_tokens(language_model)
-        self.characters.copy_(torch.tensor([float(len(text)) for text in texts]))
-        words = classes(texts)
-        self.classes.copy_(torch.from_numpy(words))
-        self.counted.copy_(torch.from_numpy(counted(texts, words[0] > 0)))
-        self.ends.zero_()
-        self.ends[list(end_ids)] = 1.0
 
     # --- scoring
 
@@ -197,90 +144,35 @@ class TextScorer(nn.Module):
             echoes: Which of them occur in the prompt. None: none.
             folds: (B,) whose weights to use. None: the mean of all.
         """
-        index, length, more, longer = self._parts(
-            tokens, steps, candidates, echoes or Echoes.none(tokens, candidates), folds
-        )
-        done = self._end(steps, candidates)
-        table = self._table(tokens, folds).view(-1, 1, 1)
+        fold = torch.full_like(tokens[:, 0], FOLDS) if folds is None else folds
+        echoes = echoes or Echoes.none(tokens, candidates)
+        index, length, more, longer = self.sums(fold, tokens, steps, candidates, echoes)
+        done, fold = self.is_end(steps, candidates), fold.view(-1, 1, 1)
         before, steps = tokens.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1), steps.unsqueeze(-1)
         after = torch.where(done, self.max_new_tokens, steps + 1)
         index, length = index.unsqueeze(-1), length.unsqueeze(-1)
-        score = self._look_up(steps, index + self._expected(table, before, steps), length)
-        return score, self._look_up(after, index + more + self._expected(table, candidates, after), length + longer)
+        score = self._look_up(steps, index + self._expected(fold, before, steps), length)
+        return score, self._look_up(after, index + more + self._expected(fold, candidates, after), length + longer)
 
-    def _expected(self, table: torch.Tensor, last: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    def _expected(self, fold: torch.Tensor, last: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         """Return what more than on average will be added to z after the last of ``steps`` tokens, (B, S, c)."""
         left = self.max_new_tokens - steps
-        place = (table * AHEAD + left.clamp(1, AHEAD) - 1) * self.vocab_size + last
-        return torch.where((steps > 0) & (left > 0), _at(self.ahead, place), 0.0)
-
-    def _parts(
-        self,
-        tokens: torch.Tensor,
-        steps: torch.Tensor,
-        candidates: torch.Tensor,
-        echoes: Echoes,
-        folds: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return z and length of the prefixes, (B, S), and what candidates add to both, (B, S, k)."""
-        table = self._table(tokens, folds)
-        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        past = Past.of(tokens, self.classes, self.counted)
-        own = self._added(table, tokens[..., None], echoes.own[..., None], places, tokens, past).squeeze(-1)
-        index = self.bias[table].unsqueeze(-1) + _of_prefixes(own, steps)
-        length = _of_prefixes(_at(self.characters, tokens), steps)
-        more = self._added(table, candidates, echoes.candidates, steps, tokens, past)
-        return index, length, more, _at(self.characters, candidates)
-
-    def _added(
-        self,
-        table: torch.Tensor,
-        ids: torch.Tensor,
-        echoes: torch.Tensor,
-        steps: torch.Tensor,
-        tokens: torch.Tensor,
-        past: Past,
-    ) -> torch.Tensor:
-        """Return what ids (B, S, c) add to z after prefixes of ``steps`` (B, S) tokens, whose ``past`` is given."""
-        table = table.view(-1, 1, 1)
-        own = table * self.vocab_size + ids
-        before = tokens.gather(1, (steps - 1).clamp(min=0)).unsqueeze(-1)
-        by_before = _at(self.pair, table * PAIRS + pair_index(before, ids))
-        by_before = torch.where(steps.unsqueeze(-1) > 0, by_before, _at(self.opening, own))
-        for kind, of, last in zip(CLASSINGS, self.classes, past.words, strict=True):
-            both = (table * CLASSES + last.gather(1, steps).unsqueeze(-1)) * CLASSES + _at(of, ids)
-            by_before = by_before + _at(getattr(self, kind), both)
-        counts = past.counts.gather(1, steps.unsqueeze(-1).expand(-1, -1, COUNTED))
-        kinds = table * COUNTED + torch.arange(COUNTED, device=ids.device)
-        next_ones = _at(self.count, kinds * OCCURRENCES + counts).unsqueeze(-1)  # (B, S, COUNTED, 1)
-        ordinal = (functional.embedding(ids, self.counted) @ next_ones).squeeze(-1)
-        before_here = past.first.gather(1, (ids % RESIDUES).flatten(1)).view(ids.shape) < steps.unsqueeze(-1)
-        echo = table * 2 * (LONGEST + 1) + _at(self.characters, ids).long().clamp(max=LONGEST)
-        always = _at(self.token, own) + torch.where(echoes, _at(self.echo, echo), 0.0)
-        first = _at(self.first, own) + torch.where(echoes, _at(self.echo, echo + LONGEST + 1), 0.0)
-        last = torch.where(self._end(steps, ids), _at(self.last, own), 0.0)
-        return always + torch.where(before_here, 0.0, first) + by_before + ordinal + last
-
-    def _end(self, steps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Return where ids (B, S, c) end texts of ``steps`` (B, S) tokens."""
-        return (steps.unsqueeze(-1) >= self.max_new_tokens - 1) | _at(self.ends, ids).bool()
-
-    def _table(self, tokens: torch.Tensor, folds: torch.Tensor | None) -> torch.Tensor:
-        return torch.full((len(tokens),), FOLDS, device=tokens.device) if folds is None else folds
+        place = (fold * AHEAD + left.clamp(1, AHEAD) - 1) * self.vocab_size + last
+        return torch.where((steps > 0) & (left > 0), at(self.ahead, place), 0.0)
 
     def _look_up(self, steps: torch.Tensor, index: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """Return the potential after ``steps`` tokens, bilinear in z and length; flat outside the table."""
         corners = []
         for axis, value in enumerate((index, length)):
             low, step = self.grid[axis].tolist()
-            expected = _at(self.persistence[axis], steps) * value + _at(self.drift[axis], steps)
+            expected = at(self.persistence[axis], steps) * value + at(self.drift[axis], steps)
             place = ((expected - low) / step).clamp(0, GRID[axis] - 1)
             floor = place.floor().long().clamp(max=GRID[axis] - 2)
             corners.append((floor, place - floor))
         (i, a), (j, b) = corners
         values, corner = self.potential.view(-1), (steps * GRID[0] + i) * GRID[1] + j
-        low_z = (1 - b) * _at(values, corner) + b * _at(values, corner + 1)
-        high_z = (1 - b) * _at(values, corner + GRID[1]) + b * _at(values, corner + GRID[1] + 1)
+        low_z = (1 - b) * at(values, corner) + b * at(values, corner + 1)
+        high_z = (1 - b) * at(values, corner + GRID[1]) + b * at(values, corner + GRID[1] + 1)
         return (1 - a) * low_z + a * high_z
 
     # --- learning
@@ -297,6 +189,7 @@ class TextScorer(nn.Module):
         if np.unique(texts.folds).size == 1:
             self.silence()
             return 0.0
+        self.middle.fill_(texts.lengths[texts.finished].mean() // 2)
         if not self._learns_from_prefixes(texts, known):
             texts = texts.rows(texts.finished)
         design, marks = self._design(texts, known)
@@ -305,7 +198,7 @@ class TextScorer(nn.Module):
         if not correlates(predicted, rewards):
             self.silence()
             return 0.0
-        of_length = self._take_weights(design, fitted, known)
+        of_length = self.take_weights(design, fitted, known)
         self._look_ahead(visited)
         curve = best_curve(fitted, texts.finished, texts.rewards)
         self._tabulate(curve, marks, of_length, fitted.index[texts.finished], visited, beta)
@@ -323,7 +216,8 @@ class TextScorer(nn.Module):
         return bool(self.prefixes)
 
     def _design(self, texts: JudgedTexts, known: KnownTokens) -> tuple[Design, tuple[float, float]]:
-        return design_of(texts, known, self.characters.cpu().numpy(), self.classes.cpu(), self.counted.cpu())
+        of_tokens = self.characters.cpu().numpy(), self.classes.cpu(), self.counted.cpu()
+        return design_of(texts, known, *of_tokens, int(self.middle))
 
     def _is_due(self, texts: JudgedTexts) -> bool:
         """Return True if it is to be found anew what the judge cares about."""
@@ -349,25 +243,6 @@ class TextScorer(nn.Module):
             self.weighed.fill_(texts.finished.sum())
         self.penalty.fill_(fitted.penalty)
         return problem.design, bent(problem, FOLDS, fitted)
-
-    def _take_weights(self, design: Design, fitted: Fitted, known: KnownTokens) -> Floats:
-        """Fill the tables of contributions; return the weights of the marks, their mean over the folds."""
-        begin, end = layout(self.vocab_size)
-        weights = np.concatenate([fitted.weights, fitted.weights.mean(0, keepdims=True)]) * design.scales
-        biases = np.append(fitted.biases, fitted.biases.mean())
-        sparse = np.zeros((FOLDS + 1, end))
-        sparse[:, design.used] = design.parts(weights)[0]
-        of = dict(zip(begin, np.split(sparse, list(begin.values())[1:], 1), strict=True))
-        dense = {kind: weights[:, at].astype(np.float32) for kind, at in design.groups.items() if kind not in begin}
-        of["token"] += dense["vector"] @ known.vectors.T + dense["spelling"] @ known.spelling.T
-        of["first"] += dense["first_spelling"] @ known.spelling.T
-        alike = of.pop("alike")
-        for number, kind in enumerate(CLASSINGS):
-            of[kind][:, CLASSES + 1 :: CLASSES + 1] += alike[:, number, None]  # a class twice, but not that of no word
-        for kind, values in {**of, "bias": biases}.items():
-            table = getattr(self, kind)
-            table.copy_(torch.from_numpy(values).view(table.shape))
-        return np.asarray(dense["length"][-1])
 
     def _tabulate(
         self,
@@ -408,15 +283,15 @@ class TextScorer(nn.Module):
         tokens, there = visited.tokens, visited.acted[:, 1:]
         steps = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         last, candidates = tokens[:, :-1][there], visited.candidates[:, 1:][there]  # (n,), (n, k)
-        mu, goes_on = visited.probabilities[:, 1:][there], 1.0 - _at(self.ends, candidates)
+        mu, goes_on = visited.probabilities[:, 1:][there], 1.0 - at(self.ends, candidates)
         visits = torch.bincount(last, minlength=self.vocab_size)
         past = Past.of(tokens, self.classes, self.counted)
         for fold in range(FOLDS + 1):
-            table, echoes = torch.full_like(tokens[:, 0], fold), visited.echoes.candidates
-            more = self._added(table, visited.candidates, echoes, steps, tokens, past)[:, 1:][there]
+            own, echoes = torch.full_like(tokens[:, 0], fold), visited.echoes.candidates
+            more = self.added(own, visited.candidates, echoes, steps, tokens, past)[:, 1:][there]
             value = torch.zeros_like(self.characters)
             for depth in range(AHEAD):
-                gain = (mu * (more + goes_on * _at(value, candidates))).sum(-1)
+                gain = (mu * (more + goes_on * at(value, candidates))).sum(-1)
                 sums = torch.zeros_like(value).index_add_(0, last, gain - gain.mean())
                 value = sums / (visits + FEW_VISITS)
                 self.ahead[fold, depth] = value
@@ -426,20 +301,10 @@ class TextScorer(nn.Module):
         """Return how the language model adds to z and to the length."""
         tokens, mu = visited.tokens, visited.probabilities
         steps = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        z, length, more, longer = self._parts(tokens, steps, visited.candidates, visited.echoes, visited.folds)
-        table, after = visited.folds.view(-1, 1, 1), steps.unsqueeze(-1) + 1
-        ahead = self._expected(table, tokens.unsqueeze(-1), after).squeeze(-1)
-        ahead = ahead - (mu * self._expected(table, visited.candidates, after)).sum(-1)
-        goes_on = 1.0 - _at(self.ends, visited.candidates).double()
+        z, length, more, longer = self.sums(visited.folds, tokens, steps, visited.candidates, visited.echoes)
+        fold, after = visited.folds.view(-1, 1, 1), steps.unsqueeze(-1) + 1
+        ahead = self._expected(fold, tokens.unsqueeze(-1), after).squeeze(-1)
+        ahead = ahead - (mu * self._expected(fold, visited.candidates, after)).sum(-1)
+        goes_on = 1.0 - at(self.ends, visited.candidates).double()
         of_z = course(z, more, ahead, goes_on, visited, self.max_new_tokens)
         return of_z, course(length, longer, torch.zeros_like(ahead), goes_on, visited, self.max_new_tokens)
-
-
-def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Return the entries of ``values`` (n,) at any indices: several times as fast as plain indexing."""
-    return values.take(index)
-
-
-def _of_prefixes(added: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Return the sums of (B, T) numbers over the first ``steps`` (B, S) of them."""
-    return functional.pad(added.cumsum(1), (1, 0)).gather(1, steps)

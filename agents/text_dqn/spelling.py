@@ -3,7 +3,7 @@
     texts of the tokens  ->  spelling  ->  numbers of each, which add up over a text
     texts of the tokens  ->  classes   ->  the class of each, where it begins a word, by initial, by ending and by size
     tokens of texts      ->  last_word ->  the classes of the word that began last
-    texts of the tokens  ->  counted   ->  what each has of what can be counted: a word, a capital, a comma
+    texts of the tokens  ->  counted   ->  what each has of what can be counted: a word, a capital, a comma, an e
 
 Source: subwords as features, Bojanowski et al. 2017, arXiv:1607.04606.
 """
@@ -28,12 +28,16 @@ CLASSES = 32
 SIGNS = (",", ".!?", "?", "!", ":;", "'’", '"“”', "()[]", "-–—", "\n")
 """Tokens with any of these are counted, beside words, capitals and digits."""
 
-COUNTED = 3 + len(SIGNS)
-"""Kinds of tokens that are counted."""
-
 ALPHABET = 26
 OTHERS = 4
 """Classes of characters that are none of a to z."""
+
+COUNTED = 3 + len(SIGNS)
+LETTERED = 2 * ALPHABET
+"""Kinds of tokens that are counted: by signs and the like; and by the letters that they have, or begin a word with."""
+
+TRAITS = 6 + ALPHABET + OTHERS
+"""So many numbers of ``spelling`` say how a token is written, those behind them in what order."""
 
 GRAMS = 128
 """Sequences of two and of three characters are hashed to so many numbers, with signs."""
@@ -91,16 +95,19 @@ def classes(texts: Sequence[str]) -> npt.NDArray[np.int64]:
     return found
 
 
-def counted(texts: Sequence[str], begins: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Return (V, ``COUNTED``): the token begins a word, has a capital, a digit, one of the characters of each sign.
+def counted(texts: Sequence[str], initials: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Return (V, COUNTED + LETTERED): the token begins a word, has a capital, a digit, one of each sign; letters.
 
     Args:
         texts: Of V tokens.
-        begins: (V,) the token begins a word; see ``classes``.
+        initials: (V,) of the words that they begin; see ``classes``.
     """
-    kinds = [[any(map(of, text)) for text in texts] for of in (str.isupper, str.isdigit)]
-    kinds += [[not signs.isdisjoint(text) for text in texts] for signs in map(set, SIGNS)]
-    return np.array([begins, *kinds]).T
+    kinds = [initials > 0, *(np.array([any(map(of, text)) for text in texts]) for of in (str.isupper, str.isdigit))]
+    kinds += [np.array([not signs.isdisjoint(text) for text in texts]) for signs in map(set, SIGNS)]
+    letters = [chr(ord("a") + place) for place in range(ALPHABET)]
+    lower = [text.lower() for text in texts]
+    kinds += [np.array([letter in text for text in lower]) for letter in letters]
+    return np.stack([*kinds, *(initials == 1 + _class_of(letter) for letter in letters)], 1)
 
 
 def last_word(tokens: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,8 @@ JUDGES = {
     "a pair": lambda row: float(sum(a == 3 and b == 5 for a, b in pairwise(row))),
     "the first token": lambda row: float(row[0] in (2, 7)),
     "the last token": lambda row: float(row[-1] in (2, 7)),
+    "a token late rather than early": lambda row: float((row[3:] == 3).sum() - (row[:3] == 3).sum()),
+    "a pair for the second time": lambda row: float(len(set(pairwise(row.tolist()))) < LENGTH - 1),
     "a length": lambda row: -abs(float((row % 4 + 1).sum()) - 15) / 10,
     "different tokens": lambda row: float(len(set(row.tolist()))),
     "saturating": lambda row: 1 / (1 + np.exp(-2.0 * float(np.isin(row, (2, 4, 6)).sum() - 2))),

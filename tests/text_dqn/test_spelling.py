@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from agents.text_dqn.features import KnownTokens, texts_of_tokens
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.scorer import TextScorer
-from agents.text_dqn.spelling import CLASSES, classes, counted, last_word, spelling
+from agents.text_dqn.spelling import CLASSES, COUNTED, LETTERED, classes, counted, last_word, spelling
 from textgen_env.models.hf import HFModel
 
 WORDS = ["".join(letters) for letters in product("bcdfgklmnprst", "aeiou", ("", "d", "k", "l", "m", "n", "r", "st"))]
@@ -91,16 +91,27 @@ def test_the_last_word_is_that_of_the_last_token_that_began_one():
 
 
 def test_words_capitals_digits_and_signs_are_counted():
-    found = dict(zip(ODD, counted(ODD, classes(ODD)[0] > 0).tolist(), strict=True))
+    found = dict(zip(ODD, counted(ODD, classes(ODD)[0]).tolist(), strict=True))
     words, capitals, digits, commas = np.array([found[text][:4] for text in ODD]).T
     assert [text for text, is_word in zip(ODD, words, strict=True) if is_word] == [" “Hello”", " The", " 42"]
     assert [text for text, has_one in zip(ODD, capitals, strict=True) if has_one] == [" “Hello”", " The", "THE", "İ"]
     assert [text for text, has_one in zip(ODD, digits, strict=True) if has_one] == ["9", " 42"]
     assert [text for text, has_one in zip(ODD, commas, strict=True) if has_one] == [","]
-    signs = counted([".", "?", "!", "word"], np.zeros(4, bool))[:, 3:]
+    signs = counted([".", "?", "!", "word"], np.zeros(4, np.int64))[:, 3:COUNTED]
     assert (signs[0] & signs[1] & signs[2]).any()  # all end a sentence
     assert len({tuple(row) for row in signs}) == 4
     assert not signs[3].any()
+
+
+def test_letters_are_counted_and_those_that_words_begin_with():
+    tokens = [" Abba", "abc", " été", " zoo!", "Z"]
+    found = counted(tokens, classes(tokens)[0])[:, COUNTED:]
+    letters, initials = (
+        ["".join(chr(97 + place) for place in np.flatnonzero(row)) for row in part]
+        for part in np.split(found, [LETTERED // 2], 1)
+    )
+    assert letters == ["ab", "abc", "t", "oz", "z"]
+    assert initials == ["a", "", "", "z", ""]
 
 
 def texts(reward, seed=0):
@@ -114,11 +125,14 @@ def fitted(found, spelled=True):
     scorer = TextScorer(len(TOKENS), LENGTH)
     scorer.characters.copy_(torch.tensor([float(len(text)) for text in TOKENS]))
     scorer.classes.copy_(torch.from_numpy(classes(TOKENS)))
-    scorer.counted.copy_(torch.from_numpy(counted(TOKENS, classes(TOKENS)[0] > 0)))
+    scorer.counted.copy_(torch.from_numpy(counted(TOKENS, classes(TOKENS)[0])))
+    scorer.counted[:, COUNTED:] *= spelled
     tokens = torch.from_numpy(found.tokens[:100])
     candidates = tokens.unsqueeze(-1).repeat(1, 1, 2)
     states = Visited(tokens, candidates, torch.full(candidates.shape, 0.5), *of_texts(tokens, candidates))
-    scorer.fit(found, KnownTokens(np.zeros((len(TOKENS), 1)), spelled * spelling(TOKENS)), states, BETA)
+    known = KnownTokens(np.zeros((len(TOKENS), 1)), spelled * spelling(TOKENS))
+    for count in (TEXTS // 4, TEXTS // 2, TEXTS):  # as an agent does
+        scorer.fit(found.rows(slice(count)), known, states, BETA)
     return scorer
 
 
@@ -163,6 +177,11 @@ def test_words_that_were_never_seen_together_are_worth_what_others_of_their_clas
 NUMBERS = {
     "three words": lambda tokens: sum(token[0] == " " for token in tokens) == 3,
     "an odd number of words": lambda tokens: sum(token[0] == " " for token in tokens) % 2 == 1,
+    "different letters": lambda tokens: len(set("".join(tokens)) - {" "}) / 20,
+    "different initials": lambda tokens: len({token[1] for token in tokens if token[0] == " "}) / 8,
+    "a second word from b to f": lambda tokens: (
+        "b" <= [*(token[1] for token in tokens if token[0] == " "), "", ""][1] < "g"
+    ),
     "a first word from b to f": lambda tokens: next((token[1] < "g" for token in tokens if token[0] == " "), False),
 }
 
