@@ -24,12 +24,13 @@ from agents.text_dqn.features import (
     RESIDUES,
     KnownTokens,
     Past,
+    TokenKinds,
     layout,
     pair_index,
     texts_of_tokens,
 )
 from agents.text_dqn.ridge import Design, Fitted
-from agents.text_dqn.spelling import CLASSES, CLASSINGS, COUNTED, LETTERED, classes, counted
+from agents.text_dqn.spelling import CLASSES, CLASSINGS, COUNTED, LETTERED, classes, counted, folded
 from textgen_env.models.base import LanguageModel
 from textgen_env.policies import Floats
 
@@ -46,6 +47,7 @@ class Contributions(nn.Module):
     ends: torch.Tensor
     classes: torch.Tensor
     counted: torch.Tensor
+    folded: torch.Tensor
     bias: torch.Tensor
     token: torch.Tensor
     first: torch.Tensor
@@ -86,6 +88,11 @@ class Contributions(nn.Module):
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
         self.register_buffer("classes", torch.zeros(len(CLASSINGS), vocab_size, dtype=torch.long))
+        self.register_buffer("folded", torch.arange(vocab_size))
+
+    @property
+    def kinds(self) -> TokenKinds:
+        return TokenKinds(self.classes, self.counted, self.folded)
 
     def describe(self, language_model: LanguageModel, end_ids: Iterable[int]) -> None:
         """Read how many characters each token has, of which class it is and what of it is counted.
@@ -98,6 +105,7 @@ class Contributions(nn.Module):
         words = classes(texts)
         self.classes.copy_(torch.from_numpy(words))
         self.counted.copy_(torch.from_numpy(counted(texts, words[0])))
+        self.folded.copy_(torch.from_numpy(folded(texts)))
         self.ends.zero_()
         self.ends[list(end_ids)] = 1.0
 
@@ -114,7 +122,7 @@ class Contributions(nn.Module):
             echoes: Which of them occur in the prompt.
         """
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        past = Past.of(tokens, self.classes, self.counted)
+        past = Past.of(tokens, self.kinds)
         own = self.added(fold, tokens[..., None], echoes.own[..., None], places, tokens, past).squeeze(-1)
         index = self.bias[fold].unsqueeze(-1) + _of_prefixes(own, steps)
         length = _of_prefixes(at(self.characters, tokens), steps)
@@ -152,7 +160,7 @@ class Contributions(nn.Module):
     ) -> torch.Tensor:
         """Return what ids add behind the last token and the last word, or as the first ones."""
         before = tokens.gather(1, (steps.squeeze(-1) - 1).clamp(min=0)).unsqueeze(-1)
-        pair = pair_index(before, ids)
+        pair = pair_index(at(self.folded, before), at(self.folded, ids))
         repeated = _since(past.pairs, pair) < steps - 1
         added = at(self.pair, fold * PAIRS + pair) + torch.where(repeated, at(self.repeat, fold), 0.0)
         added = torch.where(steps > 0, added, at(self.opening, fold * self.vocab_size + ids))

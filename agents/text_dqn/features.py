@@ -79,6 +79,14 @@ class KnownTokens(NamedTuple):
         return self.spelling[:, :TRAITS]
 
 
+class TokenKinds(NamedTuple):
+    """Of which kinds V tokens are."""
+
+    classes: torch.Tensor  # (3, V); see ``spelling.classes``
+    counted: torch.Tensor  # (V, COUNTED + LETTERED); see ``spelling.counted``
+    folded: torch.Tensor  # (V,); see ``spelling.folded``
+
+
 class Past(NamedTuple):
     """What texts had before each place."""
 
@@ -88,29 +96,20 @@ class Past(NamedTuple):
     pairs: torch.Tensor  # (B, RESIDUES) where each residue of pairs occurs first, by the first token
 
     @classmethod
-    def of(cls, tokens: torch.Tensor, classes: torch.Tensor, counted: torch.Tensor) -> Past:
-        """Return it for tokens (B, T).
-
-        Args:
-            classes: (3, V) of the tokens; see ``spelling.classes``.
-            counted: (V, COUNTED + LETTERED) of the tokens; see ``spelling.counted``.
-        """
+    def of(cls, tokens: torch.Tensor, of_tokens: TokenKinds) -> Past:
+        """Return it for tokens (B, T)."""
+        classes, counted, folded = of_tokens
         words, counts = last_word(tokens, classes), counted[tokens].cumsum(1).clamp(max=OCCURRENCES - 1).long()
         return cls(
             first_occurrences(tokens),
             functional.pad(words, (1, 0)),
             functional.pad(counts, (0, 0, 1, 0)),
-            first_occurrences(pair_index(tokens[:, :-1], tokens[:, 1:])),
+            first_occurrences(pair_index(folded[tokens[:, :-1]], folded[tokens[:, 1:]])),
         )
 
 
 def design_of(
-    texts: JudgedTexts,
-    known: KnownTokens,
-    characters: Floats,
-    classes: torch.Tensor,
-    counted: torch.Tensor,
-    middle: int,
+    texts: JudgedTexts, known: KnownTokens, characters: Floats, kinds: TokenKinds, middle: int
 ) -> tuple[Design, tuple[float, float]]:
     """Return the features of texts, and mean and deviation of their lengths in characters.
 
@@ -118,17 +117,17 @@ def design_of(
         texts: n of them.
         known: Of the tokens.
         characters: (V,) of the tokens.
-        classes: (3, V) of the tokens; see ``spelling.classes``.
-        counted: (V, COUNTED + LETTERED) of the tokens; see ``spelling.counted``.
+        kinds: Of the tokens.
         middle: Tokens behind so many others are late.
     """
     begin, padding = layout(len(characters))
     tokens, places = texts.tokens, np.arange(texts.tokens.shape[1])
     inside = places < texts.lengths[:, None]
     late = inside & (places >= middle)
-    past = Past.of(torch.from_numpy(tokens), classes, counted)
+    past = Past.of(torch.from_numpy(tokens), kinds)
     fresh = inside & (past.first.gather(1, torch.from_numpy(tokens % RESIDUES)).numpy() == places)
-    pairs = pair_index(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:]))
+    folded = kinds.folded[torch.from_numpy(tokens)]
+    pairs = pair_index(folded[:, :-1], folded[:, 1:])
     repeated = inside[:, 1:] & (past.pairs.gather(1, pairs % RESIDUES).numpy() < places[:-1])
     echo = begin["echo"] + np.minimum(characters[tokens], LONGEST).astype(np.int64)
     echoes = np.concatenate([echo, echo + LONGEST + 1], 1)
@@ -143,14 +142,14 @@ def design_of(
         "repeat": np.where(repeated, begin["repeat"], padding),
         "echo": np.where(np.concatenate([inside, fresh], 1) & np.tile(texts.echoes, 2), echoes, padding),
     }
-    words, alike = classes.numpy()[:, tokens], []
+    words, alike = kinds.classes.numpy()[:, tokens], []
     for number, (kind, word) in enumerate(zip(CLASSINGS, words, strict=True)):
         before, begun = past.words[number, :, :-1].numpy(), inside & (word > 0)
         sparse[kind] = np.where(begun, begin[kind] + before * CLASSES + word, padding)
         alike.append(np.where(begun & (word == before), begin["alike"] + number, padding))
     sparse["alike"] = np.concatenate(alike, 1)
     numbers = begin["count"] + np.arange(COUNTED + LETTERED) * OCCURRENCES + past.counts[:, :-1].numpy()
-    numbers = np.where((counted.numpy()[tokens] > 0) & inside[:, :, None], numbers, padding)
+    numbers = np.where((kinds.counted.numpy()[tokens] > 0) & inside[:, :, None], numbers, padding)
     for kind, part in (("count", slice(COUNTED)), ("letter", slice(COUNTED, None))):
         sparse[kind] = numbers[:, :, part].reshape(len(tokens), -1)
     place = np.minimum(past.counts[:, :-1, 0].numpy(), NUMBERED - 1)
@@ -210,7 +209,7 @@ def directions(language_model: LanguageModel) -> Floats:
 
 
 def pair_index(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return the number in 0..PAIRS - 1 of each pair of ids."""
+    """Return the number in 0..PAIRS - 1 of each pair of tokens, by their numbers in ``spelling.folded``."""
     return ((first * 0x9E3779B1 + second * 0x85EBCA77) >> 7) % PAIRS
 
 

@@ -35,6 +35,7 @@ from agents.text_dqn.features import (
     JudgedTexts,
     KnownTokens,
     Past,
+    TokenKinds,
     design_of,
     hats,
 )
@@ -216,8 +217,8 @@ class TextScorer(Contributions):
         return bool(self.prefixes)
 
     def _design(self, texts: JudgedTexts, known: KnownTokens) -> tuple[Design, tuple[float, float]]:
-        of_tokens = self.characters.cpu().numpy(), self.classes.cpu(), self.counted.cpu()
-        return design_of(texts, known, *of_tokens, int(self.middle))
+        kinds = TokenKinds(*(of.cpu() for of in self.kinds))
+        return design_of(texts, known, self.characters.cpu().numpy(), kinds, int(self.middle))
 
     def _is_due(self, texts: JudgedTexts) -> bool:
         """Return True if it is to be found anew what the judge cares about."""
@@ -285,7 +286,7 @@ class TextScorer(Contributions):
         last, candidates = tokens[:, :-1][there], visited.candidates[:, 1:][there]  # (n,), (n, k)
         mu, goes_on = visited.probabilities[:, 1:][there], 1.0 - at(self.ends, candidates)
         visits = torch.bincount(last, minlength=self.vocab_size)
-        past = Past.of(tokens, self.classes, self.counted)
+        past = Past.of(tokens, self.kinds)
         for fold in range(FOLDS + 1):
             own, echoes = torch.full_like(tokens[:, 0], fold), visited.echoes.candidates
             more = self.added(own, visited.candidates, echoes, steps, tokens, past)[:, 1:][there]

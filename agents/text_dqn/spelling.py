@@ -3,6 +3,7 @@
     texts of the tokens  ->  spelling  ->  numbers of each, which add up over a text
     texts of the tokens  ->  classes   ->  the class of each, where it begins a word, by initial, by ending and by size
     tokens of texts      ->  last_word ->  the classes of the word that began last
+    texts of the tokens  ->  folded    ->  which of them are the same but for case and blanks
     texts of the tokens  ->  counted   ->  what each has of what can be counted: a word, a capital, a comma, an e
 
 Source: subwords as features, Bojanowski et al. 2017, arXiv:1607.04606.
@@ -108,6 +109,12 @@ def counted(texts: Sequence[str], initials: npt.NDArray[np.int64]) -> npt.NDArra
     lower = [text.lower() for text in texts]
     kinds += [np.array([letter in text for text in lower]) for letter in letters]
     return np.stack([*kinds, *(initials == 1 + _class_of(letter) for letter in letters)], 1)
+
+
+def folded(texts: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Return a number for each of V tokens, (V,): the same for those that differ in case and blanks alone."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(text.strip().lower() or text, len(numbers)) for text in texts])
 
 
 def last_word(tokens: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from agents.text_dqn.features import KnownTokens, texts_of_tokens
 from agents.text_dqn.outlook import Visited
 from agents.text_dqn.scorer import TextScorer
-from agents.text_dqn.spelling import CLASSES, COUNTED, LETTERED, classes, counted, last_word, spelling
+from agents.text_dqn.spelling import CLASSES, COUNTED, LETTERED, classes, counted, folded, last_word, spelling
 from textgen_env.models.hf import HFModel
 
 WORDS = ["".join(letters) for letters in product("bcdfgklmnprst", "aeiou", ("", "d", "k", "l", "m", "n", "r", "st"))]
@@ -112,6 +112,13 @@ def test_letters_are_counted_and_those_that_words_begin_with():
     )
     assert letters == ["ab", "abc", "t", "oz", "z"]
     assert initials == ["a", "", "", "z", ""]
+
+
+def test_tokens_that_differ_in_case_and_blanks_alone_are_the_same_word():
+    tokens = [" The", "the", "THE", ",", " ,", " ", "", " then"]
+    found = folded(tokens)
+    alike = {number: [token for token, of in zip(tokens, found, strict=True) if of == number] for number in found}
+    assert list(alike.values()) == [[" The", "the", "THE"], [",", " ,"], [" "], [""], [" then"]]
 
 
 def texts(reward, seed=0):
