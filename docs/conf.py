@@ -1,5 +1,6 @@
 """The site's settings: ``make docs`` builds it offline from the pages of this folder and the docstrings."""
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -7,7 +8,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from textgen_env import __version__  # noqa: E402  # of this tree, wherever the build starts
+# Of this tree, wherever the build starts.
+from agents.baselines.one_step import SampleAgent  # noqa: E402
+from textgen_env import __version__, make_task  # noqa: E402
+from textgen_env.evaluation import roll_out  # noqa: E402
+from textgen_env.tasks import TASKS  # noqa: E402
 
 project, author, copyright = "textgen-env", "the textgen-env authors", "the textgen-env authors"
 version = release = __version__
@@ -49,6 +54,25 @@ def bars_escaped(line):
     return "".join(part if part.startswith("``") else part.replace("|", "\\|") for part in parts)
 
 
+def write_task_pages(app):
+    """Write a page for each task: its docstring, sizes and bounds, and a text by the language model."""
+    folder = Path(app.srcdir) / "task"
+    folder.mkdir(exist_ok=True)
+    for id in TASKS:
+        name, (summary, _, documented) = id.removeprefix("TextGen/"), inspect.getdoc(TASKS[id]).partition("\n\n")
+        task = make_task(id)
+        bounds, sizes = task.bounds(), ", ".join(f"`{size}={value!r}`" for size, value in task.sizes.items())
+        env = task.make_vec(1, observation=("logprobs", "action_mask"))
+        texts = roll_out(SampleAgent(), env, [next(iter(task.test_prompts))], seed=0)
+        written = (texts.prompts[0] + texts.completions[0]).replace("\n", "\n    ")
+        page = f"# {name}\n\n{summary}\n\n```python\nimport gymnasium as gym, textgen_env\n\n"
+        page += f'env = gym.make("{id}")\n```\n\nSizes: {sizes}. Mean reward of the language model '
+        page += f"{bounds.language_model:.4f}, the best {bounds.best:.4f}, no text above {bounds.ceiling:g}. "
+        page += f"One of its texts, worth {texts.rewards[0]:.2f}:\n\n    {written}\n\n{documented}\n"
+        (folder / f"{name}.md").write_text(page, encoding="utf-8")
+
+
 def setup(app):
-    """Register the hook; called by Sphinx."""
+    """Register the hooks; called by Sphinx."""
+    app.connect("builder-inited", write_task_pages)
     app.connect("autodoc-process-docstring", from_markdown, priority=400)  # before napoleon
