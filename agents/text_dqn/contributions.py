@@ -22,6 +22,7 @@ from agents.text_dqn.features import (
     OCCURRENCES,
     PAIRS,
     RESIDUES,
+    JudgedTexts,
     KnownTokens,
     Past,
     TokenKinds,
@@ -45,6 +46,7 @@ class Contributions(nn.Module):
 
     characters: torch.Tensor
     ends: torch.Tensor
+    stops: torch.Tensor
     classes: torch.Tensor
     counted: torch.Tensor
     folded: torch.Tensor
@@ -70,6 +72,7 @@ class Contributions(nn.Module):
         shapes = {
             "characters": (vocab_size,),  # of each token
             "ends": (vocab_size,),  # 1 for end tokens
+            "stops": (vocab_size,),  # 1 for others that ended each text in which they came; see ``find_stops``
             "counted": (vocab_size, COUNTED + LETTERED),  # 1 for what each has
             "bias": (FOLDS + 1,),
             "token": (FOLDS + 1, vocab_size),
@@ -98,7 +101,7 @@ class Contributions(nn.Module):
         """Read how many characters each token has, of which class it is and what of it is counted.
 
         Args:
-            end_ids: Tokens that end a text. Stop strings end one, too: those are not seen.
+            end_ids: Tokens that end a text.
         """
         texts = texts_of_tokens(language_model)
         self.characters.copy_(torch.tensor([float(len(text)) for text in texts]))
@@ -108,6 +111,18 @@ class Contributions(nn.Module):
         self.folded.copy_(torch.from_numpy(folded(texts)))
         self.ends.zero_()
         self.ends[list(end_ids)] = 1.0
+
+    def find_stops(self, texts: JudgedTexts) -> None:
+        """Take tokens that only ever came last, and before the budget was spent, for stop strings."""
+        last = np.arange(texts.tokens.shape[1]) == texts.lengths[:, None] - 1
+        inside = (np.arange(texts.tokens.shape[1]) < texts.lengths[:, None]) & ~last
+        early = last & texts.finished[:, None] & (texts.lengths[:, None] < self.max_new_tokens)
+        often = [np.bincount(texts.tokens[where], minlength=self.vocab_size) for where in (early, inside)]
+        self.stops.copy_(torch.from_numpy((often[0] > 0) & (often[1] == 0)))
+
+    def goes_on(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return 0 where ids end a text, by themselves, and 1 elsewhere."""
+        return (1.0 - at(self.ends, ids)) * (1.0 - at(self.stops, ids))
 
     def sums(
         self, fold: torch.Tensor, tokens: torch.Tensor, steps: torch.Tensor, candidates: torch.Tensor, echoes: Echoes
@@ -172,15 +187,15 @@ class Contributions(nn.Module):
     def _by_count(self, fold: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor, past: Past) -> torch.Tensor:
         """Return what ids add as the first, the second, ... of a kind, and as words of a number."""
         counts = past.counts.gather(1, steps.expand(-1, -1, past.counts.shape[2]))
-        kinds = fold * counts.shape[2] + torch.arange(counts.shape[2], device=ids.device)
-        next_ones = at(self.count, kinds * OCCURRENCES + counts).unsqueeze(-1)  # (B, S, kinds, 1)
+        row = fold * counts.shape[2] + torch.arange(counts.shape[2], device=ids.device)
+        next_ones = at(self.count, row * OCCURRENCES + counts).unsqueeze(-1)  # (B, S, COUNTED + LETTERED, 1)
         word = fold * NUMBERED + counts[..., :1].clamp(max=NUMBERED - 1)
         of_words = at(self.acrostic, word * CLASSES + at(self.classes[0], ids))
         return (functional.embedding(ids, self.counted) @ next_ones).squeeze(-1) + of_words
 
     def is_end(self, steps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Return where ids (B, S, c) end texts of ``steps`` (B, S) tokens."""
-        return (steps.unsqueeze(-1) >= self.max_new_tokens - 1) | at(self.ends, ids).bool()
+        return (steps.unsqueeze(-1) >= self.max_new_tokens - 1) | (self.goes_on(ids) == 0)
 
     def take_weights(self, design: Design, fitted: Fitted, known: KnownTokens) -> Floats:
         """Fill the tables of contributions; return the weights of the marks, their mean over the folds."""

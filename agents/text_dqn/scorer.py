@@ -191,6 +191,7 @@ class TextScorer(Contributions):
             self.silence()
             return 0.0
         self.middle.fill_(texts.lengths[texts.finished].mean() // 2)
+        self.find_stops(texts)
         if not self._learns_from_prefixes(texts, known):
             texts = texts.rows(texts.finished)
         design, marks = self._design(texts, known)
@@ -284,7 +285,7 @@ class TextScorer(Contributions):
         tokens, there = visited.tokens, visited.acted[:, 1:]
         steps = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         last, candidates = tokens[:, :-1][there], visited.candidates[:, 1:][there]  # (n,), (n, k)
-        mu, goes_on = visited.probabilities[:, 1:][there], 1.0 - at(self.ends, candidates)
+        mu, goes_on = visited.probabilities[:, 1:][there], self.goes_on(candidates)
         visits = torch.bincount(last, minlength=self.vocab_size)
         past = Past.of(tokens, self.kinds)
         for fold in range(FOLDS + 1):
@@ -306,6 +307,6 @@ class TextScorer(Contributions):
         fold, after = visited.folds.view(-1, 1, 1), steps.unsqueeze(-1) + 1
         ahead = self._expected(fold, tokens.unsqueeze(-1), after).squeeze(-1)
         ahead = ahead - (mu * self._expected(fold, visited.candidates, after)).sum(-1)
-        goes_on = 1.0 - at(self.ends, visited.candidates).double()
+        goes_on = self.goes_on(visited.candidates).double()
         of_z = course(z, more, ahead, goes_on, visited, self.max_new_tokens)
         return of_z, course(length, longer, torch.zeros_like(ahead), goes_on, visited, self.max_new_tokens)

@@ -223,6 +223,15 @@ def test_a_prefix_is_worth_what_is_written_until_the_text_ends(judge, ends):
     assert float((candidates[0, 0] * chances[0, 0]).sum()) == pytest.approx(expected, abs=0.1)
 
 
+def test_tokens_that_only_ever_came_last_and_early_are_taken_for_stop_strings():
+    found = judged(np.array([[1, 2, 9, 0], [2, 3, 4, 9], [5, 8, 0, 0], [1, 8, 2, 7], [7, 3, 6, 2]]), np.sum)
+    found = found._replace(lengths=np.array([3, 4, 2, 4, 3]), finished=np.array([True, True, True, True, False]))
+    scorer = TextScorer(VOCABULARY, 4)
+    scorer.find_stops(found)  # 8 has come within a text, 7 and 4 at the end of the budget, 6 in a prefix
+    assert torch.nonzero(scorer.stops).flatten().tolist() == [9]
+    assert scorer.goes_on(torch.tensor([9, 8])).tolist() == [0.0, 1.0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("left", [1, 2])
 def test_a_token_is_worth_what_it_lets_expect(left):
