@@ -37,7 +37,8 @@ def show_table(console: Console, table: Table, *notes: str) -> None:
 
 def available_width(console: Console) -> int | None:
     """Return the columns of a terminal, or those that ``COLUMNS`` says; None without either."""
-    is_limited = console.is_terminal or os.environ.get("COLUMNS", "").isdigit()
+    columns = os.environ.get("COLUMNS", "")
+    is_limited = console.is_terminal or (columns.isdigit() and int(columns) > 0)
     return console.width if is_limited else None
 
 

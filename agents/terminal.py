@@ -21,10 +21,16 @@ from rich.text import Text
 
 from textgen_env.terminal import printable
 
+USUAL_WIDTH = 80
+"""Columns of a terminal that does not know its own."""
+
 
 def open_console(stderr: bool = False) -> Console:
     """Return a console for ``say`` and tables."""
-    return Console(stderr=stderr, markup=False, emoji=False)
+    console = Console(stderr=stderr, markup=False, emoji=False)
+    if console.width < 1:  # as some terminals say, and COLUMNS=0: nothing at all would be shown
+        console.width = USUAL_WIDTH
+    return console
 
 
 def say(console: Console, *lines: object) -> None:

@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from textgen_env.errors import ConfigError, TextGenError
-from textgen_env.files import read_json, write_file
+from textgen_env.files import read_json, waiting_for, write_file
 from textgen_env.models.hub import cache_folder
 from textgen_env.registry import unknown_name
 
@@ -62,7 +62,9 @@ def is_file(reference: str) -> bool:
 
 
 def identify(reference: str) -> FoundCode:
-    """Return the file of a reference and its checksum. A module is looked for where it was found before.
+    """Return the file of a reference and its checksum.
+
+    A module is looked for where Python does, then in the current folder, then where it was found before.
 
     Raises:
         ConfigError: there is no such file or module.
@@ -70,15 +72,15 @@ def identify(reference: str) -> FoundCode:
     place = reference.rpartition(":")[0]
     if is_file(reference):
         return _found(Path(place).expanduser(), reference)
-    known = _known().get(reference)
-    if known is not None:
-        return _found(Path(known["file"]), reference)
     _make_importable(place)
     try:
         spec = importlib.util.find_spec(place.partition(".")[0])  # of a package's module: only the package is sought
     except (ImportError, ValueError):
         spec = None
     origin = None if spec is None else getattr(spec.loader_state, "filename", None) or spec.origin
+    known = _known().get(reference)
+    if known is not None and (not origin or not Path(origin).is_file()):
+        return _found(Path(known["file"]), reference)  # says that it is gone
     if not origin or not Path(origin).is_file():
         raise ConfigError(f"{reference!r} names no module that can be imported; name a file: FILE.py:NAME")
     folder = Path(origin).parent
@@ -146,12 +148,12 @@ def remember(references: Sequence[str]) -> None:
     """Keep in mind that this user has named the code, as it is now; where nothing can be kept, nothing is."""
     if not references:
         return
-    known = _known()
-    for reference in references:
-        found, key = identify(reference), _key(reference)
-        before = known[key]["sha256"] if key in known else []
-        known[key] = {"file": str(found.file), "sha256": [*dict.fromkeys([*before, found.sha256])]}
-    with suppress(TextGenError):
+    named = {_key(reference): identify(reference) for reference in references}
+    with suppress(TextGenError), waiting_for(cache_folder(), f"{KNOWN_CODE_FILE}.lock"):
+        known = _known()  # as other processes have left it
+        for key, found in named.items():
+            before = known[key]["sha256"] if key in known else []
+            known[key] = {"file": str(found.file), "sha256": [*dict.fromkeys([*before, found.sha256])]}
         write_file(cache_folder() / KNOWN_CODE_FILE, json.dumps(known, indent=2) + "\n")
 
 
@@ -230,17 +232,16 @@ def _import(place: str) -> ModuleType:
 
 
 def _make_importable(place: str) -> None:
-    """Search the current folder, or the one that a module was found in before, if Python does not find it."""
+    """Search the current folder, then those that a module was found in before, if Python does not find it."""
     top = place.partition(".")[0]
-    with suppress(ImportError, ValueError):
-        if top in sys.modules or importlib.util.find_spec(top) is not None:
-            return
     known = [Path(entry["file"]) for name, entry in _known().items() if name.rpartition(":")[0] == place]
-    depth = place.count(".")
-    for file in known:
-        _search(file.parents[depth + (file.name == "__init__.py")])
-    if not known:
-        _search(Path.cwd())
+    before = [file.parents[place.count(".") + (file.name == "__init__.py")] for file in known]
+    for folder in (None, Path.cwd(), *before):
+        if folder is not None:
+            _search(folder)
+        with suppress(ImportError, ValueError):
+            if top in sys.modules or importlib.util.find_spec(top) is not None:
+                return
 
 
 def _search(folder: Path) -> None:

@@ -18,8 +18,9 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,26 @@ def locked(folder: str | os.PathLike[str], name: str = LOCK_FILE) -> Iterator[No
         with suppress(OSError):
             path.unlink()
         os.close(descriptor)
+
+
+@contextmanager
+def waiting_for(folder: str | os.PathLike[str], name: str, seconds: float = 5.0) -> Iterator[None]:
+    """Hold ``folder`` as ``locked`` does, after waiting for another process that holds it.
+
+    Raises:
+        RunFolderError: it is held for longer, or cannot be written to.
+    """
+    until = time.monotonic() + seconds
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(folder, name))
+                break
+            except RunFolderError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.02)
+        yield
 
 
 def _lock(path: Path) -> int:

@@ -40,7 +40,7 @@ class Cell(NamedTuple):
     def file(self) -> str:
         """The name of its file: readable, and different for different cells."""
         plain = "".join(c if c.isalnum() or c in "-_.=" else "-" for c in f"{self.task}--{self.agent}--{self.seed}")
-        return f"{plain}--{zlib.crc32(repr(tuple(self)).encode()):08x}.json"
+        return f"{plain[:100]}--{zlib.crc32(repr(tuple(self)).encode()):08x}.json"
 
 
 @dataclass(frozen=True)

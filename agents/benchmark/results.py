@@ -44,7 +44,11 @@ RESULT_COLUMNS = {
 ResultRow = Mapping[str, Any]
 """A row of ``results.csv``; figures are floats, NaN where the cell is empty."""
 
+NAMES = ("task", "agent", "status")
 NUMBERS = ("seed", "step", "seconds", "reward", "normalised", "kl", "tokens", "length", "texts")
+MOST_OF_AN_ERROR = 4_000
+"""Characters; longer cells cannot be read again."""
+
 SINCE_0_2 = ("judge_calls", "learning_judge_calls")  # columns that older files lack
 
 
@@ -54,7 +58,8 @@ def write_results(path: Path, results: Sequence[CellResult]) -> None:
     writer = csv.DictWriter(text, RESULT_COLUMNS, lineterminator="\n", restval="")
     writer.writeheader()
     for result in results:
-        head = {**result.cell._asdict(), "status": result.status, "error": " ".join(result.error.split())}
+        error = " ".join(result.error.split())[:MOST_OF_AN_ERROR]
+        head = {**result.cell._asdict(), "status": result.status, "error": error}
         writer.writerows(
             {**head, **{name: _rounded(value) for name, value in row.items()}} for row in result.rows or [{}]
         )
@@ -76,13 +81,13 @@ def read_results(path: Path) -> list[ResultRow]:
         with file.open(newline="", encoding="utf-8") as lines:
             rows = list(csv.DictReader(lines))
         return [
-            {**row, **{name: float(row[name] or "nan") for name in NUMBERS}}
+            {**row, **{name: float(row[name] or "nan") for name in NUMBERS}, **{name: row[name] for name in NAMES}}
             | {name: float(row.get(name) or "nan") for name in SINCE_0_2}
             for row in rows
         ]
     except OSError as error:
         raise RunFolderError(f"cannot read the results of a benchmark at {str(path)!r}: {error}") from error
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, csv.Error) as error:
         why = f"it has no column {error}" if isinstance(error, KeyError) else type(error).__name__
         raise RunFolderError(f"{str(file)!r} does not hold the results of a benchmark: {why}") from error
 

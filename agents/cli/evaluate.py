@@ -93,10 +93,10 @@ def _counts(particles: str | None) -> list[int]:
 
 
 def _on_prompts(run: Run, prompts: str) -> Run:
-    from textgen_env.evaluation import choose_prompts
+    from agents.runs.parts import some_prompts
     from textgen_env.prompts import make_prompts
 
-    chosen = choose_prompts(make_prompts(own_object("prompts", prompts)), run.config.eval_prompts, run.config.seed)
+    chosen = some_prompts(make_prompts(own_object("prompts", prompts)), run.config.eval_prompts, run.config.seed)
     note = f"Prompts: {len(chosen)} of {prompts}."
     return replace(run, test_prompts=chosen, notes=(*run.notes[:-1], note))
 

@@ -217,8 +217,9 @@ def _of_run(run: Path, agent: Agent, particles: int, judge: bool) -> dict[str, A
     from agents.baselines.particles import usual_pick
     from agents.runs.spending import tempered_settings
 
-    tempered = tempered_settings(run / "evaluation", particles) or {"pick": usual_pick(particles, judge)}
-    return {"values": agent, **tempered}
+    usual = usual_pick(particles, judge)
+    tempered = tempered_settings(run / "evaluation", particles) or {"pick": usual}
+    return {"values": agent, **tempered, **({} if judge else {"pick": usual})}
 
 
 def _cost(written: Sequence[Mapping[str, Any]], particles: int) -> str:
@@ -255,12 +256,17 @@ def _author_of(
     )
     if has_own:
         own = list(loaded.test_prompts)
-        starts = own if prompt is None else [other for other in own if other.text in prompt] or starts
+        starts = own if prompt is None else [found for start in starts for found in _with_text(own, start)]
     if beta is not None:
         if not hasattr(loaded.agent, "beta"):
             raise ConfigError(f"agent {loaded.config.agent!r} has no acting temperature; leave --beta out")
         loaded.agent.beta = beta
     return _Author(loaded.agent, loaded.env, starts, loaded.greedy, unscored)
+
+
+def _with_text(prompts: Sequence[Prompt], start: Prompt) -> Sequence[Prompt]:
+    """Return the prompts with the text of ``start``, or it alone: others come with what the agent is not told."""
+    return [prompt for prompt in prompts if prompt.text == start.text] or [start]
 
 
 def _shared(source: Path, starts: Sequence[Prompt], reward: str | None, beta: float | None) -> _Author:

@@ -113,25 +113,32 @@ def own_object(name: str, text: str | None) -> Any:
 
 
 def reward_again(run: Path, text: str | None) -> Any:
-    """Return the reward of a run that is a function, named once more; None where it was not.
+    """Return the reward of a run that is a function, or a mix with one, named once more; None where it was not.
 
     Raises:
-        ConfigError: the run's reward is no function, or one of another kind.
+        ConfigError: the run's reward is no function, has several, or one of another kind.
     """
     if text is None:
         return None
     from agents.runs.stored import stored_config
-    from agents.user_code import replace_references
+    from agents.user_code import is_reference, replace_references
     from textgen_env.rewards import make_reward
 
     config, own = stored_config(run, check=False), list[Any]()
     replace_references(config.reward, own.append)
     if "reward" not in config.objects and not own:
         raise ConfigError(f"--reward is that of the run ({config.reward!r}); leave it out")
-    reward = own_reward(text)
-    if not config.agent_sees_reward and make_reward(reward).running() is not None:
+    new = own_reward(text)
+    if not config.agent_sees_reward and make_reward(new).running() is not None:
         raise ConfigError("the run's reward scored no prefix, and this one does: its agent does not know such scores")
-    return reward
+    if is_reference(config.reward) or not own or not is_reference(text):
+        return new
+    if len(own) > 1:
+        raise ConfigError(
+            f"the run's reward has several functions, {' and '.join(own)}: name the whole reward, as JSON, instead of "
+            f"--reward {text}"
+        )
+    return replace_references(config.reward, lambda reference: new)  # in its own place
 
 
 def partner_again(run: Path, text: str | None) -> Any:

@@ -56,8 +56,8 @@ def record_command(
     With all that was observed, the masks, and the log-probability of every action: what offline
     learning needs (see docs/clients.md).
     """
+    from agents.runs.parts import some_prompts
     from agents.text_dqn.offline import record
-    from textgen_env.evaluation import choose_prompts
     from textgen_env.prompts import make_prompts
 
     check_one_writer(run, model)
@@ -71,7 +71,7 @@ def record_command(
     else:
         again = {"reward": reward_again(run, reward), "partner": partner_again(run, partner)}
         agent, env, name = _trained(run, again, trust)
-    source = choose_prompts(env.episodes.prompts if start is None else make_prompts(start), episodes, seed)
+    source = some_prompts(env.episodes.prompts if start is None else make_prompts(start), episodes, seed)
     texts = [source[i % len(source)] for i in range(episodes)]
     dataset = record(agent, env, texts, out, seed=seed, deterministic=greedy, metadata={"algorithm_name": name})
     say(open_console(), f"{dataset.total_episodes:,} texts of {dataset.total_steps:,} tokens are in {out}/")

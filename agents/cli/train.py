@@ -323,6 +323,9 @@ def _settings(
     else:
         read = read_config(start, trust)
         config = change(read, **changes)
+        if config.agent != read.agent and config.env["observation"] == replace(read, env={}).env["observation"]:
+            env = {name: value for name, value in config.env.items() if name != "observation"}
+            config = replace(config, env=env)  # the usual keys of the other agent
         if (config.task, config.has_partner) != (read.task, read.has_partner):
             raise ConfigError(
                 f"--task and --partner change what the settings in {str(start)!r} mean: put them into the file, with "

@@ -12,7 +12,7 @@ from typing import Any
 from agents.text_dqn.settings import MANY
 from agents.user_code import is_reference, replace_references
 from agents.zoo import AGENTS, MASK_AWARE, OBSERVATION, env_settings
-from textgen_env.config import MOST_ROWS, EnvConfig, check_in_range, check_seed, check_type, check_unicode
+from textgen_env.config import MOST_ROWS, EnvConfig, check_in_range, check_one_of, check_seed, check_type, check_unicode
 from textgen_env.conversation import UNLESS_SAID
 from textgen_env.errors import ConfigError
 from textgen_env.files import check_keys, parse_json
@@ -36,6 +36,9 @@ CONVERSATION_SETTINGS: Mapping[str, Any] = {**ENV_SETTINGS, **UNLESS_SAID, "min_
 
 FREE_IN_TASKS = ("observation", "reward_at", "on_illegal", "render_mode", "dtype", "reply_seconds")
 """Settings that leave a task the same problem."""
+
+OBJECTS = ("model", "prompts", "reward", "partner")
+"""Parts of a run that may be Python objects, or the user's own code."""
 
 NO_REWARD = "none"
 """The reward of a run with a partner whose rewards are all there are."""
@@ -101,6 +104,8 @@ class RunConfig:
         if "tensorboard_log" in self.agent_settings:  # any folder of the machine
             raise ConfigError("agent_settings cannot have tensorboard_log: the run's events are in its own folder")
         check_type("objects", self.objects, list, tuple)
+        for name in self.objects:
+            check_one_of("an entry of objects", name, OBJECTS)
         if self.prune is not None:
             from agents.pruning.methods import parse_pruning
 

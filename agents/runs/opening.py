@@ -11,10 +11,9 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents.runs.checkpoint import newest_checkpoint
-from agents.runs.config import RunConfig
+from agents.runs.config import OBJECTS, RunConfig
 from agents.runs.files import AGENT_FILE, CHECKPOINTS
 from agents.runs.parts import (
-    OBJECTS,
     load_objects,
     open_env,
     open_language_model,

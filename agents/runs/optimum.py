@@ -102,7 +102,7 @@ def estimated_optimum(rewards: Floats, beta: float) -> Optimum:
     reward_without = np.exp(_log_sum_without_each(weighted) - total_without)
     return Optimum(
         beta,
-        value=_jackknife(values, values_without),
+        value=np.minimum(_jackknife(values, values_without), rewards.max()),
         reward=_jackknife(reward, reward_without) + floor[:, 0],
         effective_samples=np.exp(2 * total - _log_sum(2 * weights)),
         gain_errors=np.sqrt((count - 1) * np.var(gain_without, axis=-1)),

@@ -7,22 +7,21 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from agents.runs.config import NO_REWARD, RunConfig, is_own_code
+from agents.runs.config import NO_REWARD, OBJECTS, RunConfig, is_own_code
 from agents.user_code import is_reference, load_code, replace_references
 from textgen_env.config import EnvConfig
-from textgen_env.errors import ConfigError, PromptError
+from textgen_env.errors import ConfigError, PromptError, TextGenError
 from textgen_env.evaluation import choose_prompts
 from textgen_env.models import load_language_model, load_pretrained
 from textgen_env.models.base import LanguageModel
-from textgen_env.prompts import ListPrompts, Prompt, PromptSource, make_prompts
+from textgen_env.prompts import ListPrompts, PromptSource, make_prompts
 from textgen_env.vector_env import TextGenVectorEnv
+
+VALIDATION_PROMPTS = 16
+"""Prompts, of those that an agent learns from, on which settings are chosen, at most."""
 
 FEWEST_TO_SPLIT = 20
 """Prompts; of fewer, the test prompts would be too few to say anything about."""
-
-
-OBJECTS = ("model", "prompts", "reward", "partner")
-"""Parts of a run that may be Python objects, or the user's own code."""
 
 
 def load_objects(config: RunConfig, names: Sequence[str] = OBJECTS) -> dict[str, Any]:
@@ -35,7 +34,8 @@ def load_objects(config: RunConfig, names: Sequence[str] = OBJECTS) -> dict[str,
     if "model" in names and is_own_code(config.model):
         if config.prune is not None:
             raise ConfigError(f"prune needs a model by name or in a folder, got the code {config.model!r}")
-        found["model"] = _called(load_code(str(config.model)))
+        model = load_code(str(config.model))
+        found["model"] = _made(model, str(config.model)) if inspect.isroutine(model) else model
     if "prompts" in names and is_own_code(config.prompts):
         found["prompts"] = load_code(config.prompts)
     if "reward" in names:
@@ -51,22 +51,29 @@ def load_instance(reference: str) -> Any:
     """Return the user's own reward or partner; of a class, an instance.
 
     Raises:
-        ConfigError: it cannot be imported, or the class cannot be called without arguments.
+        ConfigError: it cannot be imported, the class cannot be called without arguments, or it raised.
     """
     found = load_code(reference)
-    if not inspect.isclass(found):
-        return found
+    return _made(found, reference) if inspect.isclass(found) else found
+
+
+def _made(maker: Any, reference: str) -> Any:
+    """Return what the user's own class or function makes without arguments."""
     try:
-        return found()
+        inspect.signature(maker).bind()
     except TypeError as error:
         raise ConfigError(
-            f"{reference!r} is a class, and is made without arguments: {error}. Give those defaults, or name an "
-            "instance or a function"
+            f"{reference!r} is a {'class, and is made' if inspect.isclass(maker) else 'function, and is called'} "
+            f"without arguments: {error}. Give those defaults, or name an object"
         ) from error
-
-
-def _called(found: Any) -> Any:
-    return found() if inspect.isroutine(found) else found
+    except ValueError:  # it has no signature
+        pass
+    try:
+        return maker()
+    except TextGenError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{reference!r} raised {type(error).__name__}: {error}") from error
 
 
 def open_language_model(config: RunConfig) -> tuple[LanguageModel, str | None]:
@@ -151,9 +158,9 @@ def split_prompts(spec: Any, most: int, seed: int) -> tuple[PromptSource, Prompt
     return train, test, f"Prompts: {len(train)} to learn from, {len(test)} others, of other templates, to measure on."
 
 
-def validation_prompts(source: PromptSource, seed: int, most: int = 16) -> list[Prompt]:
-    """Return some of the prompts that an agent learns from, to choose settings on."""
+def some_prompts(source: PromptSource, most: int, seed: int) -> PromptSource:
+    """Return at most ``most`` of the prompts, chosen by ``seed``; of those that a function makes, the first ones."""
     try:
-        return list(choose_prompts(source, most, seed))
+        return choose_prompts(source, most, seed)
     except PromptError:  # a function's prompts never end
-        return [source[index] for index in range(most)]
+        return ListPrompts([source[index] for index in range(most)])

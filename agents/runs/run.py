@@ -34,7 +34,7 @@ from agents.runs.files import (
 )
 from agents.runs.log import RunLog
 from agents.runs.opening import PORTABLE_AGENTS, Run, load_run, load_writer, open_run
-from agents.runs.parts import open_env, validation_prompts
+from agents.runs.parts import VALIDATION_PROMPTS, open_env, some_prompts
 from agents.runs.pictures import draw_learning, draw_plane
 from agents.runs.progress import JobProgress
 from agents.runs.report import Report
@@ -317,7 +317,7 @@ def _learned(run: Run, log: RunLog, folder: Path) -> Run:
         with log:
             agent.learn(config.steps - done, log, log_interval=sys.maxsize, reset_num_timesteps=not done)
         if isinstance(agent, TextDQN):
-            some = validation_prompts(run.env.episodes.prompts, config.seed)
+            some = list(some_prompts(run.env.episodes.prompts, VALIDATION_PROMPTS, config.seed))
             chosen = agent.choose_beta(run.env, min(VALIDATED, config.eval_texts), config.seed, some)
             note = (
                 f"Acts as {chosen}; J = E[R] - {agent.target_beta:g} KL. Another beta than that of the training must "

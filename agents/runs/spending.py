@@ -23,7 +23,7 @@ from agents.baselines.guided import GuidedBestOfNAgent
 from agents.baselines.particles import ParticlesAgent
 from agents.baselines.values import value_source
 from agents.runs.optimum import share_of_optimal_gain
-from agents.runs.parts import validation_prompts
+from agents.runs.parts import VALIDATION_PROMPTS, some_prompts
 from agents.terminal import decimals_for
 from textgen_env.config import check_type
 from textgen_env.errors import ConfigError
@@ -191,7 +191,7 @@ def spend_each(
     """
     rewards, length = samples.by_prompt(samples.rewards), float(samples.lengths.mean())
     points = [point for n in counts for point in choices(rewards, n, beta, length)]
-    some = validation_prompts(env.episodes.prompts, seed) if counts else []
+    some = list(some_prompts(env.episodes.prompts, VALIDATION_PROMPTS, seed)) if counts else []
     for n in counts:
         points += spend(values, env, prompts, some, n, beta=beta, texts=texts, seed=seed, say=say)
     return points

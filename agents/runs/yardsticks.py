@@ -28,7 +28,7 @@ from textgen_env.files import read_json, write_file
 from textgen_env.models import cache_folder
 from textgen_env.models.base import LanguageModel
 from textgen_env.prompts import PromptSource
-from textgen_env.rewards import reward_spec
+from textgen_env.rewards import REWARDS, reward_spec
 from textgen_env.vector_env import TextGenVectorEnv
 
 MOST = 32
@@ -57,7 +57,9 @@ def known_or_measured(env: TextGenVectorEnv, prompts: PromptSource, watch: Watch
 def yardstick_file(env: TextGenVectorEnv, prompts: PromptSource, **settings: Any) -> Path | None:
     """Return where the yardstick of these is kept, None if plain data cannot say what it depends on."""
     model, reward = env.language_model, reward_spec(env.episodes.reward)
-    if env.episodes.partner is not None or reward is None or any(_is_path(text) for text in _strings(reward)):
+    if env.episodes.partner is not None or reward is None:
+        return None
+    if any(_is_path(text) or _is_own_reward(text) for text in _strings(reward)):
         return None
     weights = getattr(model, "model", None)
     if not isinstance(weights, nn.Module):
@@ -163,6 +165,11 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from _strings(part)
+
+
+def _is_own_reward(name: str) -> bool:
+    """Return True if the user registered a reward under this name: its code may change."""
+    return name in REWARDS and not REWARDS[name].__module__.startswith("textgen_env.")
 
 
 def _is_path(text: str) -> bool:

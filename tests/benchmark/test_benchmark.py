@@ -20,11 +20,11 @@ import pytest
 from forked import CONTEXT, Forked, textgen
 from typer.testing import CliRunner
 
-from agents.benchmark.cells import _open, run_cell
+from agents.benchmark.cells import CellResult, _open, run_cell
 from agents.benchmark.config import QUICK, BenchmarkConfig, Cell, task_ids
 from agents.benchmark.grid import read_cells, run_benchmark
 from agents.benchmark.pages import command_of, overall_table, write_report
-from agents.benchmark.results import RESULT_COLUMNS, compare_results, read_results, scores_by_agent
+from agents.benchmark.results import RESULT_COLUMNS, compare_results, read_results, scores_by_agent, write_results
 from agents.cli.app import app
 from textgen_env.errors import ConfigError, RunFolderError, UnknownName
 from textgen_env.tasks import make_task
@@ -297,6 +297,22 @@ def test_a_wrong_configuration_is_refused(changes, error, message):
 
 
 @pytest.mark.slow
+def test_an_endless_error_and_a_long_name_are_kept_short_enough_to_be_read(tmp_path):
+    endless = Cell("TextGen/Needle-v0", f"{'folder/' * 60}mine.py:Agent", 0)
+    assert len(endless.file.encode()) < 200
+    assert endless.file != endless._replace(seed=1).file
+    write_results(tmp_path / "results.csv", [CellResult(endless, "failed", "0 " * 200_000)])
+    (row,) = read_results(tmp_path)
+    assert (row["agent"], row["status"], row["error"][:4]) == (endless.agent, "failed", "0 0 ")
+    lines = (tmp_path / "results.csv").read_text().replace(",status,", ",state,")
+    (tmp_path / "other.csv").write_text(lines)
+    with pytest.raises(RunFolderError, match="it has no column 'status'"):
+        read_results(tmp_path / "other.csv")
+    (tmp_path / "other.csv").write_text(lines + f'"{"0" * 200_000}"')
+    with pytest.raises(RunFolderError, match="does not hold the results of a benchmark"):
+        read_results(tmp_path / "other.csv")
+
+
 def test_two_agents_and_two_results_can_be_compared(done):
     ((name, found),) = compare_results("text_dqn", "sample", done)
     assert name == "text_dqn against sample"

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from agents.cli.app import app
 from agents.cli.train import INTERRUPTED, WHERE
+from agents.runs.config import RunConfig
 from agents.zoo import OBSERVATION
 from textgen_env.models import MODEL_NAMES
 from textgen_env.openings import OPENINGS
@@ -285,6 +286,42 @@ def test_evaluations_keep_what_was_tempered_and_refuse_before_they_measure(run, 
         result = textgen(*command, *options)
         assert (result.exit_code, said in result.stderr) == (2, True), result.output
     assert (folder / "run" / "evaluation" / "summary.json").read_text() == summary
+
+
+def test_texts_that_nobody_judges_are_drawn_by_weight_whatever_was_tempered(run, folder, monkeypatch):
+    from agents.baselines.particles import ParticlesAgent
+
+    drawn, init = [], ParticlesAgent.__init__
+    monkeypatch.setattr(ParticlesAgent, "__init__", lambda *a, **kw: (drawn.append(kw), init(*a, **kw))[1])
+    monkeypatch.setattr(
+        "agents.runs.spending.tempered_settings", lambda folder, n: {"pick": "best", "trust": 0.5, "threshold": 0.5}
+    )
+    for options in ([], ["--no-judge"]):
+        assert textgen("generate", folder / "run", "--prompt", "the film", "--particles", 2, *options).exit_code == 0
+    assert [(kw["pick"], kw["trust"]) for kw in drawn] == [("best", 0.5), ("weight", 0.5)]
+
+
+@pytest.mark.slow
+def test_each_prompt_of_a_task_is_begun_with_in_its_turn(tmp_path):
+    sizes = ("--steps", 64, "--texts", 2, "--samples", 2)
+    made = textgen("train", "--task", "StarGraph", "--out", tmp_path / "run", *sizes)
+    assert made.exit_code == 0, made.output
+    prompts = ("--prompt", "e:", "--prompt", "a:", "--prompt", "e:")
+    texts = json.loads(textgen("generate", tmp_path / "run", *prompts, "--num", 3, "--json").stdout)
+    assert [text["prompt"] for text in texts] == ["e:", "a:", "e:"]
+    unknown = textgen("generate", tmp_path / "run", "--prompt", "a:", "--prompt", "a:a1", "--num", 2)
+    assert (unknown.exit_code, "the prompt 'a:a1' has" in unknown.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_a_configuration_of_another_agent_has_the_usual_observation_of_this_one(run, folder):
+    result = textgen(
+        *("train", "--config", folder / "run" / "config.json", "--agent", "dqn", "--out", folder / "dqn"),
+        *("--prune", "none", "--steps", 64),
+    )
+    assert result.exit_code == 0, result.output
+    plain = RunConfig(agent="dqn", env={}).env["observation"]
+    assert json.loads((folder / "dqn" / "config.json").read_text())["env"]["observation"] == plain
 
 
 @pytest.mark.parametrize(

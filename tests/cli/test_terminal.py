@@ -16,7 +16,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from agents.cli.app import app
-from agents.terminal import decimals_for, markdown_cell, say, status_text, table_of
+from agents.tables import show_table
+from agents.terminal import decimals_for, markdown_cell, open_console, say, status_text, table_of
 from textgen_env.terminal import printable
 
 NASTY = "a\x1b[2J\x9b31m\rb\x00\x07[red]c[/b]\u202ed\ud800"
@@ -48,6 +49,13 @@ def shown_by(use, **options):
     file = io.StringIO()
     use(Console(file=file, width=40, **options))
     return file.getvalue()
+
+
+def test_a_terminal_without_a_width_is_shown_what_others_are(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "0")
+    show_table(open_console(), table_of(["name"], [["a cell"]]))
+    say(open_console(), "a line")
+    assert capsys.readouterr().out.split() == ["name", "a", "cell", "a", "line"]
 
 
 @pytest.mark.parametrize("options", [{}, {"force_terminal": True, "color_system": None}, {"markup": True}])

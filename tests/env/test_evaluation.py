@@ -164,6 +164,15 @@ def test_the_bootstrap_agrees_with_the_normal_interval_within_prompts():
     assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.1)
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_few_texts_a_prompt_are_taken_for_few(count):
+    """The mean deviates by what statistics says, whose variance divides by one less than there are."""
+    values = np.random.default_rng(1).normal(size=(400, count))
+    low, high = bootstrap_interval(values)
+    deviation = math.sqrt(values.var(axis=1, ddof=1).mean() / values.size)
+    assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.1)
+
+
 def test_with_one_text_a_prompt_the_bootstrap_redraws_prompts():
     low, high = bootstrap_interval(np.arange(100.0)[:, None])
     assert (high - low) / 2 == pytest.approx(1.96 * np.arange(100.0).std() / 10, rel=0.1)

@@ -7,18 +7,21 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+from forked import CONTEXT
 from typer.testing import CliRunner
 
 from agents.cli.app import app
 from agents.runs.config import RunConfig
 from agents.runs.run import load_run, resume, train
 from agents.runs.stored import kept_prompts, located, portable, read_config
-from agents.user_code import KNOWN_CODE_FILE, is_reference, load_code, remember, replace_references
+from agents.user_code import KNOWN_CODE_FILE, identify, is_reference, load_code, remember, replace_references
 from textgen_env.errors import ConfigError, RewardError
 from textgen_env.prompts import make_prompts
+from textgen_env.rewards import Generation, make_reward
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 SCORE = """
@@ -127,6 +130,75 @@ def test_a_class_is_made_once_and_its_instance_judges(project):
     refused = textgen(*of_model, "judges.py:Needs")
     assert refused.exit_code == 2
     assert "is a class, and is made without arguments" in refused.stderr
+
+
+def test_what_raises_while_it_is_made_is_one_line(project):
+    Path("judges.py").write_text(
+        "class Lost:\n    def __init__(self): self.words = open('no words.txt').read()\n"
+        "class Counts:\n    def __init__(self): self.size = len(5)\n"
+        "def model(): raise OSError('no disk')\n"
+    )
+    for option, name, said in (
+        ("--reward", "Lost", "raised FileNotFoundError: [Errno 2]"),
+        ("--reward", "Counts", "raised TypeError: object of type 'int' has no len()"),
+        ("--model", "model", "raised OSError: no disk"),
+    ):
+        others = () if option == "--model" else ("--model", "model")
+        refused = textgen("generate", option, f"judges.py:{name}", *others, "--prompt", "the film")
+        assert (refused.exit_code, refused.exception.__class__) == (2, SystemExit)
+        assert f"'judges.py:{name}' {said}" in refused.stderr
+
+
+def test_a_module_of_the_current_folder_goes_before_one_of_another_that_was_named(tmp_path, monkeypatch):
+    for name, worth in (("first", 1.0), ("second", 2.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"judges_of_{tmp_path.name}.py").write_text(f"def score(text): return {worth}")
+    reference = f"judges_of_{tmp_path.name}:score"
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path / "first")
+    remember([reference])
+    assert identify(reference).file.parent.name == "first"
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.startswith(str(tmp_path))])
+    monkeypatch.chdir(tmp_path)
+    assert identify(reference).file.parent.name == "first"  # nothing is here: where it was found before
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.startswith(str(tmp_path))])
+    monkeypatch.chdir(tmp_path / "second")
+    assert identify(reference).file.parent.name == "second"
+    assert load_code(reference)("") == 2.0
+    assert identify(reference).file == Path(sys.modules[reference.partition(":")[0]].__file__)
+
+
+def _remember(folder, name, barrier):
+    os.environ["TEXTGEN_CACHE"] = str(folder)
+    barrier.wait()
+    remember([f"{folder / name}:score"])
+
+
+def test_code_that_several_processes_name_at_once_is_all_known(tmp_path):
+    names = [f"judge_{number}.py" for number in range(4)]
+    for name in names:
+        (tmp_path / name).write_text("def score(text): return 1.0")
+    barrier = CONTEXT.Barrier(len(names))
+    processes = [CONTEXT.Process(target=_remember, args=(tmp_path, name, barrier)) for name in names]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    known = json.loads((tmp_path / KNOWN_CODE_FILE).read_text())
+    assert sorted(Path(reference.rpartition(":")[0]).name for reference in known) == names
+
+
+@pytest.mark.slow
+def test_a_changed_function_takes_its_own_place_in_a_mix(project):
+    Path("half.py").write_text("def score(text): return 0.5")
+    train_("--reward", '[["length", 1], ["half.py:score", 2]]', out="runs/mix")
+    Path("half.py").write_text("def score(text): return 0.25")
+    texts = ("generate", "runs/mix", "--prompt", "the film", "--json", "--reward")
+    answer = textgen(*texts, "half.py:score")
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)
+    lengths = make_reward("length")([Generation("the film", text["completion"]) for text in found])
+    assert [text["reward"] for text in found] == pytest.approx(lengths + 2 * 0.25)
 
 
 def test_a_run_with_its_own_reward_is_recorded(project, named):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from agents.runs.config import RunConfig
 from agents.runs.run import open_run
 from agents.runs.yardsticks import read_yardstick, write_yardstick, yardstick_file
 from textgen_env.models.hf import HFModel
+from textgen_env.rewards import REWARDS, Reward
 
 CONFIG = RunConfig(
     model=None,
@@ -110,6 +111,22 @@ def test_a_function_as_reward_or_a_file_in_it_is_measured_anew(model, tmp_path, 
     (tmp_path / "film").write_text("a file that a reward may read")
     monkeypatch.chdir(tmp_path)
     assert yardstick_file(run.scoring_env(), run.test_prompts) is None
+
+
+def test_a_reward_that_the_user_registered_is_measured_anew(model, monkeypatch):
+    monkeypatch.setattr(REWARDS, "_entries", {**REWARDS})
+    REWARDS.register("mine")(Mine)
+    for reward in ("mine", {"mine": 1.0, "length": 0.5}):
+        run = opened(model, reward=reward)
+        assert yardstick_file(run.scoring_env(), run.test_prompts) is None
+
+
+@dataclass(frozen=True)
+class Mine(Reward):
+    name = "mine"
+
+    def __call__(self, generations):
+        return np.array([len(generation.completion) for generation in generations], float)
 
 
 @pytest.mark.parametrize(
