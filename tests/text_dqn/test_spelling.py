@@ -11,8 +11,10 @@ from test_scorer import finished_scores, judged, of_texts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from agents.text_dqn.features import KnownTokens, texts_of_tokens
+from agents.text_dqn.echoes import Echoes
+from agents.text_dqn.features import FOLDS, KnownTokens, design_of, texts_of_tokens
 from agents.text_dqn.outlook import Visited
+from agents.text_dqn.ridge import Fitted
 from agents.text_dqn.scorer import TextScorer
 from agents.text_dqn.spelling import CLASSES, COUNTED, LETTERED, classes, counted, folded, last_word, spelling
 from textgen_env.models.hf import HFModel
@@ -128,11 +130,18 @@ def texts(reward, seed=0):
     return judged(tokens, lambda row: reward([TOKENS[token] for token in row]))
 
 
-def fitted(found, spelled=True):
+def described():
+    """A scorer that knows how the tokens are written, and nothing of rewards."""
     scorer = TextScorer(len(TOKENS), LENGTH)
     scorer.characters.copy_(torch.tensor([float(len(text)) for text in TOKENS]))
     scorer.classes.copy_(torch.from_numpy(classes(TOKENS)))
     scorer.counted.copy_(torch.from_numpy(counted(TOKENS, classes(TOKENS)[0])))
+    scorer.folded.copy_(torch.from_numpy(folded(TOKENS)))
+    return scorer
+
+
+def fitted(found, spelled=True):
+    scorer = described()
     scorer.counted[:, COUNTED:] *= spelled
     tokens = torch.from_numpy(found.tokens[:100])
     candidates = tokens.unsqueeze(-1).repeat(1, 1, 2)
@@ -141,6 +150,33 @@ def fitted(found, spelled=True):
     for count in (TEXTS // 4, TEXTS // 2, TEXTS):  # as an agent does
         scorer.fit(found.rows(slice(count)), known, states, BETA)
     return scorer
+
+
+@pytest.mark.parametrize("fold", range(FOLDS))
+def test_a_text_token_by_token_is_worth_what_the_regression_says_whatever_its_weights(fold):
+    """Two ways to one number: features of whole texts times weights, and what each token adds by what is before it."""
+    rng, count, end = np.random.default_rng(7), 200, len(TOKENS) - 1
+    tokens = rng.integers(0, end, (count, LENGTH))
+    tokens = np.take_along_axis(tokens, rng.integers(0, LENGTH, tokens.shape), 1)  # a text repeats some of them
+    lengths = rng.integers(1, LENGTH + 1, count)
+    tokens[np.arange(count), lengths - 1] = np.where(lengths < LENGTH, end, tokens[:, -1])
+    found = judged(tokens, np.sum)._replace(lengths=lengths, echoes=rng.random(tokens.shape) < 0.3)
+    known = KnownTokens(rng.normal(size=(len(TOKENS), 80)).astype(np.float32), spelling(TOKENS))
+    scorer = described()
+    scorer.find_stops(found)
+    scorer.middle.fill_(3)
+    design, _ = design_of(found, known, scorer.characters.numpy(), scorer.kinds, 3)
+    weights, biases = rng.normal(size=(FOLDS, len(design.scales))), rng.normal(size=FOLDS)
+    weights[:, design.groups["length"]] = 0.0  # these go into the potential
+    nothing = np.zeros(count)
+    scorer.take_weights(design, Fitted(weights, biases, nothing, nothing, 0.1, 0.0), known)
+    last = torch.from_numpy(lengths - 1)[:, None]
+    everything, echoes = torch.from_numpy(tokens), torch.from_numpy(found.echoes)
+    ids, echoed = (of.gather(1, last)[:, None] for of in (everything, echoes))
+    index, _, more, _ = scorer.sums(torch.full((count,), fold), everything, last, ids, Echoes(echoes, echoed))
+    expected = design.times(weights[fold]) + biases[fold]
+    np.testing.assert_allclose(index[:, 0] + more[:, 0, 0], expected, atol=1e-4)
+    assert np.abs(expected).max() > 10  # of 25 kinds of features
 
 
 SURFACE = {
