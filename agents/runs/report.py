@@ -251,8 +251,8 @@ class Yardstick:
             )
         if self.is_saturated:
             share = (
-                f"Already saturated: the optimal gain, {gain}, is within its own error, so no shares of it are shown. "
-                "A smaller beta, a harder reward or more --samples would tell more."
+                f"Already saturated: the optimal gain, {gain}, is within {SURE:g} of its standard errors, so no shares "
+                "of it are shown. A smaller beta, a harder reward or more --samples would tell more."
             )
         notes = [f"J = reward - {self.beta:g} KL. {share}"]
         if self.lookahead and sees and sees != SEEN[LOOKAHEAD]:
@@ -364,14 +364,16 @@ def report_notes(report: Report) -> list[str]:
 def _figures(row: ReportLine, decimals: int) -> tuple[str, ...]:
     """Return the cells of a line of the table, after its name; reward and J with ``decimals``."""
     half = None if row.reward_low is None or row.reward_high is None else (row.reward_high - row.reward_low) / 2
-    at_least = "≥ " if row.kl_at_most else ""
+    value, share = _shown(row.value, f".{decimals}f"), _shown(row.share, ".0%")
+    if row.kl_at_most:
+        value, share = (text if text == "–" else f"≥ {text}" for text in (value, share))
     return (
         f"{row.reward:.{decimals}f}" + ("" if half is None else f" ±{half:.{decimals}f}"),
         ("≤ " if row.kl_at_most else "") + _shown(row.kl, ".1f"),
         _shown(row.likelihood, ".2f"),
         _shown(row.distinct_2, ".2f"),
-        at_least + _shown(row.value, f".{decimals}f"),
-        "< -100%" if (row.share or 0) < -1 else at_least + _shown(row.share, ".0%"),
+        value,
+        "< -100%" if (row.share or 0) < -1 else share,
     )
 
 

@@ -97,6 +97,14 @@ def test_a_constant_reward_is_said_to_be_one():
     assert not any("e-" in note for note in notes)
 
 
+def test_shares_of_a_gain_within_three_of_its_errors_are_not_shown():
+    report = report_of(lambda text: 0.1, 0.1, samples=33)
+    assert "is within 3 of its standard errors, so no shares of it are shown" in report.notes[0]
+    shown = shown_of(report)
+    assert "best of 16 samples" in shown
+    assert {cells[-1] for cells in shown.values()} == {"–"}
+
+
 def test_small_rewards_are_shown_with_three_digits_and_others_with_two_decimals():
     usual, small = (
         report_of(lambda text, unit=unit: unit * text.count("a"), 0.1 * unit, samples=1024) for unit in (1.0, 1e-4)
