@@ -186,7 +186,7 @@ class Contributions(nn.Module):
 
     def _by_count(self, fold: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor, past: Past) -> torch.Tensor:
         """Return what ids add as the first, the second, ... of a kind, and as words of a number."""
-        counts = past.counts.gather(1, steps.expand(-1, -1, past.counts.shape[2]))
+        counts = past.counts.gather(1, steps.expand(-1, -1, past.counts.shape[2])).long()
         row = fold * counts.shape[2] + torch.arange(counts.shape[2], device=ids.device)
         next_ones = at(self.count, row * OCCURRENCES + counts).unsqueeze(-1)  # (B, S, COUNTED + LETTERED, 1)
         word = fold * NUMBERED + counts[..., :1].clamp(max=NUMBERED - 1)

@@ -99,7 +99,7 @@ class Past(NamedTuple):
     def of(cls, tokens: torch.Tensor, of_tokens: TokenKinds) -> Past:
         """Return it for tokens (B, T)."""
         classes, counted, folded = of_tokens
-        words, counts = last_word(tokens, classes), counted[tokens].cumsum(1).clamp(max=OCCURRENCES - 1).long()
+        words, counts = last_word(tokens, classes), counted[tokens].cumsum(1).clamp(max=OCCURRENCES - 1).to(torch.int16)
         return cls(
             first_occurrences(tokens),
             functional.pad(words, (1, 0)),
@@ -148,11 +148,13 @@ def design_of(
         sparse[kind] = np.where(begun, begin[kind] + before * CLASSES + word, padding)
         alike.append(np.where(begun & (word == before), begin["alike"] + number, padding))
     sparse["alike"] = np.concatenate(alike, 1)
-    numbers = begin["count"] + np.arange(COUNTED + LETTERED) * OCCURRENCES + past.counts[:, :-1].numpy()
-    numbers = np.where((kinds.counted.numpy()[tokens] > 0) & inside[:, :, None], numbers, padding)
+    counts, counted = past.counts[:, :-1].numpy(), kinds.counted.numpy() > 0
     for kind, part in (("count", slice(COUNTED)), ("letter", slice(COUNTED, None))):
-        sparse[kind] = numbers[:, :, part].reshape(len(tokens), -1)
-    place = np.minimum(past.counts[:, :-1, 0].numpy(), NUMBERED - 1)
+        which, has = _those_that_are(counted[:, part])
+        numbers = begin[kind] + which[tokens] * OCCURRENCES + np.take_along_axis(counts[:, :, part], which[tokens], 2)
+        numbers = np.where(has[tokens] & inside[:, :, None], numbers, padding)
+        sparse[kind] = numbers.reshape(len(tokens), -1)
+    place = np.minimum(counts[:, :, 0], NUMBERED - 1).astype(np.int64)
     sparse["acrostic"] = np.where(inside & (words[0] > 0), begin["acrostic"] + place * CLASSES + words[0], padding)
     length = (characters[tokens] * inside).sum(1)
     marks = (float(length.mean()), float(length.std()) + 1e-6)
@@ -165,6 +167,13 @@ def design_of(
         "length": hats(length, marks),
     }
     return Design.of(sparse, dense, padding), marks
+
+
+def _those_that_are(flags: npt.NDArray[np.bool_]) -> tuple[Indices, npt.NDArray[np.bool_]]:
+    """Return where flags (V, c) are set in each row, (V, the most that are in one), and False behind the last one."""
+    most = int(flags.sum(1).max())
+    places = np.argsort(~flags, axis=1, kind="stable")[:, :most]
+    return places, np.take_along_axis(flags, places, 1)
 
 
 def layout(vocabulary: int) -> tuple[dict[str, int], int]:
