@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from textgen_env.errors import ConfigError, TextGenError
-from textgen_env.files import read_json, waiting_for, write_file
+from textgen_env.files import locked, read_json, write_file
 from textgen_env.models.hub import cache_folder
 from textgen_env.registry import unknown_name
 
@@ -78,10 +78,10 @@ def identify(reference: str) -> FoundCode:
     except (ImportError, ValueError):
         spec = None
     origin = None if spec is None else getattr(spec.loader_state, "filename", None) or spec.origin
-    known = _known().get(reference)
-    if known is not None and (not origin or not Path(origin).is_file()):
-        return _found(Path(known["file"]), reference)  # says that it is gone
     if not origin or not Path(origin).is_file():
+        known = _known().get(reference)
+        if known is not None:
+            return _found(Path(known["file"]), reference)  # says that it is gone
         raise ConfigError(f"{reference!r} names no module that can be imported; name a file: FILE.py:NAME")
     folder = Path(origin).parent
     inner = folder.joinpath(*place.split(".")[1:])
@@ -149,7 +149,7 @@ def remember(references: Sequence[str]) -> None:
     if not references:
         return
     named = {_key(reference): identify(reference) for reference in references}
-    with suppress(TextGenError), waiting_for(cache_folder(), f"{KNOWN_CODE_FILE}.lock"):
+    with suppress(TextGenError), locked(cache_folder(), f"{KNOWN_CODE_FILE}.lock", wait=True):
         known = _known()  # as other processes have left it
         for key, found in named.items():
             before = known[key]["sha256"] if key in known else []
@@ -236,12 +236,11 @@ def _make_importable(place: str) -> None:
     top = place.partition(".")[0]
     known = [Path(entry["file"]) for name, entry in _known().items() if name.rpartition(":")[0] == place]
     before = [file.parents[place.count(".") + (file.name == "__init__.py")] for file in known]
-    for folder in (None, Path.cwd(), *before):
-        if folder is not None:
-            _search(folder)
+    for folder in (Path.cwd(), *before):
         with suppress(ImportError, ValueError):
             if top in sys.modules or importlib.util.find_spec(top) is not None:
                 return
+        _search(folder)
 
 
 def _search(folder: Path) -> None:

@@ -255,7 +255,7 @@ def bootstrap_interval(
     """Return a percentile bootstrap interval for the mean of ``values`` (P, n).
 
     Texts are redrawn within each prompt, so the interval speaks of these prompts. With one text a
-    prompt, prompts are redrawn. Redrawn from n texts, a mean varies by n - 1 / n of what it should: that is mended.
+    prompt, prompts are redrawn. Redrawn from n texts, a mean varies by (n - 1) / n of what it should: that is mended.
     """
     if values.shape[1] == 1:
         values = values.T

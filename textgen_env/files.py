@@ -18,9 +18,8 @@ import math
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +91,18 @@ def whole_folder(path: str | os.PathLike[str], failures: tuple[type[Exception], 
 
 
 @contextmanager
-def locked(folder: str | os.PathLike[str], name: str = LOCK_FILE) -> Iterator[None]:
+def locked(folder: str | os.PathLike[str], name: str = LOCK_FILE, wait: bool = False) -> Iterator[None]:
     """Hold ``folder`` for this process; make it if need be. A killed process holds nothing any more.
 
     Args:
         name: Of the lock file in it, which is deleted in the end.
+        wait: For another process that holds it: it is soon done.
 
     Raises:
         RunFolderError: another process holds it, or it cannot be written to.
     """
     path = Path(folder) / name
-    descriptor = _lock(path)
+    descriptor = _lock(path, wait)
     try:
         yield
     finally:
@@ -111,27 +111,7 @@ def locked(folder: str | os.PathLike[str], name: str = LOCK_FILE) -> Iterator[No
         os.close(descriptor)
 
 
-@contextmanager
-def waiting_for(folder: str | os.PathLike[str], name: str, seconds: float = 5.0) -> Iterator[None]:
-    """Hold ``folder`` as ``locked`` does, after waiting for another process that holds it.
-
-    Raises:
-        RunFolderError: it is held for longer, or cannot be written to.
-    """
-    until = time.monotonic() + seconds
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(locked(folder, name))
-                break
-            except RunFolderError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.02)
-        yield
-
-
-def _lock(path: Path) -> int:
+def _lock(path: Path, wait: bool) -> int:
     """Return the descriptor of the lock file, locked."""
     try:
         import fcntl
@@ -145,7 +125,7 @@ def _lock(path: Path) -> int:
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     return descriptor
             except FileNotFoundError:

@@ -217,9 +217,10 @@ def _of_run(run: Path, agent: Agent, particles: int, judge: bool) -> dict[str, A
     from agents.baselines.particles import usual_pick
     from agents.runs.spending import tempered_settings
 
-    usual = usual_pick(particles, judge)
-    tempered = tempered_settings(run / "evaluation", particles) or {"pick": usual}
-    return {"values": agent, **tempered, **({} if judge else {"pick": usual})}
+    tempered = tempered_settings(run / "evaluation", particles)
+    if not tempered or not judge:
+        tempered["pick"] = usual_pick(particles, judge)
+    return {"values": agent, **tempered}
 
 
 def _cost(written: Sequence[Mapping[str, Any]], particles: int) -> str:
