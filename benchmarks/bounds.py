@@ -6,6 +6,7 @@ Whatever comes out was written within the candidates, so its reward is a lower b
 
     python -m benchmarks.bounds                    # all language tasks; writes textgen_env/tasks/bounds.json
     python -m benchmarks.bounds --tasks TextGen/Sentiment-v0 --sizes length=40     # adds one more
+    python -m benchmarks.bounds --tasks TextGen/GuessNumber-v0 --sizes model=smollm2     # a game in words
     python -m benchmarks.bounds --table            # the tables of docs/tasks.md, without a search
 """
 
@@ -22,7 +23,7 @@ from tqdm import trange
 
 import textgen_env
 from agents.baselines.one_step import SampleAgent
-from textgen_env.evaluation import evaluate
+from textgen_env.evaluation import Evaluation, evaluate
 from textgen_env.files import read_json, write_file
 from textgen_env.policies import sample
 from textgen_env.tasks import TASKS, Task, make_task
@@ -101,21 +102,29 @@ class Search:
 
 def bounds_of(task: Task, search_texts: int, texts: int, rows: int, seed: int) -> dict[str, Any]:
     """Return the entry of ``bounds.json`` for ``task``."""
+    if task.partner is not None:  # a game in words: no play is better than the best one with the game's own tokens
+        env = task.make_vec(rows, observation=("logprobs", "action_mask"))
+        game = {name: value for name, value in task.sizes.items() if name != "model"}
+        played = evaluate(SampleAgent(), env, texts, seed, task.test_prompts)
+        return _entry(task, played, make_task(task.id, **game).bounds().best, 0)
     search = Search(task, rows, seed)
     search.plant_references()
     with trange(0, search_texts, rows, desc=task.id, unit="text", unit_scale=rows) as rounds:
         for _ in rounds:
             search.step()
             rounds.set_postfix(best=f"{search.best:.3f}")
-    sampled = evaluate(SampleAgent(), search.env, texts, seed, task.test_prompts)
+    return _entry(task, evaluate(SampleAgent(), search.env, texts, seed, task.test_prompts), search.best, search_texts)
+
+
+def _entry(task: Task, sampled: Evaluation, best: float, searched: int) -> dict[str, Any]:
     return {
         "id": task.id,
         "sizes": dict(task.sizes),
         "language_model": round(sampled.reward, 6),
-        "best": round(search.best, 6),
+        "best": round(best, 6),
         "standard_error": round(float(sampled.rewards.std() / len(sampled.rewards) ** 0.5), 6),
         "texts": len(sampled.rewards),
-        "searched": search_texts,
+        "searched": searched,
     }
 
 
@@ -155,7 +164,8 @@ def main() -> None:
     for id in given.tasks:
         found = bounds_of(make_task(id, **sizes), given.search, given.texts, given.rows, given.seed)
         entries = [e for e in entries if (e["id"], e["sizes"]) != (id, found["sizes"])] + [found]
-        lines = ",\n".join(f"  {json.dumps(entry)}" for entry in sorted(entries, key=lambda e: names.index(e["id"])))
+        entries.sort(key=lambda entry: list(TASKS).index(entry["id"]))
+        lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
         text = f'{{"made_by": "python -m benchmarks.bounds", "bounds": [\n{lines}\n]}}\n'
         write_file(PATH, text)
 

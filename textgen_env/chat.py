@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from textgen_env.conversation import Conversation, Partner, Reply, make_partner
 from textgen_env.errors import ConfigError, PartnerError
-from textgen_env.models.base import LanguageModel
+from textgen_env.models.base import LanguageModel, special_ids
 from textgen_env.prompts import apply_template
 from textgen_env.rewards.base import Turn, shorten
 
@@ -90,7 +90,7 @@ class ChatPartner(Partner):
                 f"the chat template ends a turn with {shorten(self._closing)}, and model {model.name!r} with "
                 f"{' or '.join(map(repr, ends))}: add the template's token to model.generation_config.eos_token_id"
             )
-        return tuple({*self.tokenizer.all_special_ids, *model.end_ids} - {closing})
+        return tuple({*special_ids(self.tokenizer), *model.end_ids} - {closing})
 
     def _prompt(self, conversation: Conversation) -> str:
         plain = conversation.metadata.get("prompt")

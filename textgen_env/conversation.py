@@ -178,7 +178,16 @@ class Talk:
     ) -> None:
         self.partner, self.config, self.model, self.slots, self.state = partner, config, model, slots, state
         if never := partner.never_said(model):
-            slots.suppressed = (*slots.suppressed, *never)  # type: ignore[attr-defined]  # of a model with a tokenizer
+            own = getattr(slots, "suppressed", None)
+            if own is None:
+                raise ConfigError(f"partner {partner.name!r} forbids tokens, and model {model.name!r} proposes any")
+            slots.suppressed = (*own, *never)  # type: ignore[attr-defined]
+            left = model.vocab_size - len({*slots.suppressed, *model.end_ids})  # type: ignore[attr-defined]
+            if left < (slots.k or 1):
+                raise ConfigError(
+                    f"partner {partner.name!r} leaves {left} of {model.vocab_size} tokens to be said: top_k must be "
+                    f"at most {left}, got {slots.k}"
+                )
         self._turn_budget = config.max_turn_tokens or config.max_new_tokens
         self._around = list(model.encode(""))  # what the tokenizer puts before and behind every text
 

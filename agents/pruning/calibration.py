@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from textgen_env.errors import ConfigError
+from textgen_env.models.forward import no_cache
 from textgen_env.models.hf import positions_of
 
 CALIBRATED = 128
@@ -116,7 +117,7 @@ def _run(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
     was_training = model.training
     model.eval()  # dropout would blur the measurement
     for ids in batches:
-        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), **no_cache(model.base_model))
     model.train(was_training)
 
 

@@ -136,12 +136,12 @@ def _wanda(model: PreTrainedModel, amount: float, calibration: Calibration) -> N
 # --- removing structure, a smaller model
 
 FFN_LAYOUTS = (
-    # the layers that make the channels, the layer that reads them, their number in the config
-    (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "intermediate_size"),  # Llama, Mistral, Qwen, Gemma
-    (("mlp.c_fc",), "mlp.c_proj", "n_inner"),  # GPT-2
-    (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", "intermediate_size"),  # GPT-NeoX
-    (("fc1",), "fc2", "ffn_dim"),  # OPT
-    (("intermediate.dense",), "output.dense", "intermediate_size"),  # BERT, RoBERTa
+    # the layers that make the channels, the layer that reads them, names of their number in the config
+    (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", ("intermediate_size",)),  # Llama, Mistral, Qwen, Gemma
+    (("mlp.c_fc",), "mlp.c_proj", ("intermediate_size", "n_inner")),  # StarCoder 2, GPT-2
+    (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", ("intermediate_size", "ffn_hidden_size")),  # GPT-NeoX, Falcon
+    (("fc1",), "fc2", ("ffn_dim", "decoder_ffn_dim")),  # OPT, BART
+    (("intermediate.dense",), "output.dense", ("intermediate_size",)),  # BERT, RoBERTa
 )
 
 
@@ -153,32 +153,40 @@ PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 def _ffn(model: PreTrainedModel, amount: float, calibration: Calibration) -> None:
     """Remove the feed-forward channels that carry the least energy into the residual stream."""
     blocks = transformer_blocks(model)
-    layout = next((layout for layout in FFN_LAYOUTS if _has(blocks[0], *layout[0], layout[1])), None)
-    if layout is None:
+    known = [layout for layout in FFN_LAYOUTS if all(_has(block, *layout[0], layout[1]) for block in blocks)]
+    if not known:
         raise ModelError(
-            f"method 'ffn' does not know the feed-forward layers of {type(model).__name__}; it knows "
-            f"{', '.join(' + '.join((*makers, reader)) for makers, reader, _ in FFN_LAYOUTS)}"
+            f"method 'ffn' does not know the feed-forward layers of {type(model).__name__}, or not of each layer; it "
+            f"knows {', '.join(' + '.join((*makers, reader)) for makers, reader, _ in FFN_LAYOUTS)}"
         )
-    makers, reader, key = layout
+    makers, reader, keys = known[0]
     readers = {str(i): _linear(block, reader) for i, block in enumerate(blocks)}
     channels = weight_rows(readers["0"]).shape[1]
     removed = _count("ffn", amount, channels, "channels")
+    key = next((name for name in keys if _entry(model.config, name) == channels), keys[-1])
+    if isinstance(_entry(model.config, key), list | tuple):
+        raise ModelError(
+            f"{type(model).__name__} has several {key}, one a layer, and method 'ffn' cuts all layers alike"
+        )
     config = _changed_config(model, "ffn", {key: channels - removed})
 
     energy = input_energy(model, readers, calibration())
-    for i, block in enumerate(blocks):
-        kept = _largest(output_energy(readers[str(i)], energy[str(i)]), channels - removed)
-        for maker in makers:
-            _keep(_linear(block, maker), kept, outputs=True)
-        _keep(readers[str(i)], kept, outputs=False)
-    _adopt(model, config)
+    kept = [_largest(output_energy(readers[i], energy[i]), channels - removed) for i in readers]
+
+    def cut(blocks: nn.ModuleList) -> None:
+        for block, own in zip(blocks, kept, strict=True):
+            for maker in makers:
+                _keep(_linear(block, maker), own, outputs=True)
+            _keep(_linear(block, reader), own, outputs=False)
+
+    _cut(model, "ffn", config, cut)
 
 
 @METHODS.register("heads")
 def _heads(model: PreTrainedModel, amount: float, calibration: Calibration) -> None:
     """Remove whole key-value groups: a key head, a value head, and the query heads that read them."""
     blocks, config = transformer_blocks(model), model.config
-    head_dim = _head_dim(model, blocks[0])
+    head_dim = _head_dim(model, blocks)
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     queries = config.num_attention_heads // groups  # query heads a group
     kept_groups = groups - _count("heads", amount, groups, "key-value groups")
@@ -188,33 +196,35 @@ def _heads(model: PreTrainedModel, amount: float, calibration: Calibration) -> N
 
     readers = {str(i): _linear(block, "self_attn.o_proj") for i, block in enumerate(blocks)}
     energy = input_energy(model, readers, calibration())
-    for i, block in enumerate(blocks):
-        per_group = output_energy(readers[str(i)], energy[str(i)]).view(groups, -1).sum(1)
-        kept = _largest(per_group, kept_groups)
-        wide = torch.arange(groups * queries * head_dim).view(groups, -1)[kept].flatten()
-        narrow = torch.arange(groups * head_dim).view(groups, -1)[kept].flatten()
-        _keep(_linear(block, "self_attn.q_proj"), wide, outputs=True)
-        _keep(_linear(block, "self_attn.k_proj"), narrow, outputs=True)
-        _keep(_linear(block, "self_attn.v_proj"), narrow, outputs=True)
-        _keep(readers[str(i)], wide, outputs=False)
-    _adopt(model, config)
+    kept = [_largest(output_energy(readers[i], energy[i]).view(groups, -1).sum(1), kept_groups) for i in readers]
+
+    def cut(blocks: nn.ModuleList) -> None:
+        for block, own in zip(blocks, kept, strict=True):
+            wide = torch.arange(groups * queries * head_dim).view(groups, -1)[own].flatten()
+            narrow = torch.arange(groups * head_dim).view(groups, -1)[own].flatten()
+            _keep(_linear(block, "self_attn.q_proj"), wide, outputs=True)
+            _keep(_linear(block, "self_attn.k_proj"), narrow, outputs=True)
+            _keep(_linear(block, "self_attn.v_proj"), narrow, outputs=True)
+            _keep(_linear(block, "self_attn.o_proj"), wide, outputs=False)
+
+    _cut(model, "heads", config, cut)
 
 
-def _head_dim(model: PreTrainedModel, block: nn.Module) -> int:
+def _head_dim(model: PreTrainedModel, blocks: nn.ModuleList) -> int:
     """Return the width of a head, if heads of the model can be removed one by one.
 
     Raises:
         ModelError: they cannot.
     """
-    head_dim: int | None = getattr(model.config, "head_dim", None)
+    head_dim: int | None = _entry(model.config, "head_dim")
     names = tuple(f"self_attn.{part}_proj" for part in "qkvo")
-    if head_dim is None or not _has(block, *names):
-        lack = "no head_dim in its config" if head_dim is None else f"not all of {', '.join(names)}"
+    if head_dim is None or not all(_has(block, *names) for block in blocks):
+        lack = "no head_dim in its config" if head_dim is None else f"not all of {', '.join(names)} in each layer"
         raise ModelError(
             f"method 'heads' needs the layers of the Llama family, and {type(model).__name__} has {lack}: its config "
             "could not describe the smaller model. Use 'ffn' or 'layers'."
         )
-    norm = getattr(block.get_submodule("self_attn"), "q_norm", None)
+    norm = getattr(blocks[0].get_submodule("self_attn"), "q_norm", None)
     if norm is not None and norm.weight.numel() != head_dim:
         raise ModelError(f"{type(model).__name__} normalises all heads together; removing one changes the others")
     return head_dim
@@ -231,20 +241,25 @@ def _layers(model: PreTrainedModel, amount: float, calibration: Calibration) -> 
         raise ModelError("this GPT-2 scales attention by the layer's index; removing layers would change the rest")
     removed = _count("layers", amount, len(blocks), "layers")
     kept = _largest(block_influence(model, blocks, calibration()), len(blocks) - removed).tolist()
+    kinds = list(_entry(model.config, "layer_types") or ())
+    if gone := sorted(set(kinds) - {kinds[i] for i in kept if kinds}):
+        raise ConfigError(f"layers {amount} would remove every layer of kind {gone[0]!r}; try a smaller amount")
     changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
     for key in PER_LAYER:
         if getattr(model.config, key, None):
             changes[key] = [getattr(model.config, key)[i] for i in kept]
     config = _changed_config(model, "layers", changes)
 
-    survivors = [blocks[i] for i in kept]
-    del blocks[:]
-    blocks.extend(survivors)
-    for i, block in enumerate(blocks):
-        for module in block.modules():
-            if hasattr(module, "layer_idx"):
-                module.__dict__["layer_idx"] = i  # its slot in the KV cache
-    _adopt(model, config)
+    def cut(blocks: nn.ModuleList) -> None:
+        survivors = [blocks[i] for i in kept]
+        del blocks[:]
+        blocks.extend(survivors)
+        for i, block in enumerate(blocks):
+            for module in block.modules():
+                if hasattr(module, "layer_idx"):
+                    module.__dict__["layer_idx"] = i  # its slot in the KV cache
+
+    _cut(model, "layers", config, cut)
 
 
 # --- parts of several methods
@@ -271,6 +286,14 @@ def count_zeros(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     return {name: (weight.numel() - int(weight.count_nonzero()), weight.numel()) for name, weight in weights.items()}
 
 
+def _entry(config: Any, name: str) -> Any:
+    """Return an entry of a config, None where it has none for all layers."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # of transformers: it differs by layer
+        return None
+
+
 def _has(block: nn.Module, *names: str) -> bool:
     """Return True if the block has all these submodules."""
     known = {name for name, _ in block.named_modules()}
@@ -283,13 +306,13 @@ def transformer_blocks(model: PreTrainedModel) -> nn.ModuleList:
     Raises:
         ModelError: there is none.
     """
-    count = model.config.num_hidden_layers
+    count = getattr(model.config, "num_hidden_layers", None)  # None of a model that is made of several
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ModelError(
-        f"{type(model).__name__} keeps no list of its {count} layers (it may share their weights); "
-        "use an unstructured method"
+        f"{type(model).__name__} keeps no list of its {count or 'own'} layers (it may share their weights, or be made "
+        "of several models); use an unstructured method"
     )
 
 
@@ -309,8 +332,13 @@ def _count(method: str, amount: float, total: int, unit: str) -> int:
 def _changed_config(model: PreTrainedModel, method: str, changes: dict[str, Any]) -> Any:
     """Return a copy of the config with ``changes``; an invalid one is refused before any weight is touched."""
     config = copy.deepcopy(model.config)
-    for key, value in changes.items():
-        setattr(config, key, value)
+    try:
+        for key, value in changes.items():
+            setattr(config, key, value)
+    except AttributeError as error:
+        raise ModelError(
+            f"method {method!r} cannot cut {type(model).__name__}: {key} is no entry of its own"
+        ) from error
     try:
         type(config).from_dict(config.to_dict())
     except (StrictDataclassError, ValueError) as error:
@@ -322,9 +350,55 @@ def _changed_config(model: PreTrainedModel, method: str, changes: dict[str, Any]
     return config
 
 
-def _adopt(model: PreTrainedModel, config: Any) -> None:
-    """Write the changed values into the config that all submodules share."""
+def _cut(model: PreTrainedModel, method: str, config: Any, cut: Callable[[nn.ModuleList], None]) -> None:
+    """Cut, and write the changed values into the config that all submodules share.
+
+    Raises:
+        ModelError: the config would not describe what is left. No weight has been touched: a copy without any was cut.
+    """
+    try:
+        with torch.device("meta"):
+            rehearsed, described = type(model)(copy.deepcopy(model.config)), type(model)(config)
+    except ValueError as error:
+        raise ModelError(
+            f"method {method!r} cannot cut {type(model).__name__} so: {error}; try another amount"
+        ) from error
+    runs = _error_of(rehearsed) is None  # some do not run without weights
+    cut(transformer_blocks(rehearsed))
+    rehearsed.config.__dict__.update(config.__dict__)
+    found, expected = _sizes(rehearsed), _sizes(described)
+    wrong = next((name for name in {**expected, **found} if found.get(name) != expected.get(name)), None)
+    reason = f"{wrong} would be {found.get(wrong)}, where its config says {expected.get(wrong)}" if wrong else None
+    reason = reason or (_error_of(rehearsed) if runs else None)
+    if reason is not None:
+        raise ModelError(
+            f"method {method!r} cannot cut {type(model).__name__}: {reason}; use another method (unstructured ones "
+            "cut every model)"
+        )
+    cut(transformer_blocks(model))
     model.config.__dict__.update(config.__dict__)
+
+
+@torch.no_grad()
+def _error_of(model: PreTrainedModel) -> str | None:
+    """Return why a forward of ``model``, which has no weights, fails; None if it does not."""
+    try:
+        model.eval()(input_ids=torch.zeros((1, 4), dtype=torch.long, device="meta"))
+    except Exception as error:  # whatever a module raises
+        return f"its forward would fail ({type(error).__name__}: {str(error).splitlines()[0]})"
+    return None
+
+
+def _sizes(model: PreTrainedModel) -> dict[str | None, Any]:
+    """Return the shapes of a model's weights, and the numbers that its modules have made of its config, by name."""
+    found: dict[str | None, Any] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        # Integers are sizes, which a layer may note and not read again, but for the number of layers.
+        own = {
+            key: value for key, value in vars(module).items() if isinstance(value, float) or key == "num_hidden_layers"
+        }
+        found |= {f"{name}.{key}": value for key, value in own.items()}
+    return found
 
 
 def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal, assert_equal
 from toys import TABLE, TOKENS, Worth, by_sum, letters, worth
 
 from textgen_env import Prompt, TableModel, TextGenEnv, TextGenVectorEnv
-from textgen_env.conversation import Conversation, FunctionPartner, Reply, Script, make_partner
+from textgen_env.conversation import Conversation, FunctionPartner, Partner, Reply, Script, make_partner
 from textgen_env.errors import ConfigError, PartnerError, ResetNeeded, UnknownName
 from textgen_env.rewards import Reward
 from textgen_env.rewards.base import Turn
@@ -616,3 +616,41 @@ def test_text_dqn_learns_conversations_on_an_encoder_decoder(encoder_decoder):
     agent.learn(48)
     observation, _ = env.reset(seed=1)
     assert_allclose(agent.probabilities(observation).sum(-1), 1, atol=1e-6)
+
+
+# --- tokens that a partner forbids
+
+
+class Forbids(Partner):
+    """Let nobody say the first ``count`` tokens."""
+
+    name = "forbids"
+
+    def __init__(self, count):
+        self.count = count
+
+    def never_said(self, model):
+        return tuple(range(self.count))
+
+    def reply(self, conversation):
+        return Reply("a")
+
+
+@pytest.mark.parametrize(
+    ("count", "says"), [(1, None), (8, "leaves 2 of 10 tokens to be said: top_k must be at most 2, got 4")]
+)
+def test_a_partner_leaves_enough_to_be_said(tiny_lm, count, says):
+    settings = {"prompts": ["the film"], "reward": None, "top_k": 4, "max_turns": 2, "max_new_tokens": 4}
+    settings |= {"max_prompt_tokens": 8, "max_reply_tokens": 8}
+    if says is None:
+        env = TextGenEnv(tiny_lm, partner=Forbids(count), **settings)
+        assert 0 not in env.reset(seed=0)[0]["candidates"]
+    else:
+        with pytest.raises(ConfigError, match=says):
+            TextGenEnv(tiny_lm, partner=Forbids(count), **settings)
+
+
+def test_a_partner_forbids_nothing_to_a_model_that_proposes_any_token():
+    model = TableModel(["a", "b"], [0.5, 0.5], end=None)
+    with pytest.raises(ConfigError, match=r"partner 'forbids' forbids tokens, and model .* proposes any"):
+        TextGenEnv(model, prompts=["a"], reward=None, partner=Forbids(1), top_k=2, max_new_tokens=4, max_turns=2)

@@ -19,8 +19,21 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import textgen_env
-from benchmarks.models import CAUSAL, QUICK_STEPS, SEQ2SEQ, SMALL, Line, build, measured, shrunken, words, wrapped
-from textgen_env.errors import PromptError
+from benchmarks.models import (
+    CAUSAL,
+    QUICK_STEPS,
+    SEQ2SEQ,
+    SMALL,
+    SPECIAL,
+    Course,
+    Line,
+    build,
+    measured,
+    shrunken,
+    words,
+    wrapped,
+)
+from textgen_env.errors import CapacityError, ModelError, PromptError
 from textgen_env.models.hf import HFModel
 from textgen_env.models.own_cache import Axes, growing_axes, joined
 from textgen_env.models.seq2seq import Seq2SeqModel
@@ -253,6 +266,49 @@ def test_any_other_class_is_what_the_page_says(kind, seq2seq):
 
 
 # --- what rows of a model's own cache keep
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_whose_state_has_more_parts_after_some_tokens_are_forked_and_saved():
+    with patch.dict(SPECIAL, {"deepseek_v4": {"index_topk": 512}}):  # below that, a longer text is not cached
+        model = build("deepseek_v4")
+    assert Course(wrapped(model)).run(QUICK_STEPS) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_positions_that_a_model_counts_itself_are_right_in_half_precision():
+    model = build("blenderbot-small")
+    expected = wrapped(model).decoder.name
+    assert wrapped(model.to(torch.bfloat16)).decoder.name == expected == "own cache, equal lengths"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_forbidden_token_is_not_proposed_by_an_encoder_decoder():
+    model = build("marian", seq2seq=True)
+    model.generation_config.bad_words_ids = [[model.config.pad_token_id]]
+    with torch.no_grad():
+        model.final_logits_bias[0, model.config.pad_token_id] = 50.0  # by far the likeliest, were it not forbidden
+    settings = {"prompts": ["w5 w6 w7"], "reward": len, "top_k": None, "max_prompt_tokens": 8, "max_new_tokens": 6}
+    env = gym.make("TextGen-v0", model=(model, words()), min_new_tokens=0, **settings)
+    observation, _ = env.reset(seed=0)
+    assert np.flatnonzero(observation["action_mask"] == 0).tolist() == [model.config.pad_token_id]
+    model.generation_config.bad_words_ids = [[5, 6]]
+    with pytest.raises(ModelError, match=r"bad_words_ids=\[\[5, 6\]\].* does not follow"):
+        gym.make("TextGen-v0", model=(model, words()), **settings)
+
+
+def test_a_source_longer_than_the_encoder_s_positions_is_refused():
+    sizes = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = [{**sizes, "intermediate_size": 16, "max_position_embeddings": count} for count in (32, 128)]
+    decoder = transformers.BertConfig(**parts[1], is_decoder=True, add_cross_attention=True)
+    ends = {"decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": 2}
+    encoder = transformers.BertConfig(**parts[0])
+    config = transformers.EncoderDecoderConfig(encoder=encoder.to_dict(), decoder=decoder.to_dict(), **ends)
+    model = Seq2SeqModel(transformers.EncoderDecoderModel(config).eval(), words())
+    slots = model.slots(1, 8, 4)
+    slots.start(np.array([0]), [[5] * 32])
+    with pytest.raises(CapacityError, match="the encoder reads at most 32 tokens, got a prompt of 33"):
+        slots.start(np.array([0]), [[5] * 33])
 
 
 @pytest.mark.parametrize("kind", ["lfm2", "mamba", "bloom"])

@@ -14,10 +14,16 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    DogeConfig,
+    DogeForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    MoshiConfig,
+    MoshiForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
@@ -143,6 +149,24 @@ def test_an_end_token_that_the_tokenizer_appends_does_not_end_the_prompt(tiny_lm
     tokenizer.backend_tokenizer.post_processor = None
 
 
+def test_special_tokens_without_a_name_are_not_written():
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    plain = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    plain.add_special_tokens([AddedToken(text, special=True) for text in ("<|end|>", "<|header|>")])
+    plain.add_tokens([AddedToken("<tool>", special=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<|end|>")
+    header, tool = tokenizer.convert_tokens_to_ids(["<|header|>", "<tool>"])
+    model = HFModel(GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2)), tokenizer)
+    ids = model.encode("ab")
+    assert header not in tokenizer.all_special_ids
+    assert model.continuations([], ids, [header, tool]) == ["ab", "ab<tool>"]
+    assert [model.decode([*ids, token]) for token in (header, tool)] == ["ab", "ab<tool>"]
+    assert model.extended("ab", header) == "ab"
+
+
 def local_attention():
     """Layers that see 8 tokens, under a name of their own."""
     sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "window_size": 8, "max_position_embeddings": 64}
@@ -159,11 +183,39 @@ def long_rope():
     return Phi3ForCausalLM(Phi3Config(rope_parameters=rope, pad_token_id=0, **limits, **sizes, **SIZES)).eval()
 
 
-@pytest.mark.parametrize("build", [local_attention, long_rope])
-def test_a_model_is_exact_beyond_where_its_attention_changes(tiny_lm, build):
+def long_rope_by_kind():
+    """The same in layers of one kind."""
+    long = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    long |= {"original_max_position_embeddings": 8, "factor": 8.0}
+    rope = {"full_attention": long, "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 8, "intermediate_size": 32, "max_position_embeddings": 64}
+    kinds = {"rope_parameters": rope, "layer_types": ["full_attention"] * 2, "sliding_window": 60}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **kinds, **SIZES)).eval()
+
+
+def picked_tokens():
+    """Layers that pick 8 of the earlier tokens."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 32, "keep_window_size": 8, "max_position_embeddings": 64}
+    return DogeForCausalLM(DogeConfig(**sizes, **SIZES)).eval()
+
+
+def a_window_of_its_cache():
+    """A cache that forgets what is 70 tokens back, and a mask that does not."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 32, "head_dim": 8}
+    limits = {"sliding_window": 70, "max_position_embeddings": 128}
+    return MoshiForCausalLM(MoshiConfig(**sizes, **limits, **SIZES)).eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [(local_attention, 2), (long_rope, 2), (long_rope_by_kind, 2), (picked_tokens, 2), (a_window_of_its_cache, 66)],
+)
+def test_a_model_is_exact_beyond_where_its_attention_changes(tiny_lm, build, words):
     torch.manual_seed(0)
-    model = build()
-    env = make((model, tiny_lm[1]), max_new_tokens=16, min_new_tokens=16, prompts=["the film"])
+    model, prompts = build(), [" ".join(["the", "film"] * (words // 2))]
+    env = make((model, tiny_lm[1]), max_new_tokens=16, min_new_tokens=16, max_prompt_tokens=words, prompts=prompts)
     observation, _ = env.reset(seed=0)
     for _ in range(14):
         observation, *_ = env.step(0)

@@ -314,9 +314,23 @@ def test_a_prefix_in_memory_that_begins_one_text_may_go_on_with_any_token_in_ano
 @pytest.mark.parametrize("name", ["forced_eos_token_id", "forced_bos_token_id", "bad_words_ids"])
 def test_tokens_that_a_generation_config_forces_or_forbids_are_refused_by_name(pair, name):
     model, tokenizer = pair
-    setattr(model.generation_config, name, [[4]] if name == "bad_words_ids" else 4)
+    setattr(model.generation_config, name, [[4, 5]] if name == "bad_words_ids" else 4)
     with pytest.raises(ModelError, match=f"{name}=.*does not follow"):
         make((model, tokenizer))
+
+
+def test_a_forbidden_word_of_one_token_is_never_proposed(pair):
+    model, tokenizer = pair
+    model.generation_config.bad_words_ids = [[4], [6], [0]]  # 0 is the end token, which ``generate`` allows
+    env = make((model, tokenizer), top_k=None, min_new_tokens=0)
+    observation, _ = env.reset(seed=0)
+    assert np.flatnonzero(observation["action_mask"] == 0).tolist() == [4, 6]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([env.unwrapped.episodes.ids_of(0)[0]])).logits[0, -1]
+    logits[[4, 6]] = -torch.inf
+    expected = logits.log_softmax(-1).numpy()
+    allowed = [i for i in range(len(expected)) if i not in (4, 6)]
+    np.testing.assert_allclose(observation["logprobs"][allowed], expected[allowed], atol=1e-4)
 
 
 # --- seeds and sizes

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from agents.pruning.calibration import self_written
 from agents.pruning.methods import METHODS, PruningReport, parse_pruning
 from agents.pruning.model import PrunedTransformerModel, prune_
+from benchmarks.models import build
 from textgen_env.errors import ConfigError, ModelError
 
 VOCAB = 61
@@ -486,6 +487,60 @@ def test_an_encoder_decoder_is_refused():
 
     with pytest.raises(ModelError, match="encoder-decoder"):
         PrunedTransformerModel(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "amount", "says"),
+    [
+        ("gpt_oss", "heads", 0.5, r"sinks would be \(4,\), where its config says \(2,\)"),
+        ("minicpm3", "layers", 0.5, "residual_scale would be 0.7, where its config says 0.98"),
+        ("deepseek_v3", "ffn", 0.25, "does not know the feed-forward layers of DeepseekV3ForCausalLM, or not of each"),
+        ("bamba", "layers", 0.25, "layer_types is no entry of its own"),
+        ("diffllama", "heads", 0.5, "num_key_value_heads"),
+        ("gemma3", "ffn", 0.25, "keeps no list of its own layers"),
+        ("gpt_bigcode", "heads", 0.5, "no head_dim"),
+        ("bloom", "ffn", 0.25, r"would be \(96, 32\), where its config says \(128, 32\)"),
+        ("gemma4_text", "heads", 0.5, "no head_dim"),
+        ("gemma3n_text", "ffn", 0.25, "several intermediate_size"),
+    ],
+)
+def test_a_model_whose_config_could_not_describe_the_cut_is_refused_untouched(kind, method, amount, says, ids):
+    torch.manual_seed(0)
+    model = build(kind)
+    before, logits = copy.deepcopy(model.state_dict()), outputs(model, ids)
+
+    with pytest.raises(ModelError, match=says):
+        prune_(model, method, amount, calibration=ids)
+
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(outputs(model, ids), logits)
+
+
+def test_a_hybrid_keeps_a_layer_of_each_kind(ids):
+    torch.manual_seed(0)
+    model = build("qwen3_next")
+    assert model.config.layer_types.count("full_attention") == 1
+    least = [kind == "full_attention" for kind in model.config.layer_types].index(True)
+    with torch.no_grad():  # a layer that adds nothing is the first to go
+        model.model.layers[least].self_attn.o_proj.weight.zero_()
+        for name, weight in model.model.layers[least].mlp.named_parameters():
+            if "down" in name:
+                weight.zero_()
+
+    with pytest.raises(ConfigError, match="every layer of kind 'full_attention'; try a smaller amount"):
+        prune_(model, "layers", 0.25, calibration=ids)
+
+
+@pytest.mark.parametrize("kind", ["starcoder2", "falcon"])
+def test_channels_are_counted_in_the_entry_that_the_class_reads(kind, ids, tmp_path):
+    torch.manual_seed(0)
+    model = build(kind)
+
+    prune_(model, "ffn", 0.25, calibration=ids)
+    model.save_pretrained(tmp_path)
+
+    assert torch.equal(outputs(type(model).from_pretrained(tmp_path), ids), outputs(model, ids))
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from textgen_env.rewards import (
     make_reward,
     reward_spec,
 )
+from textgen_env.rewards.adapters import PipelineReward
 from textgen_env.rewards.linear import WordClassifier
 
 GENERATIONS = [
@@ -391,6 +392,28 @@ def test_a_pipeline_is_a_reward(files):
     assert other([Generation("", "the cat")])[0] == pytest.approx(negative["score"])
     with pytest.raises(ConfigError, match="no label 'good'; it has negative, positive"):
         make_reward({"name": "transformers", "model": files["tiny"], "label": "good"})([Generation("", "the cat")])
+
+
+def test_a_pipeline_for_another_task_is_refused():
+    class Other:
+        task = "text-generation"
+
+    with pytest.raises(ConfigError, match="must be one for text-classification, got one for 'text-generation'"):
+        PipelineReward(Other())
+
+
+def test_a_method_can_be_marked_as_one_of_generations():
+    class Judge:
+        def lengths(self, generations):
+            return [len(generation.prompt + generation.completion) for generation in generations]
+
+    reward = make_reward(batch_reward(Judge().lengths))
+    assert reward([Generation("ab", "cde"), Generation("", "")]).tolist() == [5.0, 0.0]
+
+
+def test_a_number_too_large_for_an_array_is_shown():
+    with pytest.raises(RewardError, match=r"not numbers, for .*got 1000000"):
+        make_reward(lambda completion: 10**400).scored([Generation("", "a")])
 
 
 def test_what_holds_a_function_has_no_json_form():

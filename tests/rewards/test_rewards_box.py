@@ -387,6 +387,27 @@ def test_fluency_in_a_conversation_is_of_the_agent_s_tokens_under_any_model(tiny
     assert values[0] == values[2] != values[1]
 
 
+def test_fluency_is_the_same_whether_or_not_the_tokenizer_ends_a_text(tiny_lm, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    model, tokenizer = tiny_lm
+    texts = [Generation("the film", "was good and long")]
+    values = []
+    for pattern in ("$A", f"$A {tokenizer.eos_token}"):
+        folder = tmp_path / str(len(values))
+        model.save_pretrained(folder)
+        own = PreTrainedTokenizerFast(
+            tokenizer_object=type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()),
+            eos_token=tokenizer.eos_token,
+        )
+        end = [(tokenizer.eos_token, tokenizer.eos_token_id)]
+        own.backend_tokenizer.post_processor = TemplateProcessing(single=pattern, special_tokens=end)
+        own.save_pretrained(folder)
+        values.append(REWARDS["fluency"](model=str(folder))(texts)[0])
+    assert values[1] == pytest.approx(values[0], abs=1e-9)
+
+
 def test_fluency_under_another_model_is_the_uncached_forward(tiny_lm, tmp_path):
     import torch
 

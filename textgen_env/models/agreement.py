@@ -25,7 +25,7 @@ FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtim
 EXACT, HALF = 1e-4, 0.15
 """Largest difference of log-probabilities that is rounding, relative to their spread, in full and half precision."""
 STEPS = 4  # tokens that a check writes
-SMALL_WINDOW = 64  # windows up to this one are passed by a check
+SMALL_WINDOW = 64  # windows up to this one are passed by every check, larger ones where texts go beyond them
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def agreeing_decoder(model: CheckedModel, windows: Sequence[int], reach: Reach =
     for make in model.candidate_decoders(reach):
         try:
             decoder = make()
-            gap = _disagreement(model, decoder, windows)
+            gap = _disagreement(model, decoder, windows, reach)
         except FAILURES as error:
             name = make.args[1].name if len(make.args) > 1 else make.func.name  # type: ignore[attr-defined]
             reasons.append(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
@@ -96,16 +96,19 @@ def agreeing_decoder(model: CheckedModel, windows: Sequence[int], reach: Reach =
 
 
 @torch.inference_mode()
-def _disagreement(model: CheckedModel, decoder: Decoder, windows: Sequence[int]) -> float:
+def _disagreement(model: CheckedModel, decoder: Decoder, windows: Sequence[int], reach: Reach) -> float:
     """Return how far texts, written in ragged rows, are from the uncached forward, relative to its spread.
 
-    A row is also written alone, unless that is the same forward.
+    A row is also written alone, unless that is the same forward, and one that passes large windows if texts will.
     """
     packed = isinstance(decoder, PackedDecoder)
     beyond = max((window + 2 for window in windows if window <= SMALL_WINDOW), default=0)
     most = 3 if packed else min(max(12, beyond), model.max_context - STEPS)
     courses: list[tuple[int, ...]] = [(most, 1)] if packed else [(most, max(1, most // 2), 1, most)]
     if decoder.alone or not packed:
+        courses.append((most,))
+    if reach is Reach.WINDOWS and (large := [window for window in windows if window > SMALL_WINDOW]):
+        most = min(min(large) * 9 // 8, model.max_context - STEPS)
         courses.append((most,))
     ids = plain_ids(model, most + STEPS)
     with without_dropout(model.model.modules()):
@@ -125,6 +128,7 @@ def plain_ids(model: CheckedModel, count: int) -> list[int]:
 
 def _largest_gap(model: CheckedModel, decoder: Decoder, ids: Sequence[int], lengths: Sequence[int]) -> float:
     """Return the largest gap to the uncached forward of rows that begin with ``lengths`` of the ``ids`` (T,)."""
+    ids = list(ids[: max(lengths) + STEPS])
     prompts = [model.check_prompt(ids, length) for length in lengths]
     if len(lengths) > 1:  # the first row and the last one are of equal length, and differ
         prompts[-1] = model.check_prompt(ids[::-1], lengths[-1])
@@ -145,6 +149,8 @@ def _largest_gap(model: CheckedModel, decoder: Decoder, ids: Sequence[int], leng
             spread = float(np.linalg.norm(known[key] - known[key].mean()))
             gaps.append(float(np.linalg.norm(found[row] - known[key])) / max(spread, 1e-6))
         slots.advance(rows, np.array([ids[length] for length in slots.lengths]))
+        if step == 0:
+            slots.load(0, slots.save(0))
         if step == 0 and len(rows) > 1:
             slots.start(rows[-1:], prompts[-1:])
     return float(np.max(gaps))  # not a number, if one is

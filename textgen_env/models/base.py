@@ -53,6 +53,12 @@ class SavedRow:
     cache: Any
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """Return the ids that ``decode`` leaves out: those of special tokens, also of ones that have no name."""
+    unnamed = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return unnamed.union(tokenizer.all_special_ids)
+
+
 class Slots(ABC):
     """R rows of text on a language model. Rows are independent of their neighbours.
 

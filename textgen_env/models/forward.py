@@ -7,10 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from textgen_env.models.device import forward_lock
 from textgen_env.models.fast_linears import FastLinears
+
+MOST_OFFSET = 8
+"""Rows of a table of positions beside those of positions, for padding."""
 
 
 class Forward:
@@ -28,6 +32,17 @@ class Forward:
         self._modules = list(model.modules())
         self._linears = FastLinears(model)
         self._head_is_called = True
+
+    def may_misplace(self, argument: str) -> bool:
+        """Return True if rows of different lengths may get wrong positions, and a check would take that for rounding.
+
+        So it is in half precision with positions from a table, unless the module takes them under ``argument``.
+        """
+        if self.model.dtype in (torch.float32, torch.float64) or argument in self.accepts:
+            return False
+        known = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
+        tables = (module for module in self._modules if isinstance(module, nn.Embedding))
+        return any(0 < known <= table.num_embeddings <= known + MOST_OFFSET for table in tables)
 
     def __call__(self, inputs: Mapping[str, Any], pick: Tensor | None = None) -> tuple[Tensor, Tensor, Any]:
         """Return logits (B, V) and hidden (B, d) of the last tokens, and the model's whole output.

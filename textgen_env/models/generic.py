@@ -32,6 +32,8 @@ class GenericDecoder(PackedDecoder):
         self._model, self._forward = forward.model, forward
         self.lock = self._forward.lock
         self.shape = self._probe()
+        if forward.may_misplace("position_ids"):
+            raise ModelError(f"{type(self._model).__name__} counts positions itself")
 
     def _probe(self) -> CacheShape:
         """Run one token and look at the cache it leaves."""

@@ -13,7 +13,7 @@ import torch
 from textgen_env.config import check_at_least
 from textgen_env.errors import CapacityError, ConfigError, ModelError
 from textgen_env.models.agreement import Reach, agreeing_decoder
-from textgen_env.models.base import LanguageModel
+from textgen_env.models.base import LanguageModel, special_ids
 from textgen_env.models.device import available_bytes, compute_alone_after_fork, forward_lock, release_freed_memory
 from textgen_env.models.forward import Forward, no_cache
 from textgen_env.models.generic import GenericDecoder
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 UNLIMITED = 1 << 30
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 """Names under which configurations say how many positions a model knows."""
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "attention_window_size")
 """Names under which configurations say how far a layer sees."""
 LONGROPE = "original_max_position_embeddings"
-SELECTIONS = ("index_topk",)
+SELECTIONS = ("index_topk", "keep_window_size")
 """Names under which configurations say how many earlier tokens a layer picks: ties make cached picks differ."""
 
 compute_alone_after_fork()
@@ -92,11 +92,12 @@ class HFModel(LanguageModel):
         self._windows, self._cache_limits = _sizes(config, WINDOWS), _cache_limits(config)
         self.end_ids = _end_ids(model, tokenizer, self.name)
         _check_forced(model, self.name)
-        self.suppressed = _token_list(model, "suppress_tokens")
+        banned = [i for i in _token_list(model, "bad_words_ids") if i not in self.end_ids]  # as ``generate`` has it
+        self.suppressed = (*_token_list(model, "suppress_tokens"), *banned)
         self.suppressed_first = _token_list(model, "begin_suppress_tokens")
         self._token_bytes = _byte_level_tokens(tokenizer, self.vocab_size)
         self._token_text = [_decoded(token) for token in self._token_bytes or []]
-        self._appends_end = _appends_end(tokenizer, self.end_ids)
+        self._appends_end = appends_end(tokenizer, self.end_ids)
         with forward_lock(model):
             self._choose_decoder()
         release_freed_memory()
@@ -233,15 +234,19 @@ class HFModel(LanguageModel):
 
 # --- properties of a model and a tokenizer
 
-FORCED = ("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids", "bad_words_ids", "sequence_bias")
+FORCED = ("forced_decoder_ids", "bad_words_ids", "sequence_bias")
 """Settings of a generation config that change what a model writes, and that the environment does not follow."""
+FORCED_ENDS = ("forced_bos_token_id", "forced_eos_token_id")
+"""The same for causal models: the decoder of an encoder-decoder begins with the first, and its texts have a budget."""
 
 
 def _check_forced(model: Any, name: str) -> None:
-    """Raise ``ModelError`` if a causal LM's generation config forces or forbids tokens that are not followed."""
-    config = getattr(model, "generation_config", None)
-    own = () if model.config.is_encoder_decoder else FORCED
+    """Raise ``ModelError`` if a generation config forces or forbids tokens in a way that is not followed."""
+    config: Any = getattr(model, "generation_config", None)
+    own = FORCED if model.config.is_encoder_decoder else (*FORCED_ENDS, *FORCED)
     forced = [key for key in own if getattr(config, key, None) is not None]
+    if forced == ["bad_words_ids"] and all(len(word) == 1 for word in config.bad_words_ids):
+        return  # words of one token are suppressed
     if forced:
         raise ModelError(
             f"the generation config of model {name!r} has {forced[0]}={getattr(config, forced[0])!r}, which the "
@@ -270,14 +275,13 @@ def _cache_limits(config: Any) -> list[int]:
 
     Beyond ``original_max_position_embeddings`` the factors of longrope change for the whole text.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope":
-        return _sizes(config, SELECTIONS)
-    known = [rope.get(LONGROPE), getattr(config, LONGROPE, None)]
+    rope = getattr(config, "rope_parameters", None) or {}  # of all layers, or by their kind
+    long = [own for own in (rope, *rope.values()) if isinstance(own, dict) and own.get("rope_type") == "longrope"]
+    known = [limit for rope in long for limit in (rope.get(LONGROPE), getattr(config, LONGROPE, None))]
     return [*_sizes(config, SELECTIONS), *(limit for limit in known if isinstance(limit, int) and limit > 0)]
 
 
-def _appends_end(tokenizer: Any, end_ids: Sequence[int]) -> bool:
+def appends_end(tokenizer: Any, end_ids: Sequence[int]) -> bool:
     """Return True if the tokenizer ends every text with an end token: a text that goes on must not have it."""
     ids, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     return len(ids) > len(plain) > 0 and ids[-1] in end_ids and plain[-1] not in end_ids
@@ -317,9 +321,10 @@ def _end_ids(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
 
 
 def _token_list(model: Any, name: str) -> tuple[int, ...]:
-    """Return tokens that the generation settings list under ``name``."""
+    """Return tokens that the generation settings list under ``name``, plain or as words of one token."""
     listed = getattr(getattr(model, "generation_config", None), name, None) or []
-    return tuple(i for i in listed if 0 <= i < _output_sizes(model)[0])
+    tokens = [word[0] if isinstance(word, list) else word for word in listed]
+    return tuple(i for i in tokens if 0 <= i < _output_sizes(model)[0])
 
 
 def _byte_level_tokens(tokenizer: Any, vocab_size: int) -> list[bytes] | None:
@@ -331,7 +336,7 @@ def _byte_level_tokens(tokenizer: Any, vocab_size: int) -> list[bytes] | None:
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printed]
     alphabet = {chr(b): b for b in printed} | {chr(256 + i): b for i, b in enumerate(others)}
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     tokens = [b""] * vocab_size
     for text, i in tokenizer.get_vocab().items():
         if i < vocab_size and i not in special:

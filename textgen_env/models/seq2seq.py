@@ -154,7 +154,9 @@ class Seq2SeqModel(HFModel):
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         self.begin = _first_tokens(model)
-        self.max_source = positions_of(model, model.config.get_text_config(encoder=True))
+        encoder = model.get_encoder()  # may have a configuration of its own
+        configs = [own.get_text_config(encoder=True) for own in (model.config, encoder.config)]
+        self.max_source = min(positions_of(encoder, config) for config in configs)
         super().__init__(model, *args, **kwargs)  # opens rows, to check a decoder
         self._appends_end = False  # the encoder reads the end token of its text
 

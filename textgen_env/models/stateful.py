@@ -132,6 +132,8 @@ class StatefulDecoder:
         kinds = {type(layer) for layer in self._layers(caches[0]) if any(True for _ in tensors_in(layer))}
         if self.way.ragged and self._pads and not kinds <= set(PADDED_LAYERS):
             raise ModelError(f"the cache of {type(self.model).__name__} has layers of its own kind")
+        if self.way.ragged and self.forward.may_misplace(self.POSITIONS):
+            raise ModelError(f"{type(self.model).__name__} counts positions itself")
 
     def _small_forward(self, rows: int, tokens: int, source: int) -> tuple[Tensor, Tensor, Any]:
         return self._first_forward(torch.zeros((rows, tokens), dtype=torch.long, device=self.device), None)

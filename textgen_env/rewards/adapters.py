@@ -91,8 +91,8 @@ def reference_of(generation: Generation, reward: str) -> str:
 class PipelineReward(Reward):
     """The probability that a ``transformers`` text-classification pipeline gives to one label.
 
-    Range: 0 to 1, softmax over the labels (sigmoid for models with several labels at a time). A
-    blank completion gets 0.
+    Range: 0 to 1, softmax over the labels (sigmoid for models with several labels at a time); what a regression
+    (``problem_type="regression"``) answers is taken as it is, without bounds. A blank completion gets 0.
     Cost: one batched forward of the classifier.
     Running score: no.
     How it is gamed: classifiers are brittle off their training data; keep a second one to look with.
@@ -107,6 +107,8 @@ class PipelineReward(Reward):
     name = "pipeline"
 
     def __init__(self, pipeline: TextClassificationPipeline, label: str | None = None, batch_size: int = 32) -> None:
+        if pipeline.task != "text-classification":
+            raise ConfigError(f"the pipeline must be one for text-classification, got one for {pipeline.task!r}")
         labels = list((pipeline.model.config.id2label or {}).values())
         if label is not None and label not in labels:
             raise ConfigError(f"the classifier has no label {label!r}; it has {', '.join(labels)}")

@@ -163,7 +163,8 @@ def _checked(who: str, function: Callable[[], Any], completions: Sequence[str]) 
             f"{who} raised {type(error).__name__}: {error} (while scoring {_texts(completions)})"
         ) from error
     if answer.dtype.kind not in "biuf":
-        example = next((value for value in answer.ravel().tolist() if not isinstance(value, int | float)), None)
+        given = answer.ravel().tolist()
+        example = next((value for value in given if not isinstance(value, int | float)), given[0] if given else None)
         raise RewardError(
             f"{who} answered dtype {answer.dtype}, not numbers, for {_texts(completions)} (got {repr(example)[:80]}); "
             "return one float a text"

@@ -11,6 +11,7 @@ reference, or the whole batch says so with ``@batch_reward`` and gets the ``Gene
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +25,10 @@ F = TypeVar("F", bound=Callable[[Sequence[Generation]], Any])
 
 def batch_reward(function: F) -> F:
     """Mark ``function`` as one that takes a sequence of ``Generation`` and returns (B,) numbers."""
-    function.takes_generations = True  # type: ignore[attr-defined]
+    try:
+        function.takes_generations = True  # type: ignore[attr-defined]
+    except AttributeError:  # a method, or a function written in C
+        return batch_reward(partial(function))  # type: ignore[return-value]
     return function
 
 

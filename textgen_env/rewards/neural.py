@@ -196,7 +196,11 @@ def log_likelihoods(
     """
     import torch
 
+    from textgen_env.models.hf import appends_end
+
     contexts = [tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
+    if appends_end(tokenizer, [tokenizer.eos_token_id]):
+        contexts = [context[:-1] for context in contexts]
     answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in pairs]
     for i, context in enumerate(contexts):
         if not context:

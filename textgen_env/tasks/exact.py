@@ -238,7 +238,7 @@ def diagnostic_task(id: str) -> Callable[[P], P]:
 
     def register(cls: P) -> P:
         def factory(**sizes: Any) -> Task:
-            return _task(id, cls(**sizes))
+            return exact_task(id, cls(**sizes))
 
         factory.__doc__, factory.__signature__ = cls.__doc__, signature(cls)  # type: ignore[attr-defined]
         TASKS.register(id)(factory)
@@ -258,7 +258,8 @@ def process_of(task: Task) -> Process:
     return task.reward.process
 
 
-def _task(id: str, process: Process) -> Task:
+def exact_task(id: str, process: Process) -> Task:
+    """Return ``process`` as a task, with its exact bounds."""
     texts = ["".join(process.tokens[i] for i in ids) for ids in process.prompts]
     prompts = ListPrompts([Prompt(text, metadata=draw) for text in texts for draw in process.draws])
     return Task(

@@ -89,7 +89,10 @@ def searched_bounds(id: str, sizes: Mapping[str, Any], ceiling: float) -> Bounds
     for entry in searched():
         if entry["id"] == id and entry["sizes"] == dict(sizes):
             return Bounds(entry["language_model"], entry["best"], ceiling)
-    asked = " ".join(f"{name}={value}" for name, value in sizes.items())
+    plain = {
+        name: value if isinstance(value, str | int | float) else type(value).__name__ for name, value in sizes.items()
+    }
+    asked = " ".join(f"{name}={value}" for name, value in plain.items())
     raise ConfigError(
         f"no bounds are known for {id} at {asked}: search them with "
         f"python -m benchmarks.bounds --tasks {id} --sizes {asked}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,16 +10,17 @@ from functools import lru_cache
 import numpy as np
 
 from textgen_env.config import check_at_least
-from textgen_env.tasks.conversation.game import Game, Played
-from textgen_env.tasks.exact import Floats, check_between, diagnostic_task, ranked
+from textgen_env.tasks.conversation.game import Played
+from textgen_env.tasks.conversation.in_words import SpokenGame, game_task
+from textgen_env.tasks.exact import Floats, check_between, ranked
 
 DIGITS = "0123456789"
 HIGHER, LOWER, RIGHT = " higher. ", " lower. ", " right."
 
 
-@diagnostic_task("TextGen/GuessNumber-v0")
+@game_task("TextGen/GuessNumber-v0")
 @dataclass(frozen=True)
-class GuessNumber(Game):
+class GuessNumber(SpokenGame):
     """Search: guess a number, told after each guess if it is higher or lower.
 
     ## Description
@@ -43,7 +45,8 @@ class GuessNumber(Game):
     After the right guess, or `turns` guesses.
 
     ## Arguments
-    `numbers`, 2 to 1000; `turns`, 2 to 16; `seed` of the model's preferences.
+    `numbers`, 2 to 1000; `turns`, 2 to 16; `seed` of the model's preferences; `model`, a chat model that plays
+    in words (its `Discrete(16)` likeliest tokens, 8 a turn; the first number counts), such as "smollm2".
 
     ## Bounds
     Best: halving what is left finds 2 ** turns - 1 numbers, so 1 or (2 ** turns - 1) / numbers. Language model:
@@ -99,6 +102,24 @@ class GuessNumber(Game):
         digits = [digit for digit in range(10) if (begun + digit) * later < self.numbers]
         values[digits] = ranked(0.8, len(digits), self.seed, state.asked, len(state.said))
         return values
+
+    @property
+    def rules(self) -> str:
+        return (
+            f"You guess the user's number, from 0 to {self.numbers - 1}, in {self.turns} turns. Each turn, say one "
+            "number and nothing else. The user answers if it is higher or lower."
+        )
+
+    @property
+    def opening(self) -> str:
+        return f"Say a number from 0 to {self.numbers - 1}."
+
+    def understand(self, text: str) -> tuple[int, ...] | None:
+        found = next((int(number) for number in re.findall(r"[0-9]+", text) if int(number) < self.numbers), None)
+        return None if found is None else tuple(map(int, str(found).zfill(self.turn_tokens)))
+
+    def say(self, heard: tuple[int, ...]) -> str:
+        return self.tokens[heard[0]].strip().capitalize()
 
     def value(self, state: Played, best: bool) -> float | None:
         if state.said:

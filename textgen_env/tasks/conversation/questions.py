@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,10 +10,12 @@ from functools import cached_property
 import numpy as np
 
 from textgen_env.config import check_at_least
-from textgen_env.tasks.conversation.game import Game, Played
-from textgen_env.tasks.exact import Floats, check_between, check_number, diagnostic_task, ranked
+from textgen_env.tasks.conversation.game import Played
+from textgen_env.tasks.conversation.in_words import SpokenGame, game_task
+from textgen_env.tasks.exact import Floats, check_between, check_number, ranked
 
 QUESTIONS = ("Does it fly? ", "Does it swim? ", "Has it fur? ", "Is it big? ", "Does it eat meat? ", "Is it a pet? ")
+ABOUT = ("fly", "swim", "fur", "big", "meat", "pet")  # the word by which each is known
 ANIMALS = {
     "cat": (0, 0, 1, 0, 1, 1),
     "owl": (1, 0, 0, 0, 1, 0),
@@ -35,9 +38,9 @@ ANIMALS = {
 YES, NO, RIGHT = "yes. ", "no. ", "right."
 
 
-@diagnostic_task("TextGen/TwentyQuestions-v0")
+@game_task("TextGen/TwentyQuestions-v0")
 @dataclass(frozen=True)
-class TwentyQuestions(Game):
+class TwentyQuestions(SpokenGame):
     """Information: ask questions whose answers only pay in later turns, then name the animal.
 
     ## Description
@@ -62,7 +65,8 @@ class TwentyQuestions(Game):
 
     ## Arguments
     `animals`, 2 to 16, the first ones of the table; `turns`, 2 to 20; `naming`, the language model's probability
-    of naming an animal, in [0.01, 0.99]; `seed` of its preferences.
+    of naming an animal, in [0.01, 0.99]; `seed` of its preferences; `model`, a chat model that plays in words
+    (its `Discrete(16)` likeliest tokens, 8 a turn; the first animal or question counts), such as "smollm2".
 
     ## Bounds
     Best: by search over all questions and sets of animals. Language model: by dynamic programming.
@@ -116,6 +120,25 @@ class TwentyQuestions(Game):
         ask = (1 - self.naming) * ranked(0.8, len(QUESTIONS), self.seed, state.asked, 0)
         name = self.naming * ranked(0.8, self.animals, self.seed, state.asked, 1)
         return np.concatenate([ask, name, np.zeros(4)])
+
+    @property
+    def rules(self) -> str:
+        return (
+            f"You find the user's animal in {self.turns} turns. It is one of: {', '.join(self._names)}. Each turn, "
+            f"name an animal or ask one of these questions: {''.join(QUESTIONS).strip()}"
+        )
+
+    @property
+    def opening(self) -> str:
+        return "Ask a question."
+
+    def understand(self, text: str) -> tuple[int, ...] | None:
+        moves = [*ABOUT, *self._names]
+        found = re.search("|".join(rf"\b({move})\b" for move in moves), text.lower())
+        return None if found is None else (moves.index(found.group()),)
+
+    def say(self, heard: tuple[int, ...]) -> str:
+        return self.tokens[heard[0]].strip().capitalize()
 
     @cached_property
     def _names(self) -> tuple[str, ...]:

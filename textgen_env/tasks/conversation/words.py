@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +11,9 @@ from string import ascii_lowercase
 import numpy as np
 
 from textgen_env.config import check_at_least
-from textgen_env.tasks.conversation.game import Game, Played
-from textgen_env.tasks.exact import Floats, check_between, diagnostic_task, ranked
+from textgen_env.tasks.conversation.game import Played
+from textgen_env.tasks.conversation.in_words import SpokenGame, game_task
+from textgen_env.tasks.exact import Floats, check_between, ranked
 
 WORD_LIST = (
     "lane", "core", "cave", "mine", "love", "rove", "care", "line", "lone", "more", "cove", "mane",
@@ -20,9 +22,9 @@ WORD_LIST = (
 PLACED, ELSEWHERE, ABSENT = "+~-"
 
 
-@diagnostic_task("TextGen/Wordle-v0")
+@game_task("TextGen/Wordle-v0")
 @dataclass(frozen=True)
-class Wordle(Game):
+class Wordle(SpokenGame):
     """Words: guess one letter by letter, told after each guess which letters are right.
 
     ## Description
@@ -48,7 +50,9 @@ class Wordle(Game):
     After the right word, or `turns` words.
 
     ## Arguments
-    `words`, 2 to 24, the first ones of the list; `turns`, 2 to 8; `seed` of the model's preferences.
+    `words`, 2 to 24, the first ones of the list; `turns`, 2 to 8; `seed` of the model's preferences;
+    `model`, a chat model that plays in words (its `Discrete(16)` likeliest tokens, 8 a turn; the first word of the
+    list counts), such as "smollm2".
 
     ## Bounds
     Best: by search over all guesses and sets of words. Language model: by dynamic programming.
@@ -99,6 +103,25 @@ class Wordle(Game):
         letters = self._following("".join(ascii_lowercase[i] for i in state.said))
         values[list(letters)] = ranked(0.8, len(letters), self.seed, state.asked, *state.said)
         return values
+
+    @property
+    def rules(self) -> str:
+        return (
+            f"You guess the user's word in {self.turns} turns. It is one of: {', '.join(self._list)}. Each turn, say "
+            'one of these words and nothing else. The user marks its letters: "+" is right, "~" is elsewhere in the '
+            'word, "-" is not in it.'
+        )
+
+    @property
+    def opening(self) -> str:
+        return "Say a word."
+
+    def understand(self, text: str) -> tuple[int, ...] | None:
+        said = next((word for word in re.findall(r"[a-z]+", text.lower()) if word in self._list), None)
+        return None if said is None else self._ids(said)
+
+    def say(self, heard: tuple[int, ...]) -> str:
+        return "".join(self.tokens[i] for i in heard[1:-1])
 
     @cached_property
     def _list(self) -> tuple[str, ...]:
