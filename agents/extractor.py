@@ -108,7 +108,10 @@ class PrunedTransformerExtractor(BaseFeaturesExtractor):
         else:
             hidden = self._remembered(observations["tokens"].long(), observations["length"].long())
         features = [functional.layer_norm(hidden, hidden.shape[-1:])]
-        features += [observations[key].float().clamp(min=-20.0) for key in self.scalars]  # masked ones are -1e4
+        scalars = {key: observations[key].float() for key in self.scalars}
+        if "logprobs" in scalars:
+            scalars["logprobs"] = scalars["logprobs"].clamp(min=-20.0)  # masked ones are -1e4
+        features += scalars.values()
         return torch.cat(features, dim=-1)
 
     def _run(self, tokens: torch.Tensor, length: torch.Tensor) -> torch.Tensor:

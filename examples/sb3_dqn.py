@@ -1,6 +1,6 @@
 """Plain Stable-Baselines3: a DQN picks the next token of a language model.
 
-    python examples/sb3_dqn.py
+    python examples/sb3_dqn.py [STEPS]
 
 The task is undiscounted, so gamma is 1 (SB3's default is 0.99). The features are the hidden state
 that the environment's own forward has computed.
@@ -10,6 +10,8 @@ from textgen_env.models.device import prepare_process
 
 prepare_process()  # before torch loads, which reads it then
 
+import sys
+
 import gymnasium as gym
 from stable_baselines3 import DQN
 
@@ -17,7 +19,7 @@ import textgen_env  # noqa: F401  registers the environment
 from agents import PrunedTransformerExtractor
 
 
-def main() -> None:
+def main(steps: int = 3_000) -> None:
     env = gym.make("TextGen-v0", reward="sentiment", observation="full", max_new_tokens=12)
     agent = DQN(
         "MultiInputPolicy",
@@ -30,7 +32,7 @@ def main() -> None:
             "features_extractor_kwargs": {"source": "hidden"},
         },
     )
-    agent.learn(3_000)
+    agent.learn(steps)
     observation, _ = env.reset(options={"prompt": "The movie was"})
     ended = False
     while not ended:
@@ -40,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

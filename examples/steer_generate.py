@@ -1,6 +1,6 @@
 """A trained agent steers ``model.generate``: back into Hugging Face, with any prompt.
 
-    python examples/steer_generate.py        # half a minute on 2 cores
+    python examples/steer_generate.py [STEPS]        # half a minute on 2 cores
 
 A TextDQN learns for a while to write positive texts with the small model in the box. It is saved
 as a folder of safetensors and JSON, loaded again without an environment, and steers the plain model.
@@ -12,6 +12,7 @@ from textgen_env.models.device import prepare_process
 
 prepare_process()  # before torch loads, which reads it then
 
+import sys
 import tempfile
 
 import gymnasium as gym
@@ -56,4 +57,4 @@ def main(steps: int = 20_000) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

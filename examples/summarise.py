@@ -54,10 +54,11 @@ def write(source: PromptSource, weight: float) -> None:
     envs = gym.make_vec(
         "TextGen-v0",
         num_envs=8,
+        model="smollm2",
         prompts=source,
         reward="rouge",
         observation=("logprobs", "candidate_scores"),
-        max_prompt_tokens=128,
+        max_prompt_tokens=160,
         max_new_tokens=24,
         stop=("\n",),
     )
