@@ -138,7 +138,7 @@ def _largest_gap(model: CheckedModel, decoder: Decoder, ids: Sequence[int], leng
     known: dict[tuple[Any, ...], npt.NDArray[np.float32]] = {}
     slots.start(rows, prompts)
     ids = [*slots.ids_of(0), *ids[slots.lengths[0] :]] if model.begin else ids
-    for step in range(STEPS):
+    for step in range(STEPS if lengths[0] <= SMALL_WINDOW + 2 else 2):  # each is a forward of the whole text
         if step == 2:
             slots.rebuild()
         found = slots.propose(rows, np.zeros(len(rows), bool)).logprobs

@@ -154,9 +154,11 @@ class Seq2SeqModel(HFModel):
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         self.begin = _first_tokens(model)
-        encoder = model.get_encoder()  # may have a configuration of its own
-        configs = [own.get_text_config(encoder=True) for own in (model.config, encoder.config)]
-        self.max_source = min(positions_of(encoder, config) for config in configs)
+        encoder = model.get_encoder()
+        configs = [
+            own.get_text_config(encoder=True) for own in (model.config, getattr(encoder, "config", model.config))
+        ]
+        self.max_source = min(positions_of(encoder, config) for config in configs)  # an encoder may have its own
         super().__init__(model, *args, **kwargs)  # opens rows, to check a decoder
         self._appends_end = False  # the encoder reads the end token of its text
 
