@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
-import os
 
 import numpy as np
 import pytest
@@ -322,27 +322,42 @@ def parts_of(page, kind):
     return [block for block in page.blocks.values() if type(block).__name__ == kind]
 
 
-@pytest.mark.skipif("PLAYGROUND" not in os.environ, reason="gradio leaves sockets behind: set PLAYGROUND=1")
-def test_the_page_goes_from_a_prompt_to_a_finished_text_in_both_columns():
+@pytest.fixture
+def build_page(monkeypatch):
+    """``build_page``, without the event loops that gradio makes for each lock of a page, and does not close."""
     pytest.importorskip("gradio", reason="the page needs textgen-env[play]")
     from agents.playground.page import build_page
 
+    made, new_event_loop = [], asyncio.new_event_loop
+    monkeypatch.setattr(asyncio, "new_event_loop", lambda: made.append(new_event_loop()) or made[-1])
+    yield build_page
+    asyncio.set_event_loop(None)
+    for loop in made:
+        loop.close()
+
+
+def test_the_page_has_both_columns_in_one_row_and_a_handler_for_each_click(build_page):
     page = build_page(make_desk())
-    assert [part.elem_id for part in parts_of(page, "HighlightedText")] == ["text-language-model", "text-lookahead"]
-    handlers = {fn.targets[0][1]: fn for fn in page.fns.values() if fn.targets}
-    assert {"click", "select", "load", "release"} <= set(handlers)
+    texts = parts_of(page, "HighlightedText")
+    assert [part.elem_id for part in texts] == ["text-language-model", "text-lookahead"]
+    assert not any(part.show_inline_category for part in texts)  # no badge beside each token
+    rows = [part.parent.parent for part in texts]  # of their columns
+    assert type(rows[0]).__name__ == "Row"
+    assert rows[0] is rows[1]
+    (ways,) = parts_of(page, "Radio")
+    assert [value for _, value in ways.choices] == ["sample", "greedy", "particles"]
+    handlers = {event for fn in page.fns.values() for _, event in fn.targets}
+    assert {"click", "select", "load", "input"} <= handlers
 
 
-@pytest.mark.skipif("PLAYGROUND" not in os.environ, reason="gradio leaves sockets behind: set PLAYGROUND=1")
 @pytest.mark.parametrize("beta", [5.0, 0.002, 1e6])
-def test_the_slider_of_the_page_takes_the_beta_that_it_shows(beta):
-    pytest.importorskip("gradio", reason="the page needs textgen-env[play]")
-    from agents.playground.page import build_page
-
+def test_the_slider_of_the_page_takes_the_beta_that_it_shows_and_stays_within_its_limits(build_page, beta):
     agent = LookaheadAgent(beta=beta)
     agent.target_beta = 0.1
     (slider,) = parts_of(build_page(Desk(make_desk().env, agent, AGENT)), "Slider")
     assert slider.preprocess(slider.value) == slider.value
+    shown = 0.1 if beta == 1e6 else beta
+    assert [slider.preprocess(typed) for typed in (0, 1e9, None)] == pytest.approx([shown / 10, shown * 10, shown])
 
 
 def test_an_end_is_shown_as_such_and_text_stays_text():
