@@ -94,7 +94,9 @@ def particles_note(desk: Desk) -> str:
     """Return a line about writing by particles, or why it is not possible."""
     if desk.no_particles:
         return f"No particles: {desk.no_particles}."
-    return f"Particles: one of {ROWS_A_TEXT} texts that go on from here, weighted by reward; the agent's are guided by Q."
+    return (
+        f"Particles: one of {ROWS_A_TEXT} texts that go on from here, weighted by reward; the agent's are guided by Q."
+    )
 
 
 def _column(gr: Any, writer: str) -> tuple[Any, ...]:
