@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import math
 
@@ -323,17 +322,11 @@ def parts_of(page, kind):
 
 
 @pytest.fixture
-def build_page(monkeypatch):
-    """``build_page``, without the event loops that gradio makes for each lock of a page, and does not close."""
+def build_page(closing_event_loops):
     pytest.importorskip("gradio", reason="the page needs textgen-env[play]")
     from agents.playground.page import build_page
 
-    made, new_event_loop = [], asyncio.new_event_loop
-    monkeypatch.setattr(asyncio, "new_event_loop", lambda: made.append(new_event_loop()) or made[-1])
-    yield build_page
-    asyncio.set_event_loop(None)
-    for loop in made:
-        loop.close()
+    return build_page
 
 
 def test_the_page_has_both_columns_in_one_row_and_a_handler_for_each_click(build_page):
