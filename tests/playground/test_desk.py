@@ -214,6 +214,7 @@ def best_share(beta, begun):
     return masses[1], weights[1] / weights.sum()
 
 
+@pytest.mark.slow
 def test_particles_go_on_from_the_text_so_far_and_follow_the_best_policy():
     desk, texts = make_desk(), 150
     found = dict.fromkeys(desk.writers, 0)
