@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections import Counter
 
@@ -59,6 +60,26 @@ def shared_model_stays(request):
     before = shared and state_of(*shared)
     yield
     assert shared is None or state_of(*shared) == before, "the test changed tiny_lm: change a copy"
+
+
+@pytest.fixture
+def closing_event_loops(monkeypatch):
+    """Event loops that are left open, as gradio leaves one for each lock of a page, are closed after the test."""
+    made, new_event_loop = [], asyncio.new_event_loop
+    monkeypatch.setattr(asyncio, "new_event_loop", lambda: made.append(new_event_loop()) or made[-1])
+    yield
+    asyncio.set_event_loop(None)
+    for loop in made:
+        loop.close()
+
+
+@pytest.fixture
+def launched(closing_event_loops, monkeypatch):
+    """Pages that were launched, and how: ``[(page, settings)]``. Nothing is served."""
+    gradio = pytest.importorskip("gradio", reason="the page needs textgen-env[play]")
+    calls = []
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda page, **settings: calls.append((page, settings)))
+    return calls
 
 
 @pytest.fixture(scope="module")

@@ -218,6 +218,16 @@ def test_generate_writes_with_an_agent_of_the_hub(agent, server, tmp_path):
     assert json.loads(local.stdout) == texts
 
 
+def test_play_opens_a_page_with_an_agent_of_the_hub(agent, server, tmp_path, launched):
+    pushed(agent, tmp_path / "folder", server)
+    found = CliRunner().invoke(app, ["play", "user/agent", "--port", "7999"])
+    assert found.exit_code == 0, found.output
+    ((page, _),) = launched
+    names = [block.elem_id for block in page.blocks.values() if type(block).__name__ == "HighlightedText"]
+    assert names == ["text-language-model", "text-text_dqn"]
+    assert any(call.startswith("GET /user/agent/") and "safetensors" in call for call in server.asked)
+
+
 def test_generate_shows_no_rewards_of_an_agent_whose_reward_was_not_stored(server, tmp_path):
     env = gym.make_vec("TextGen-v0", num_envs=2, observation=OBSERVATION, reward=len, top_k=4, max_new_tokens=3)
     pushed(TextDQN(env=env, buffer_size=100, seed=0), tmp_path / "folder", server)

@@ -195,14 +195,19 @@ class ParticlesAgent(ValuePlanner):
             raise ConfigError(f"threshold must be in [0, 1] (a share of the rows), got {threshold}")
         self._threshold = float(threshold)
 
-    def write(self, prompts: Sequence[str | Prompt]) -> list[WeightedTexts]:
+    def write(
+        self, prompts: Sequence[str | Prompt], so_far: Sequence[Sequence[int]] | None = None
+    ) -> list[WeightedTexts]:
         """Return n weighted texts for each prompt, one of them picked.
+
+        Args:
+            so_far: Token ids with which the n texts of each prompt begin, unfinished. None: with none.
 
         Raises:
             PromptError: a prompt without tokens, or one that is too long.
             RewardError: the reward failed.
         """
-        return self._weigh(beginnings(prompts))
+        return self._weigh(beginnings(prompts, so_far))
 
     def temper(self, prompts: Sequence[str | Prompt], repeats: int = 4, seed: int = 0) -> list[Tempering]:
         """Set ``pick``, ``trust`` and ``threshold`` to those whose certified value is highest on ``prompts``.

@@ -149,15 +149,25 @@ def tilt(log_mu: Floats, q: Floats, beta: float) -> tuple[Floats, Floats]:
     return tilted - log_sum[:, None], beta * log_sum
 
 
-def beginnings(prompts: Sequence[str | Prompt]) -> list[tuple[Prompt, Ids]]:
-    """Return the texts that begin with ``prompts``, nothing written yet.
+def beginnings(
+    prompts: Sequence[str | Prompt], so_far: Sequence[Sequence[int]] | None = None
+) -> list[tuple[Prompt, Ids]]:
+    """Return the texts that begin with ``prompts`` and go on with the token ids ``so_far``; None: with nothing yet.
 
     Raises:
         PromptError: a prompt that is none, or a single text instead of several.
+        ConfigError: more or fewer texts so far than prompts.
     """
     if isinstance(prompts, str):
         raise PromptError(f"prompts must be several, got one text: give [{prompts!r}]")
-    return [(as_prompt(prompt, f"prompts[{i}]"), ()) for i, prompt in enumerate(prompts)]
+    if so_far is None:
+        so_far = [()] * len(prompts)
+    if len(so_far) != len(prompts):
+        raise ConfigError(f"so_far must have the ids of a text for each of {len(prompts)} prompts, got {len(so_far)}")
+    return [
+        (as_prompt(prompt, f"prompts[{i}]"), tuple(ids))
+        for i, (prompt, ids) in enumerate(zip(prompts, so_far, strict=True))
+    ]
 
 
 class ValuePlanner(TextPlanner):

@@ -17,6 +17,7 @@ from agents.cli.options import (
     RewardWithoutRun,
     Seed,
     Trust,
+    Writer,
     check_one_writer,
     given,
     own_object,
@@ -38,13 +39,6 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT = "The movie was"
 
-Writer = Annotated[
-    Path | None,
-    typer.Argument(
-        help="A folder that 'textgen train' or save_pretrained made, or an agent on the Hugging Face Hub, USER/AGENT.",
-        metavar="[RUN]",
-    ),
-]
 Starts = Annotated[
     list[str] | None,
     typer.Option(
@@ -237,14 +231,12 @@ def _author_of(
     run: Path, prompt: list[str] | None, reward: str | None, partner: str | None, beta: float | None, trust: bool
 ) -> _Author:
     """Return the agent of a run at the temperature ``beta``."""
-    from agents.hub import is_repository
-    from agents.runs.files import CONFIG_FILE
     from agents.runs.run import load_writer
     from agents.runs.stored import stored_config
-    from agents.text_dqn.portable import SETTINGS_FILE
+    from agents.shared import is_shared
 
     starts = _starts(prompt)
-    if is_repository(run) or ((run / SETTINGS_FILE).is_file() and not (run / CONFIG_FILE).exists()):
+    if is_shared(run):
         return _shared(run, starts, reward, beta)
     config = stored_config(run, trust, check=False)
     has_own = config.has_partner or config.task is not None  # prompts that come with what the agent is not told
@@ -273,23 +265,12 @@ def _with_text(prompts: Sequence[Prompt], start: Prompt) -> Sequence[Prompt]:
 def _shared(source: Path, starts: Sequence[Prompt], reward: str | None, beta: float | None) -> _Author:
     """Return the same as ``_author_of``, of an agent on the hub or in a folder that ``save_pretrained`` wrote."""
     from agents.baselines.planning import ROWS
-    from agents.text_dqn.agent import TextDQN
-    from agents.text_dqn.networks import check_observation_space
-    from agents.text_dqn.task import env_to_write_in
+    from agents.shared import open_shared
 
-    agent = TextDQN.from_pretrained(source)
-    space = check_observation_space(agent.observation_space)
-    longest = space["tokens"].shape[0] - agent.q_net.max_new_tokens  # type: ignore[index]
-    reads_scores = agent.q_net.reads_given_scores
-    keys = tuple(key for key in space.spaces if reads_scores or key not in ("score", "candidate_scores"))
-    env, is_scored = env_to_write_in(
-        None, agent.task, agent.language_model, own_reward(reward), sees_scores=reads_scores,
-        rows=ROWS, observation=keys, max_prompt_tokens=max(1, longest),
-    )  # fmt: skip
+    opened = open_shared(source, own_reward(reward), rows=ROWS)
     if beta is not None:
-        agent.beta = beta
-    unscored = "" if is_scored else "the agent's reward was not stored; give it as --reward FILE.py:NAME"
-    return _Author(agent, env, starts, unscored=unscored)
+        opened.agent.beta = beta
+    return _Author(opened.agent, opened.env, starts, unscored=opened.unscored)
 
 
 def _starts(prompt: list[str] | None) -> Sequence[Prompt]:

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from agents.runs.config import RunConfig
 
 OptionalRun = Annotated[Path | None, typer.Argument(help="A folder that 'textgen train' made.", metavar="[RUN]")]
+Writer = Annotated[
+    Path | None,
+    typer.Argument(
+        help="A folder that 'textgen train' or save_pretrained made, or an agent on the Hugging Face Hub, USER/AGENT.",
+        metavar="[RUN]",
+    ),
+]
 Prompts = Annotated[
     str | None,
     typer.Option(

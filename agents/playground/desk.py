@@ -9,19 +9,22 @@ written again from the prompt where it no longer is. Visitors share the model an
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from agents.baselines.one_step import LookaheadAgent
+from agents.baselines.particles import ParticlesAgent
+from agents.playground.tree import Sheet, Token, Tree, branches, piece
 from agents.text_dqn.validation import LANGUAGE_MODEL
-from textgen_env.errors import ConfigError
+from textgen_env.config import check_one_of
+from textgen_env.errors import ConfigError, PromptError
 from textgen_env.policies import Floats, kl_to, sample
 from textgen_env.prompts import Prompt
 from textgen_env.rows import Snapshot
@@ -30,84 +33,17 @@ from textgen_env.vector_env import TextGenVectorEnv
 KEPT_SNAPSHOTS = 64
 """Rows that the desk keeps, of all visitors together: a row of a larger model is megabytes."""
 
-MOST_NODES = 5_000
-"""Tokens that a writer's tree may have."""
-
-WRITERS = ("sample", "greedy")
+WRITING_WAYS = ("sample", "greedy", "particles")
 """How a text is written to its end."""
+
+FIRST_PROMPT = "The movie was"
+"""What a page begins with, if the model can read it."""
+
+ROWS_A_TEXT = 8
+"""Texts from which ``particles`` picks one, by weight."""
 
 END_SHOWN = "(end)"
 """The end token, as it is shown."""
-
-BAR_BLOCKS = 12
-"""Characters of a full bar."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token of a tree, or the prompt (the first node)."""
-
-    parent: int  # its node, -1 for the prompt
-    action: int  # that led here
-    text: str
-    depth: int  # tokens since the prompt
-    score: float  # the running score so far; the reward where the text has ended
-    kl: float  # nats since the prompt, of the writer's policies to the language model
-    ended: str = ""  # the finish reason, or nothing
-
-
-@dataclass
-class Tree:
-    """Everything that a writer has tried after one prompt, and the place where it stands."""
-
-    nodes: list[Token]
-    here: int = 0
-
-    def path(self, node: int | None = None) -> list[int]:
-        """Return the nodes from the prompt to ``node``, or to the place where the writer stands."""
-        at, found = self.here if node is None else node, []
-        while at >= 0:
-            found.append(at)
-            at = self.nodes[at].parent
-        return found[::-1]
-
-    def add(self, action: int, text: str, score: float, kl: float, ended: str) -> None:
-        """Go to the token that ``action`` leads to; it is new unless it was tried before.
-
-        Raises:
-            ConfigError: the tree is full.
-        """
-        tried = [number for number in self.children(self.here) if self.nodes[number].action == action]
-        if not tried:
-            if len(self.nodes) >= MOST_NODES:
-                raise ConfigError(f"the tree holds {MOST_NODES:,} tokens, which is the most: start again")
-            here = self.nodes[self.here]
-            self.nodes.append(Token(self.here, action, text, here.depth + 1, score, here.kl + kl, ended))
-            tried = [len(self.nodes) - 1]
-        self.here = tried[0]
-
-    @property
-    def ended(self) -> bool:
-        """True where the text can go no further."""
-        return bool(self.nodes[self.here].ended)
-
-    def children(self, node: int) -> list[int]:
-        """Return the nodes that follow ``node``, the first tried first."""
-        return [number for number, other in enumerate(self.nodes) if other.parent == node]
-
-
-@dataclass
-class Sheet:
-    """The work of one visitor: a prompt, and a tree for each writer."""
-
-    prompt: Prompt
-    seed: int  # of the luck that the writers share
-    trees: dict[str, Tree] = field(default_factory=dict)
-    number: int = field(default_factory=itertools.count().__next__)  # no two sheets of a process share it
-
-    def luck(self, depth: int) -> float:
-        """Return the random number in [0, 1) of the token at ``depth``: the same for both writers."""
-        return float(np.random.default_rng([self.seed, depth]).random())
 
 
 @dataclass(frozen=True)
@@ -127,10 +63,10 @@ class View:
 
     tokens: list[tuple[int, str]]  # (node, text) from the prompt to here
     candidates: list[Candidate]  # likeliest under the language model first; none where the text has ended
-    score: float
+    score: float | None  # None where nothing is known yet
     kl: float
     ended: str
-    branches: list[tuple[int, str, float]]  # (node, indented text, score) of the tree, in the order of reading
+    branches: list[tuple[int, str, float | None]]  # (node, indented text, score) of the tree, in the order of reading
 
 
 MODEL_WRITER = "language model"
@@ -157,11 +93,15 @@ class Desk:
         if agent is not None and not hasattr(agent, "probabilities"):
             raise ConfigError(f"{name} has no probabilities to show; a desk takes agents such as text_dqn and ppo")
         self.env, self.agent, self.scored = env, agent, scored
-        self.writers = (MODEL_WRITER,) if agent is None else (MODEL_WRITER, name)
+        self.writers: tuple[str, ...] = (MODEL_WRITER,) if agent is None else (MODEL_WRITER, name)
         self.beta: float | None = getattr(agent, "beta", None)
         self._episodes = env.episodes
+        config, keys = env.episodes.config, set(env.episodes.keys)
+        shows_scores = config.reward_at == "step" or bool(keys & {"score", "candidate_scores"})
+        self._runs = scored and shows_scores and env.episodes.reward.running() is not None  # prefixes have scores
         self._snapshots: OrderedDict[tuple[int, str, int], Snapshot] = OrderedDict()
         self._lock = threading.RLock()
+        self.first_prompt = self._first_prompt()
 
     @property
     def is_language_model(self) -> bool:
@@ -173,6 +113,22 @@ class Desk:
         """The temperature that a page begins with, reward units a nat: the agent's, or what it learned for."""
         return getattr(self.agent, "target_beta", self.beta) if self.is_language_model else self.beta
 
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """How texts can be written to their ends here, of ``WRITING_WAYS``."""
+        return WRITING_WAYS[:-1] if self.no_particles else WRITING_WAYS
+
+    @property
+    def no_particles(self) -> str:
+        """The reason why particles cannot write here, or nothing."""
+        if not self.scored:
+            return "the reward is not known here, and particles are weighted by it"
+        if self.agent is None:
+            return "there is no agent, whose Q and beta they need"
+        if self.beta is None or _values_of(self.agent) is None:
+            return f"{self.writers[1]} has no Q and beta to guide them"
+        return ""
+
     # --- what a visitor does
 
     def start(self, prompt: str, seed: int = 0) -> Sheet:
@@ -181,11 +137,13 @@ class Desk:
         Raises:
             PromptError: an empty prompt, or one that is too long.
         """
-        sheet = Sheet(Prompt(prompt), seed)
+        own = self.first_prompt  # with what the agent is not told, where it is the environment's
+        sheet = Sheet(own if prompt == own.text else Prompt(prompt), seed)
         with self._lock:
             for writer in self.writers:
-                sheet.trees[writer] = Tree([Token(-1, -1, prompt, 0, 0.0, 0.0)])
                 self._begin(sheet, writer)
+                score = self._running_score(self.writers.index(writer))
+                sheet.trees[writer] = Tree([Token(-1, -1, prompt, 0, score, 0.0)])
         return sheet
 
     def step(self, sheet: Sheet, writer: str, action: int, beta: float | None = None) -> None:
@@ -215,14 +173,23 @@ class Desk:
     def write(self, sheet: Sheet, writers: Sequence[str], way: str = "sample", beta: float | None = None) -> None:
         """Write the texts of ``writers`` to their ends, from where they stand; the same luck for the same place.
 
+        By particles each text is picked from ``ROWS_A_TEXT``, which all go on from where the writer stands and are
+        weighted for the trade at ``beta``: the agent's are guided by its Q, the language model's by none.
+
         Raises:
-            ConfigError: no such way, or a tree is full.
+            ConfigError: no such way, one that is not possible here, or a tree is full.
+            CapacityError: the particles do not fit into memory.
         """
-        if way not in WRITERS:
-            raise ConfigError(f"a text is written by {' or '.join(WRITERS)}, got {way!r}")
+        check_one_of("the way to write", way, WRITING_WAYS)
+        if way == "particles" and self.no_particles:
+            raise ConfigError(f"particles cannot write here: {self.no_particles}. Choose sample or greedy")
         with self._lock, self._acting_at(beta):
             live = [name for name in writers if not sheet.trees[name].ended]
             self._restore(sheet, live)
+            if way == "particles":
+                for name in live:
+                    self._write_planned(sheet, name, self._planned(sheet, name, beta or self.shown_beta))
+                return
             while live:
                 policies = self._policies(live)
                 depths = [sheet.trees[name].nodes[sheet.trees[name].here].depth for name in live]
@@ -260,6 +227,15 @@ class Desk:
         finally:
             self.agent.beta = own
 
+    def _first_prompt(self) -> Prompt:
+        """Return ``FIRST_PROMPT``, or one of the environment's where the model cannot read that."""
+        first = Prompt(FIRST_PROMPT)
+        try:
+            self._episodes.begin(np.zeros(1, np.int64), [first])
+        except PromptError:
+            return self._episodes.prompts.draw(np.random.default_rng(0))
+        return first
+
     def _begin(self, sheet: Sheet, writer: str) -> None:
         self._episodes.begin(self._rows([writer]), [sheet.prompt])
         self._episodes.observe(self._rows([writer]))
@@ -290,6 +266,27 @@ class Desk:
         self._snapshots.move_to_end(key)
         while len(self._snapshots) > KEPT_SNAPSHOTS:
             self._snapshots.popitem(last=False)
+
+    def _running_score(self, row: int) -> float | None:
+        return self._episodes.score_of(row) if self._runs else None
+
+    # --- particles
+
+    def _planned(self, sheet: Sheet, writer: str, beta: float | None) -> tuple[int, ...]:
+        """Return the tokens that particles put behind the text where the writer's row stands."""
+        so_far = self._episodes.ids_of(self.writers.index(writer))[1]
+        values = "zero" if writer == MODEL_WRITER else _values_of(self.agent)
+        planner = ParticlesAgent(
+            self.env, sheet.seed_at(len(so_far)), n=ROWS_A_TEXT, values=values, beta=beta, rows=ROWS_A_TEXT
+        )
+        (found,) = planner.write([sheet.prompt], [so_far])
+        return found.ids[found.chosen][len(so_far) :]
+
+    def _write_planned(self, sheet: Sheet, writer: str, tokens: Sequence[int]) -> None:
+        rows = self._rows([writer])
+        for token in tokens:
+            policies = self._policies([writer])
+            self._act(sheet, [writer], self._episodes.offer(rows, np.array([token])).tolist(), policies)
 
     # --- policies
 
@@ -342,47 +339,20 @@ class Desk:
             text = piece(before[i], self._episodes.text_of(row))
             if int(tokens[i, action]) in self._episodes.model.end_ids:
                 text = END_SHOWN
-            score = self._episodes.score_of(row)
-            if outcome.ended[i]:
-                score = float(outcome.rewards[i]) + (paid[i] if at_step else 0.0)
+            score = self._running_score(row)
+            if outcome.ended[i] and self.scored:
+                score = float(outcome.rewards[i]) + ((paid[i] or 0.0) if at_step else 0.0)
             ended = str(outcome.infos[i].get("finish_reason", ""))
             sheet.trees[writer].add(action, text, score, float(costs[i]), ended)
             self._keep(sheet, writer, sheet.trees[writer].here)
 
 
-def piece(before: str, after: str) -> str:
-    """Return what a token adds to a text; where it changes the end of the text, from there on.
-
-    >>> piece("a caf\\ufffd", "a café"), piece("a", "a b")
-    ('é', ' b')
-    """
-    same = 0
-    while same < min(len(before), len(after)) and before[same] == after[same]:
-        same += 1
-    return after[same:]
-
-
-def branches(tree: Tree) -> list[tuple[int, str, float]]:
-    """Return the runs of tokens between two branchings, indented by level: (last node, text, score)."""
-    found: list[tuple[int, str, float]] = []
-    waiting = [(0, 0)]  # node, level
-    while waiting:
-        node, level = waiting.pop()
-        run = [node]
-        following = tree.children(node)
-        while len(following) == 1:
-            run.append(following[0])
-            following = tree.children(following[0])
-        text = "".join(tree.nodes[number].text for number in run)
-        found.append((run[-1], "    " * level + text, tree.nodes[run[-1]].score))
-        waiting += [(child, level + 1) for child in reversed(following)]
-    return found
-
-
-def bar(share: float) -> str:
-    """Return a probability as a bar of blocks and as a percentage."""
-    return f"{'█' * round(BAR_BLOCKS * share)}{'·' * (BAR_BLOCKS - round(BAR_BLOCKS * share))} {share:.1%}"
-
-
 def _drawn(policies: Floats, numbers: Any) -> npt.NDArray[np.int64]:
     return sample(policies, np.array(list(numbers)))
+
+
+def _values_of(agent: Any) -> Any:
+    """Return where the Q of an agent comes from, as ``ParticlesAgent`` takes it, or None."""
+    if isinstance(agent, LookaheadAgent):
+        return "lookahead"
+    return agent if hasattr(getattr(agent, "learner", None), "q") else None

@@ -32,6 +32,7 @@ from agents.baselines.particles import ParticlesAgent, WeightedTexts, usual_pick
 from agents.baselines.planning import ROWS
 from agents.hub import MOST_WEIGHT_BYTES, fetched, push
 from agents.sb3_vec import SB3VecEnv
+from agents.space import write_space
 from agents.text_dqn import portable
 from agents.text_dqn.learner import Learner
 from agents.text_dqn.networks import NEEDED_KEYS, CandidateQNetwork, check_observation_space
@@ -583,11 +584,18 @@ class TextDQN(DQN):
             portable.check_finite(agent.policy.state_dict())
         return agent
 
-    def save_pretrained(self, folder: Any) -> None:
-        """Write a folder to share: safetensors, JSON, and a model card. No optimiser, no replay."""
+    def save_pretrained(self, folder: Any, space: bool = False) -> None:
+        """Write a folder to share: safetensors, JSON, and a model card. No optimiser, no replay.
+
+        Args:
+            space: Also write what makes it a Space of the Hugging Face Hub: an ``app.py`` that opens the
+                playground, its requirements, and a Space's metadata on the card.
+        """
         stored, numbers = self._described(), sum(parameter.numel() for parameter in self.q_net.parameters())
         card = portable.model_card(stored, self.language_model.vocab_size, numbers)
         portable.save_pretrained(Path(folder), stored, self.policy.state_dict(), card)
+        if space:
+            write_space(Path(folder), self.task)
 
     def push_to_hub(
         self,
