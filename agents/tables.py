@@ -60,7 +60,7 @@ def _widths(table: Table, width: int, widest: int) -> list[int] | None:
     Args:
         widest: Of the whole table, where no line is wrapped.
     """
-    least, most = [], []
+    least, most = list[int](), list[int]()
     for column in table.columns:
         lines = [line for text in (column.header, *column.cells) for line in _plain(text).splitlines() or [""]]
         pieces = lines if column.no_wrap else [word for line in lines for word in line.split()]
@@ -70,10 +70,10 @@ def _widths(table: Table, width: int, widest: int) -> list[int] | None:
     left = width - (widest - sum(most)) - sum(least)  # the first bracket: edges, and blanks between columns
     if left < 0:
         return None
-    wishes = sorted(range(len(least)), key=lambda column: most[column] - least[column])
-    for done, column in enumerate(wishes):
-        more = min(most[column] - least[column], left // (len(wishes) - done))
-        least[column] += more
+    wishes = sorted(range(len(least)), key=lambda index: most[index] - least[index])
+    for done, index in enumerate(wishes):
+        more = min(most[index] - least[index], left // (len(wishes) - done))
+        least[index] += more
         left -= more
     return least
 
