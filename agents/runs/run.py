@@ -52,7 +52,7 @@ from agents.runs.stored import (
     with_present_code,
     write_summary,
 )
-from agents.runs.tracking import check_tracker
+from agents.runs.tracking import check_tracker, evaluation_tags
 from agents.terminal import say
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.validation import LANGUAGE_MODEL
@@ -291,7 +291,7 @@ def _carry_out(
     report: Report | None = None
     signum: int | None = None
     try:
-        with stop_signals(log.request_stop):
+        with stop_signals(log.request_stop), log:
             report = _measure_and_learn(run, log, folder, console)
     except KeyboardInterrupt as stop:
         stopped = stop if isinstance(stop, Stopped) else Stopped()
@@ -323,6 +323,7 @@ def _measure_and_learn(run: Run, log: RunLog, folder: Path, console: Console) ->
     with JobProgress(console, "texts") as progress:
         evaluations = run.evaluate(progress.measuring)
     report = run.report(yardstick, evaluations)
+    log.record_evaluation(evaluation_tags(report))
     draw_plane(report, folder / PLANE_FILE)
     write_file(folder / SAMPLES_FILE, samples_page(yardstick.samples, evaluations[0], run.notes))
     return report
@@ -332,7 +333,7 @@ def _learned(run: Run, log: RunLog, folder: Path) -> Run:
     """Train the agent, and let it choose its temperature. It is saved even if the training is stopped or fails."""
     agent, config, done = run.agent, run.config, run.agent.num_timesteps
     try:
-        with log:
+        with log.learning():
             agent.learn(config.steps - done, log, log_interval=sys.maxsize, reset_num_timesteps=not done)
         if isinstance(agent, TextDQN):
             some = list(some_prompts(run.env.episodes.prompts, VALIDATION_PROMPTS, config.seed))
