@@ -7,8 +7,11 @@ terminal nobody limits the width (unless ``COLUMNS`` is set), lines are whole, a
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
@@ -23,16 +26,56 @@ LINES_OF_PROGRESS = 10
 def show_table(console: Console, table: Table, *notes: str) -> None:
     """Print a table, in blocks if it is wider than the console, and whole lines of notes below it."""
     width = available_width(console)
-    measured = console.measure(table, options=console.options.update(max_width=10_000))
+    widest = console.measure(table, options=console.options.update(max_width=10_000)).maximum
     if width is None:
-        own, console.width = console.width, max(console.width, measured.maximum)  # print takes no more than its own
+        own, console.width = console.width, max(console.width, widest)  # print takes no more than its own
         console.print(table)
         console.width = own
-    elif measured.minimum <= width:
-        console.print(table, width=min(width, measured.maximum))
-    else:
+    elif (fitting := _widths(table, width, widest)) is None:
         say(console, *blocks(table))
+    else:
+        with _column_widths(table, fitting):
+            console.print(table, width=min(width, widest))
     say(console, *notes)
+
+
+@contextmanager
+def _column_widths(table: Table, widths: Sequence[int | None]) -> Iterator[None]:
+    """Within, the columns of a table have these widths."""
+    before = [column.width for column in table.columns]
+    for column, width in zip(table.columns, widths, strict=True):
+        column.width = width
+    try:
+        yield
+    finally:
+        for column, width in zip(table.columns, before, strict=True):
+            column.width = width
+
+
+def _widths(table: Table, width: int, widest: int) -> list[int] | None:
+    """Return widths of the columns at which no word is cut; None if ``width`` is too small for that.
+
+    rich itself shortens wide columns until all fit, some of them below their longest word.
+
+    Args:
+        widest: Of the whole table, where no line is wrapped.
+    """
+    least, most = list[int](), list[int]()
+    for column in table.columns:
+        lines = [line for text in (column.header, *column.cells) for line in _plain(text).splitlines() or [""]]
+        pieces = lines if column.no_wrap else [word for line in lines for word in line.split()]
+        narrowest = column.min_width or 0
+        least.append(max(narrowest, *map(cell_len, pieces), 0))
+        most.append(max(narrowest, *map(cell_len, lines)))
+    left = width - (widest - sum(most)) - sum(least)  # the first bracket: edges, and blanks between columns
+    if left < 0:
+        return None
+    wishes = sorted(range(len(least)), key=lambda index: most[index] - least[index])
+    for done, index in enumerate(wishes):
+        more = min(most[index] - least[index], left // (len(wishes) - done))
+        least[index] += more
+        left -= more
+    return least
 
 
 def available_width(console: Console) -> int | None:

@@ -124,12 +124,14 @@ def check_code(code: Mapping[str, str], trust: bool) -> None:
     """
     known = _known()
     for reference, checksum in code.items():
-        entry = known.get(_key(reference))
+        entry = known.get(absolute_reference(reference))
         if entry is None and not trust:
+            _check_there(reference, "that was never named on this machine, ")
             raise ConfigError(
                 f"it names code to run, {reference}, that was never named on this machine: look at it, and add --trust "
                 "(trust=True in Python) if it is yours"
             )
+        _check_there(reference, "")
         found = identify(reference)
         if checksum and found.sha256 != checksum:
             raise ConfigError(
@@ -148,13 +150,19 @@ def remember(references: Sequence[str]) -> None:
     """Keep in mind that this user has named the code, as it is now; where nothing can be kept, nothing is."""
     if not references:
         return
-    named = {_key(reference): identify(reference) for reference in references}
+    named = {absolute_reference(reference): identify(reference) for reference in references}
     with suppress(TextGenError), locked(cache_folder(), f"{KNOWN_CODE_FILE}.lock", wait=True):
         known = _known()  # as other processes have left it
         for key, found in named.items():
             before = known[key]["sha256"] if key in known else []
             known[key] = {"file": str(found.file), "sha256": [*dict.fromkeys([*before, found.sha256])]}
         write_file(cache_folder() / KNOWN_CODE_FILE, json.dumps(known, indent=2) + "\n")
+
+
+def absolute_reference(reference: str) -> str:
+    """Return a reference that is the same from every folder."""
+    place, _, name = reference.rpartition(":")
+    return f"{os.path.realpath(os.path.expanduser(place))}:{name}" if is_file(reference) else reference
 
 
 def send_by_value(ray: Any) -> None:
@@ -189,6 +197,16 @@ def _found(file: Path, reference: str) -> FoundCode:
         reason = f"no file at {str(file)!r}" if not file.exists() else str(error)
         raise ConfigError(f"{reference!r} cannot be imported: {reason}; check the path") from error
     return FoundCode(file.resolve(), hashlib.sha256(content).hexdigest())
+
+
+def _check_there(reference: str, known: str) -> None:
+    """Raise ``ConfigError`` if the file of a stored reference is missing; ``known`` is said of it."""
+    place = reference.rpartition(":")[0]
+    if is_file(reference) and not Path(place).expanduser().exists():
+        raise ConfigError(
+            f"it names code to run, {reference}, {known}and there is no such file: put it there, or name it where it "
+            "is now (to resume a run it must be there): --reward or --partner FILE.py:NAME"
+        )
 
 
 def _run_file(found: FoundCode) -> ModuleType:
@@ -250,12 +268,6 @@ def _search(folder: Path) -> None:
 
 
 # --- the code that this user has named
-
-
-def _key(reference: str) -> str:
-    """Return a reference that is the same from every folder."""
-    place, _, name = reference.rpartition(":")
-    return f"{os.path.realpath(os.path.expanduser(place))}:{name}" if is_file(reference) else reference
 
 
 def _known() -> dict[str, Any]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib.util
+import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,7 @@ SMALLER = {  # what takes minutes is run for a moment, on the small model
     r'"smollm2"': '"tiny"',
     r"num_envs=\d+": "num_envs=4",
     r"\.learn\([\d_]+\)": ".learn(64)",
+    r"\.fit\([\d_]+\)": ".fit(8)",
     r"\bsteps=[\d_]+": "steps=64, envs=4, eval_prompts=2, eval_texts=4, eval_samples=2, prune=None",
 }
 
@@ -145,6 +149,66 @@ def test_the_python_blocks_of_a_page_run_and_print_what_it_shows(page, tmp_path,
         capsys.readouterr()
         exec(compile(run, page.name, "exec"), known)
         assert not printed or run != block or capsys.readouterr().out == printed
+
+
+ALONE = """
+import json, os, sys, traceback
+
+for name, block in json.loads(sys.argv[1]).items():
+    os.makedirs(name)
+    os.chdir(name)
+    said = ""
+    try:
+        exec(compile(block, name, "exec"), {"__name__": "__main__"})
+    except ImportError as error:
+        ours = (error.name or "").partition(".")[0] in ("textgen_env", "agents")
+        said = traceback.format_exc() if ours else f"missing: {error}"
+    except BaseException as error:
+        missing = isinstance(error.__cause__, ImportError)  # an extra that is not installed
+        said = f"missing: {error}" if missing else traceback.format_exc()
+    os.chdir("..")
+    with open("said.jsonl", "a") as file:
+        print(json.dumps([name, said]), file=file)
+"""
+"""Runs blocks one after the other, each in a namespace and a folder of its own."""
+
+
+def blocks_of_pages():
+    """The Python blocks of all pages but the tutorials, which go on from block to block: (page, number) to text."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = {}
+    for page in pages:
+        blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        found |= {f"{page.stem}-{number}": block for number, block in enumerate(blocks)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def said_alone(tmp_path_factory):
+    """The traceback of each block that failed, by name; of the others nothing."""
+    blocks = blocks_of_pages()
+    for pattern, smaller in SMALLER.items():
+        blocks = {name: re.sub(pattern, smaller, block) for name, block in blocks.items()}
+    folder = tmp_path_factory.mktemp("alone")
+    done = subprocess.run(  # one process, since imports take most of the time
+        [sys.executable, "-c", ALONE, json.dumps(blocks)],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(map(json.loads, (folder / "said.jsonl").read_text().splitlines()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", blocks_of_pages())
+def test_a_python_block_runs_alone(block, said_alone):
+    said = said_alone[block]
+    if said.startswith("missing: "):
+        pytest.skip(said)
+    assert not said, said
 
 
 # --- the site: `make docs` builds it, without a warning

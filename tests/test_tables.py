@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 
 import pytest
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from agents.tables import SteadyProgress, show_table
+from agents.terminal import table_of
 
 ROWS = [("text_dqn, trained", "0.62 ±0.03", "12.5", "–"), ("best possible policy", "0.71", "≥ 1.04", "100%")]
 
@@ -38,6 +41,30 @@ def test_every_figure_is_there_at_every_width(width, columns, monkeypatch):
         assert "…" not in printed
         if width >= 30:
             assert max(map(len, printed.splitlines()[:-1])) <= width  # the note is a line of its own
+
+
+def test_no_heading_and_no_cell_is_cut_at_any_width(monkeypatch):
+    heads = ("agent", "interquartile mean", "mean", "median", "optimality gap")
+    row = ("text_dqn_particles", "0.12 [0.10, 0.15]", "0.13 [0.10, 0.15]", "0.1", "–")
+    for width in range(20, 110):
+        monkeypatch.setenv("COLUMNS", str(width))
+        for boxed in (False, True):
+            console = Console(file=io.StringIO(), width=width, color_system=None)
+            table = table_of(heads, [row, row], "all tasks")
+            table.box = SIMPLE_HEAD if boxed else None
+            show_table(console, table)
+            printed = console.file.getvalue()
+            words = Counter(printed.replace("─", " ").replace(":", "").split())
+            assert "…" not in printed
+            for cell in (*row[1:4], *row[1:4]):
+                assert Counter(cell.split()) <= words
+            assert words["text_dqn_particles"] == 2
+            assert words["interquartile"] in (1, 2)  # twice in blocks, one a row
+            if words["interquartile"] == 1:
+                assert max(map(len, printed.splitlines())) <= width
+            else:
+                longest = ("text_dqn_particles", "interquartile", "[0.10,", "median", "optimality")
+                assert width < sum(map(len, longest)) + 3 * len(longest) + 1  # blanks and edges
 
 
 def test_a_table_in_a_pipe_is_as_wide_as_it_is_and_notes_are_whole_lines(monkeypatch):

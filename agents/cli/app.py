@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from agents.cli.benchmark import benchmark_command
 from agents.cli.evaluate import evaluate_command
 from agents.cli.generate import generate_command
 from agents.cli.list_names import list_command
+from agents.cli.narrow_help import Command, Group
 from agents.cli.play import play_command
 from agents.cli.prune import prune_command
 from agents.cli.record import record_command
@@ -27,7 +27,7 @@ from textgen_env.models.device import prepare_process
 from textgen_env.terminal import printable
 
 
-class _Group(TyperGroup):
+class _Group(Group):
     """Deliberate errors end in one line, not in a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -67,7 +67,7 @@ EXAMPLES = {
 """Below each command's help."""
 
 for name, command in COMMANDS.items():
-    app.command(name, epilog=f"Example: {EXAMPLES[name]}", context_settings=HELP_OPTIONS)(command)
+    app.command(name, cls=Command, epilog=f"Example: {EXAMPLES[name]}", context_settings=HELP_OPTIONS)(command)
 
 
 def _show_version(asked: bool) -> None:

@@ -127,17 +127,19 @@ def reward_again(run: Path, text: str | None) -> Any:
     """
     if text is None:
         return None
-    from agents.runs.stored import stored_config
+    from agents.runs.stored import stored_config, without_reward
     from agents.user_code import is_reference, replace_references
     from textgen_env.rewards import make_reward
 
-    config, own = stored_config(run, check=False), list[Any]()
+    config, own = stored_config(run, trust=True, check=False), list[Any]()  # nothing of it is run
     replace_references(config.reward, own.append)
     if "reward" not in config.objects and not own:
         raise ConfigError(f"--reward is that of the run ({config.reward!r}); leave it out")
     new = own_reward(text)
     if not config.agent_sees_reward and make_reward(new).running() is not None:
-        raise ConfigError("the run's reward scored no prefix, and this one does: its agent does not know such scores")
+        in_box = None if is_reference(text) else make_reward(without_reward(config)).running()
+        if in_box is None:  # otherwise a mix whose other parts the agent has seen
+            raise ConfigError("the run's reward scored no prefix, and this one does: its agent knows no such scores")
     if is_reference(config.reward) or not own or not is_reference(text):
         return new
     if len(own) > 1:
@@ -160,13 +162,37 @@ def partner_again(run: Path, text: str | None) -> Any:
     from agents.runs.stored import stored_config
     from agents.user_code import is_reference
 
-    config = stored_config(run, check=False)
+    config = stored_config(run, trust=True, check=False)  # nothing of it is run
     if "partner" not in config.objects and not is_reference(config.partner):
         whose = config.partner or config.task or "nobody"
         raise ConfigError(f"--partner is that of the run ({whose!r}); leave it out")
     if not is_reference(text):
         raise ConfigError(f"--partner must be FILE.py:NAME or module:NAME, got {text!r}")
     return load_instance(text)
+
+
+def named_again(run: Path, reward: str | None, partner: str | None) -> dict[str, Any]:
+    """Return what ``agents.runs.run.resume`` is given where a run's own functions are named once more.
+
+    Raises:
+        ConfigError: as of ``reward_again`` and ``partner_again``; or another reward or partner than the run's.
+    """
+    from agents.runs.stored import located, stored_config
+    from agents.user_code import absolute_reference, is_reference, replace_references
+
+    again: dict[str, Any] = {"reward": reward_again(run, reward), "partner": partner_again(run, partner)}
+    config, accept = stored_config(run, trust=True, check=False), list[str]()
+    for option, text in given({"reward": reward, "partner": partner}).items():
+        if option in config.objects:  # nothing to compare with
+            continue
+        own, spec, named = getattr(located(config, run), option), parse_spec(option, text), list[str]()
+        replace_references(spec, named.append)
+        same = replace_references(spec, absolute_reference) == replace_references(own, absolute_reference)
+        if not named or not (same or is_reference(spec)):
+            raise ConfigError(f"a run is resumed with its own {option}: --{option} must be {own!r}, got {text}")
+        again[option] = None  # resume loads it
+        accept += named
+    return again | {"accept": accept}
 
 
 def check_one_writer(run: Path | None, model: str | None) -> None:

@@ -20,6 +20,7 @@ from agents.cli.options import (
     Trust,
     change,
     given,
+    named_again,
     parse_spec,
     uses_ray,
 )
@@ -37,6 +38,9 @@ INTERRUPTED = 130
 
 WHERE = {"resume", "engine", "actors", "address", "trust", "track", "as_json"}
 """Options that say where a run is worked on; all others belong to its configuration."""
+
+NAMED_AGAIN = {"reward", "partner"}
+"""Options that name a run's own function once more when it is resumed."""
 
 LEARNING, WRITING = "Learning", "Texts and reward"
 """Groups of options in the help."""
@@ -76,7 +80,7 @@ RewardSpec = Annotated[
     typer.Option(
         help="A name; a function of yours, FILE.py:NAME or module:NAME; or JSON: "
         "'{\"sentiment\": 1, \"my_reward.py:score\": 0.5}'. See 'textgen list rewards'. With --partner also none: the "
-        "partner's rewards alone.",
+        "partner's rewards alone. With --resume: the run's own function once more, if it was changed.",
         show_default="sentiment",
         rich_help_panel=WRITING,
     ),
@@ -194,7 +198,12 @@ Minutes = Annotated[
     ),
 ]
 Resume = Annotated[
-    Path | None, typer.Option(help="Go on with the run in this folder, from its last checkpoint.", metavar="RUN")
+    Path | None,
+    typer.Option(
+        help="Go on with the run in this folder, from its last checkpoint. A function of yours that was changed since "
+        "is named again: --reward or --partner.",
+        metavar="RUN",
+    ),
 ]
 Track = Annotated[
     str | None,
@@ -255,11 +264,10 @@ def train_command(
     if resume is None:
         _check_minutes(minutes, engine, {"--steps": steps, "--texts": texts, "--samples": samples})
     console = open_console(stderr=as_json)
-    text_source = _text_source(engine, actors, address)
+    place: dict[str, Any] = {"text_source": _text_source(engine, actors, address), "console": console, "track": track}
     if resume is not None:
         _check_only_where(ctx)
-        resumed = runs.resume(resume, trust=trust, text_source=text_source, console=console, track=track)
-        _show(resumed, console, as_json)
+        _show(runs.resume(resume, **named_again(resume, reward, partner), trust=trust, **place), console, as_json)
         return
     changes: dict[str, Any] = {"agent": agent, "model": model, "prune": prune, "prompts": prompts, "task": task}
     changes |= {"reward": parse_spec("reward", reward), "partner": parse_spec("partner", partner)}
@@ -273,8 +281,7 @@ def train_command(
         own = {**settings.agent_settings, "score": None if score == "none" else score}
         settings = replace(settings, agent_settings=own)
     folder = out or _free_folder(Path("runs"), settings.agent)
-    where: dict[str, Any] = {"text_source": text_source, "console": console, "track": track}
-    _show(runs.train(settings, folder, minutes=minutes, **where), console, as_json)
+    _show(runs.train(settings, folder, minutes=minutes, **place), console, as_json)
 
 
 def _text_source(engine: str, actors: int | None, address: str | None) -> TextSource:
@@ -292,8 +299,8 @@ def _check_only_where(ctx: typer.Context) -> None:
     """Raise ``ConfigError`` if an option that belongs to the configuration was given."""
     # By name: typer may bring a copy of click, with an enumeration of its own.
     typed = {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
-    if typed - WHERE:
-        options = ", ".join("--" + name.replace("_", "-") for name in sorted(typed - WHERE))
+    if extra := typed - WHERE - NAMED_AGAIN:
+        options = ", ".join("--" + name.replace("_", "-") for name in sorted(extra))
         raise ConfigError(f"a run is resumed with its own configuration: leave out {options}")
 
 

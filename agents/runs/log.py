@@ -124,7 +124,8 @@ class RunLog(BaseCallback):
     A row is written a hundred times in a run and at its end. It holds steps, seconds of training,
     episodes, mean reward (with its parts, where it has several) and length of the latest episodes,
     and every figure that the agent records. Events and a tracker (``track``: ``"wandb"``, ``"trackio"``)
-    also get the figures under SB3's own tags.
+    also get the figures under SB3's own tags, and those of the final measurement: they are open until the log is
+    left, and the agent learns within ``learning``.
     """
 
     def __init__(self, folder: Path, config: RunConfig, console: Console, track: str | None = None) -> None:
@@ -140,6 +141,7 @@ class RunLog(BaseCallback):
         self._schedule = CheckpointSchedule(config.checkpoint_every)
         self._next_row = 0
         self._learning = False
+        self._is_open = False  # events and tracker
         self._signum: int | None = None  # of a stop that was requested
         self._gathered: Mapping[str, Any] | None = None  # by the logger, at the checkpoint that the run goes on from
         self._progress = JobProgress(console, "steps")
@@ -158,15 +160,29 @@ class RunLog(BaseCallback):
 
     def __enter__(self) -> RunLog:
         self._exits.enter_context(quiet_event_threads())
-        self._progress.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.__exit__(*exception)
         with self._exits:
-            if self.steps:
-                self._exits.callback(self._close_events)
+            if self._is_open:
+                self._close_events()
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Within, there is a progress bar; a last row is written behind it."""
+        try:
+            with self._progress:
+                yield
+        finally:
+            if self._is_open and self.steps:
                 self._write_row()
+
+    def record_evaluation(self, tags: Mapping[str, float]) -> None:
+        """Send the figures of a measurement, by tag, to events and tracker."""
+        for tag, value in tags.items():
+            self.logger.record(tag, value)
+        with self._writing_events():
+            self.logger.dump(self.steps)
 
     def _close_events(self) -> None:
         with self._writing_events():
@@ -176,6 +192,7 @@ class RunLog(BaseCallback):
 
     def _on_training_start(self) -> None:
         self.model.set_logger(Logger(None, [*self._event_writers(), *self._tracker()]))
+        self._is_open = True
         self._started = time.perf_counter() - self.seconds
         self._learning = True
         if self._gathered is not None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,15 +42,17 @@ from agents.runs.samples import samples_page
 from agents.runs.signals import Stopped, stop_signals
 from agents.runs.sizing import measured_sizes, new_agent, work_of
 from agents.runs.stored import (
+    check_stored_code,
     check_unchanged,
     located,
     no_folder_of_a_failed_start,
     no_new_folders_of_a_failed_start,
     store,
     stored_config,
+    with_present_code,
     write_summary,
 )
-from agents.runs.tracking import check_tracker
+from agents.runs.tracking import check_tracker, evaluation_tags
 from agents.terminal import say
 from agents.text_dqn.agent import TextDQN
 from agents.text_dqn.validation import LANGUAGE_MODEL
@@ -165,6 +167,7 @@ def resume(
     prompts: Any = None,
     reward: Any = None,
     partner: Any = None,
+    accept: Sequence[str] = (),
     trust: bool = False,
     text_source: TextSource = local,
     console: Console | None = None,
@@ -177,7 +180,10 @@ def resume(
 
     Args:
         folder: Of the run.
-        model, prompts, reward, partner: The Python objects that the run was made with, if it was.
+        model, prompts, reward, partner: The Python objects that the run was made with, if it was; or in place of
+            code that it names.
+        accept: References to code that the run names, ``FILE.py:NAME`` from here: accepted as it is now, which
+            ``config.json`` then holds.
         trust: Also go on with a run whose configuration lets a hub repository's code run.
         text_source: As of ``train``; may differ from that of the first start.
         console: Shows progress. None: silence.
@@ -190,18 +196,30 @@ def resume(
     """
     check_tracker(track)
     path, console = Path(folder), console or Console(quiet=True)
-    config = stored_config(path, trust)
+    given = {"model": model, "prompts": prompts, "reward": reward, "partner": partner}
+    config = _with_accepted_code(path, trust, given, accept)
     _check_resumable(path, config)
     with locked(path):
         refuse_links(path)
         with console.status("loading the language model"):
-            run = open_run(located(config, path), model=model, prompts=prompts, reward=reward, partner=partner)
+            run = open_run(located(config, path), **given)
+        if accept:
+            write_file(path / CONFIG_FILE, config.to_json())
         log = _return_to_checkpoint(run, config, path)
         if log is None:
             say(console, "stopped before the first checkpoint: the run begins again")
             shutil.rmtree(path / EVENTS, ignore_errors=True)
         with text_source(run, partial(say, console)):
             return _carry_out(run, config, path, console, log, track)
+
+
+def _with_accepted_code(path: Path, trust: bool, given: Mapping[str, Any], accept: Sequence[str]) -> RunConfig:
+    """Return the configuration of a run that may run here: its own code was accepted, or is as it was."""
+    config = with_present_code(stored_config(path, trust, check=False), path, accept)
+    remember(accept)
+    without = [name for name, value in given.items() if value is not None]
+    check_stored_code(located(config, path), trust, without=without)
+    return config
 
 
 def _return_to_checkpoint(run: Run, stored: RunConfig, path: Path) -> Mapping[str, Any] | None:
@@ -273,7 +291,7 @@ def _carry_out(
     report: Report | None = None
     signum: int | None = None
     try:
-        with stop_signals(log.request_stop):
+        with stop_signals(log.request_stop), log:
             report = _measure_and_learn(run, log, folder, console)
     except KeyboardInterrupt as stop:
         stopped = stop if isinstance(stop, Stopped) else Stopped()
@@ -305,6 +323,7 @@ def _measure_and_learn(run: Run, log: RunLog, folder: Path, console: Console) ->
     with JobProgress(console, "texts") as progress:
         evaluations = run.evaluate(progress.measuring)
     report = run.report(yardstick, evaluations)
+    log.record_evaluation(evaluation_tags(report))
     draw_plane(report, folder / PLANE_FILE)
     write_file(folder / SAMPLES_FILE, samples_page(yardstick.samples, evaluations[0], run.notes))
     return report
@@ -314,7 +333,7 @@ def _learned(run: Run, log: RunLog, folder: Path) -> Run:
     """Train the agent, and let it choose its temperature. It is saved even if the training is stopped or fails."""
     agent, config, done = run.agent, run.config, run.agent.num_timesteps
     try:
-        with log:
+        with log.learning():
             agent.learn(config.steps - done, log, log_interval=sys.maxsize, reset_num_timesteps=not done)
         if isinstance(agent, TextDQN):
             some = list(some_prompts(run.env.episodes.prompts, VALIDATION_PROMPTS, config.seed))

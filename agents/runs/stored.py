@@ -24,7 +24,7 @@ from agents.runs.files import CONFIG_FILE, METRICS_FILE, PROMPTS_FILE
 from agents.runs.log import RunLog
 from agents.runs.parts import load_objects
 from agents.runs.report import Report
-from agents.user_code import check_code, identify, is_file, is_reference, replace_references
+from agents.user_code import absolute_reference, check_code, identify, is_file, is_reference, replace_references
 from textgen_env.errors import ConfigError, PromptError, RunFolderError
 from textgen_env.files import LOCK_FILE, parse_json, parse_yaml, read_text, write_file
 from textgen_env.models import MODEL_NAMES
@@ -81,9 +81,31 @@ def check_stored_code(config: RunConfig, trust: bool, without: Collection[str] =
     check_code({reference: config.code.get(reference, "") for reference in config.references_without(without)}, trust)
 
 
+def with_present_code(config: RunConfig, run: Path, accepted: Collection[str]) -> RunConfig:
+    """Return the stored configuration of ``run`` with the present checksums of the code that is accepted.
+
+    Args:
+        accepted: References to it, from here.
+
+    Raises:
+        ConfigError: one that the configuration does not name, or a file that is missing.
+    """
+    stored = dict(zip(map(absolute_reference, located(config, run).references), config.references, strict=True))
+    code = dict(config.code)
+    for reference in accepted:
+        if absolute_reference(reference) not in stored:
+            raise ConfigError(
+                f"a run is resumed with its own functions, {', '.join(stored) or 'of which it has none'}; got "
+                f"{reference}. Leave it out, or start another run with it: textgen train --config {run / CONFIG_FILE}"
+            )
+        code[stored[absolute_reference(reference)]] = identify(reference).sha256
+    return replace(config, code=code)
+
+
 def check_unchanged(then: Mapping[str, Any], config: RunConfig) -> None:
     """Raise ``ConfigError`` if the configuration of a run is not that of its checkpoint."""
     now = json.loads(config.to_json())
+    del now["code"]  # check_code looks at that, and a resumed run may have accepted another
     changed = [f"{name} ({now[name]!r}, was {then.get(name)!r})" for name in now if now[name] != then.get(name)]
     if changed:
         raise ConfigError(

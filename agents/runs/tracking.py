@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.logger import KVWriter
 
+from agents.runs.report import Report
 from textgen_env.errors import ConfigError
 from textgen_env.extras import require
 
@@ -74,3 +75,17 @@ def sb3_tags(means: Mapping[str, float], steps: int, seconds: float, episodes: i
     tags = {tag: means[name] for tag, name in names.items() if name in means}
     tags |= {"time/episodes": episodes, "time/total_timesteps": steps, "time/time_elapsed": seconds}
     return tags | ({"time/fps": steps / seconds} if seconds > 0 else {})
+
+
+def evaluation_tags(report: Report) -> dict[str, float]:
+    """Return the measures of a report's agent by tag: ``eval/mean_reward``, as of SB3's ``EvalCallback``, and others.
+
+    ``eval/value`` is J; ``eval/share`` of the optimal gain is missing where it means nothing, and ``eval/kl`` where
+    the agent has no probabilities.
+    """
+    line = next(row for row in report.rows if row.name == report.agent)
+    details = line.details or {}
+    named = {"mean_reward": line.reward, "mean_ep_length": details.get("length")}
+    named |= {"kl": line.kl, "value": line.value, "share": line.share}
+    named |= {name: details.get(name) for name in ("likelihood", "distinct_2", "repetition")}
+    return {f"eval/{name}": float(value) for name, value in named.items() if value is not None}

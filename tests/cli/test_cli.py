@@ -464,6 +464,32 @@ def test_the_version_and_short_help_are_options_of_the_command():
     assert all(panel in textgen("train", "-h").stdout for panel in ("Learning", "Texts and reward"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [40, 60, 80, 90, 99, 100, 120])
+def test_no_help_is_cut_at_any_width(width):
+    from agents.cli.app import EXAMPLES
+
+    commands = typer.main.get_command(app).commands
+    for name in ("", *commands):
+        shown = CliRunner().invoke(app, [*name.split(), "-h"], env={"COLUMNS": str(width)}).stdout
+        assert "…" not in shown
+        assert "..." not in shown.replace("[ARGS]...", "").replace("+...", "").replace("N,N,...", "")
+        words = shown.replace("│", " ").replace(",", " ").split()
+        options = [option for option in commands[name].params if "--" in option.opts[0]] if name else []
+        assert {opt for option in options for opt in (*option.opts, *option.secondary_opts)} <= {*words}
+        assert name or {*commands} <= {*words}
+        too_long = [line for line in shown.splitlines() if len(line) > width and " " in line.strip()]
+        assert all(f"Example: {EXAMPLES[name]}" == line for line in too_long)  # a command to copy is one line
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_no_name_of_a_list_is_cut(width):
+    shown = CliRunner().invoke(app, ["list", "pruning"], env={"COLUMNS": str(width)}).stdout
+    assert "global_unstructured" in shown
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+
+
 def test_every_example_of_a_help_is_parsed():
     import shlex
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 import types
 
 import pytest
 from stable_baselines3 import DQN
+from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import PROMPTS, Worth, letters
@@ -50,6 +52,7 @@ def test_a_run_sends_its_figures_under_the_tags_of_sb3(tracker, tmp_path):
     train(config, tmp_path / "mine", model=letters(), prompts=PROMPTS, reward=Worth(), track="trackio")
     (_, project, name, stored), *logged, last = tracker.calls
     assert (project, name, stored["steps"], last) == ("textgen-env", "mine", 128, ("finish",))
+    (_, measured, after) = logged.pop()
     (_, figures, step) = logged[-1]
     assert step == 128 == figures["time/total_timesteps"]
     with (tmp_path / "mine" / "metrics.csv").open() as file:
@@ -62,10 +65,25 @@ def test_a_run_sends_its_figures_under_the_tags_of_sb3(tracker, tmp_path):
     events.Reload()
     assert events.Scalars("rollout/ep_rew_mean")[-1].value == pytest.approx(figures["rollout/ep_rew_mean"])
 
+    assert after == 128
+    rows = json.loads((tmp_path / "mine" / "summary.json").read_text())["report"]["rows"]
+    trained = next(row for row in rows if row["name"] == "text_dqn, trained")
+    expected = {"mean_reward": trained["reward"], "mean_ep_length": trained["details"]["length"], "kl": trained["kl"]}
+    expected |= {"value": trained["reward"] - config.beta * trained["kl"]}
+    assert {name: measured[f"eval/{name}"] for name in expected} == pytest.approx(expected)
+    assert all(name.startswith("eval/") for name in measured)
+    assert events.Scalars("eval/mean_reward")[-1].step == 128
+
     env = TextGenEnv(letters(), PROMPTS, Worth(), observation="hidden", on_illegal="last_legal", **SETTINGS)
     agent, recorded = DQN("MlpPolicy", env, buffer_size=100), Recorded()
     agent.set_logger(Logger(None, [recorded]))
     agent.learn(64, log_interval=1)
+    evaluated = Recorded()
+    callback = EvalCallback(env, n_eval_episodes=2, eval_freq=32, verbose=0, warn=False)
+    agent.set_logger(Logger(None, [evaluated]))
+    agent.learn(64, callback)
+    evaluated.write(agent.logger.name_to_value, {})
+    assert {"eval/mean_reward", "eval/mean_ep_length"} <= evaluated.tags & set(measured)
     assert {name for name in figures if name.startswith(("rollout/ep_", "time/"))} <= recorded.tags
 
 

@@ -239,6 +239,51 @@ def test_a_stopped_run_goes_on_with_the_unchanged_function_and_names_a_changed_o
 
 
 @pytest.mark.slow
+def test_a_stopped_run_goes_on_with_a_changed_function_that_is_named_again(project):
+    config = RunConfig(
+        model="model", prompts="prompts.txt", reward={"length": 1, "my_reward.py:score": 1}, steps=100, envs=4,
+        eval_texts=8, eval_samples=4, checkpoint_every=8, env=SIZES,
+    )  # fmt: skip
+    path, script = project / "my_reward.py", (project / "my_reward.py").read_text()
+    stopping = "    if list(Path().glob('{}')):\n        raise KeyboardInterrupt\n    return"
+    path.write_text(script.replace("    return", stopping.format("runs/s/checkpoints/0*"), 1))
+    assert not train(config, "runs/s").finished
+    path.write_text(script.replace("    return", stopping.format("stop"), 1))
+    go_on = ("train", "--resume", "runs/s", "--reward")
+    for options, said in (
+        (go_on[:-1], "my_reward.py was changed since the run"),
+        ((*go_on, "my_reward.py:prompts"), "resumed with its own functions"),
+        ((*go_on, "json"), "resumed with its own reward"),
+        ((*go_on, '{"length": 9, "my_reward.py:score": 1}'), "resumed with its own reward"),
+    ):
+        refused = textgen(*options)
+        assert (refused.exit_code, said in refused.stderr) == (2, True), refused.output
+    before = config_of("runs/s")
+
+    Path("stop").touch()  # before there is another checkpoint
+    assert textgen(*go_on, '{"length": 1, "my_reward.py:score": 1}').exit_code == 130
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert config_of("runs/s") == before | {"code": {"../../my_reward.py:score": digest}} != before
+    Path("stop").unlink()
+    finished = textgen(*go_on[:-1])  # it was accepted
+    assert finished.exit_code == 0, finished.output
+    assert "going on after" in finished.stdout
+
+
+def test_a_function_whose_file_is_missing_is_said_to_be_missing(project, named):
+    Path("my_reward.py").rename("judge.py")
+    refused = textgen("evaluate", "runs/a")
+    assert refused.exit_code == 2
+    assert "my_reward.py:score, and there is no such file: put it there" in refused.stderr
+    shutil.copytree("runs/a", "a/moved/run")
+    refused = textgen("evaluate", "a/moved/run")
+    assert "never named on this machine, and there is no such file: put it there" in refused.stderr
+    assert "look at it" not in refused.stderr
+    named_where_it_is = textgen("generate", "runs/a", "--prompt", "the film", "--reward", "judge.py:score")
+    assert named_where_it_is.exit_code == 0, named_where_it_is.output
+
+
+@pytest.mark.slow
 def test_security_a_stranger_s_run_runs_no_code_unless_it_is_trusted(project):
     for command in (["evaluate", "runs/a"], ["train", "--config", "runs/a/config.json", "--out", "runs/b"]):
         refused = textgen(*command)

@@ -15,7 +15,7 @@ from textgen_env.tasks.conversation.in_words import SpokenGame, game_task
 from textgen_env.tasks.exact import Floats, check_between, check_number, ranked
 
 QUESTIONS = ("Does it fly? ", "Does it swim? ", "Has it fur? ", "Is it big? ", "Does it eat meat? ", "Is it a pet? ")
-ABOUT = ("fly", "swim", "fur", "big", "meat", "pet")  # the word by which each is known
+KNOWN_BY = ("fly", "swim", "fur", "big", "meat", "pet")  # the word by which each is known
 ANIMALS = {
     "cat": (0, 0, 1, 0, 1, 1),
     "owl": (1, 0, 0, 0, 1, 0),
@@ -133,7 +133,7 @@ class TwentyQuestions(SpokenGame):
         return "Ask a question."
 
     def understand(self, text: str) -> tuple[int, ...] | None:
-        moves = [*ABOUT, *self._names]
+        moves = [*KNOWN_BY, *self._names]
         found = re.search("|".join(rf"\b({move})\b" for move in moves), text.lower())
         return None if found is None else (moves.index(found.group()),)
 
