@@ -30,6 +30,7 @@ from agents.benchmark.statistics import (
     Comparison,
     Difference,
     Scores,
+    have_spread,
     interquartile_mean,
     probability_of_improvement,
     seeds_needed,
@@ -70,7 +71,7 @@ def comparison_table(name: str, found: Comparison) -> PageTable:
         p = f"{d.p:.4f}" if d.p >= 1e-4 else f"{d.p:.0e}"
         better = "first" if d.first > d.second else "second"
         verdict = f"yes, {better} is better" if d.significant else "too few runs" if d.has_too_few_runs else "no"
-        return [d.task, f"{d.first:.2f}", f"{d.second:.2f}", _interval(d.low, d.high, "+.2f"), p, verdict]
+        return [d.task, f"{d.first:.2f}", f"{d.second:.2f}", interval_text(d.interval, "+.2f"), p, verdict]
 
     headings = ["task", "first", "second", f"difference ({CONFIDENCE:.0%})", "p", "significant"]
     return PageTable(headings, [row(d) for d in (*found.by_task, found.overall)], name)
@@ -370,12 +371,9 @@ def _mean(scores: tuple[str, Any]) -> float:
 def _middle(scores: Scores) -> str:
     """Return the interquartile mean with its interval, which single runs do not have."""
     middle = f"{interquartile_mean(np.concatenate(list(scores.values()))):.2f}"
-    return (
-        f"{middle} {_interval(*stratified_interval(scores))}"
-        if any(len(runs) > 1 for runs in scores.values())
-        else middle
-    )
+    return f"{middle} {interval_text(stratified_interval(scores))}" if have_spread(scores) else middle
 
 
-def _interval(low: float, high: float, form: str = ".2f") -> str:
-    return f"[{low:{form}}, {high:{form}}]"
+def interval_text(interval: tuple[float, float] | None, form: str = ".2f") -> str:
+    """Return an interval in brackets; a dash for None."""
+    return "–" if interval is None else f"[{interval[0]:{form}}, {interval[1]:{form}}]"

@@ -124,8 +124,7 @@ class Difference:
     task: str
     first: float  # interquartile means
     second: float
-    low: float  # 95% bootstrap interval of the difference
-    high: float
+    interval: tuple[float, float] | None  # 95%, by bootstrap, of the difference; None of single runs
     p: float  # two-sided; over tasks, corrected by Holm
     least_p: float  # of any difference between so few runs
 
@@ -146,8 +145,7 @@ class Comparison:
     overall: Difference
     by_task: list[Difference]
     improvement: float  # probability of improvement of the first over the second
-    improvement_low: float
-    improvement_high: float
+    improvement_interval: tuple[float, float] | None
 
 
 def compare(first: Scores, second: Scores, seed: int = 0) -> Comparison:
@@ -173,8 +171,13 @@ def compare(first: Scores, second: Scores, seed: int = 0) -> Comparison:
         _difference("all tasks", a, b, permutation_p(a, b, seed=seed), min(1.0, least_overall), seed),
         by_task,
         probability_of_improvement(a, b),
-        *improvement_interval(a, b, seed=seed),
+        improvement_interval(a, b, seed=seed) if have_spread(a, b) else None,
     )
+
+
+def have_spread(*scores: Scores) -> bool:
+    """Return True if some task has several runs: chance among single runs is not known."""
+    return any(len(runs) > 1 for own in scores for runs in own.values())
 
 
 def rank_p(first: Floats, second: Floats) -> float:
@@ -230,7 +233,8 @@ def _difference(task: str, first: Scores, second: Scores, p: float, least: float
             for i, (t, runs) in enumerate(scores.items())
         ]
         drawn.append(np.mean(rows, axis=0))
-    return Difference(task, float(means[0]), float(means[1]), *interval(drawn[0] - drawn[1]), p, least)
+    spread = interval(drawn[0] - drawn[1]) if have_spread(first, second) else None
+    return Difference(task, float(means[0]), float(means[1]), spread, p, least)
 
 
 def _beats(first: Floats, second: Floats) -> Any:

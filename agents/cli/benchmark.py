@@ -100,7 +100,7 @@ def benchmark_command(
 
 
 def _compare(results: tuple[str, str], folder: Path | None, console: Console, as_json: bool) -> None:
-    from agents.benchmark.pages import comparison_note, comparison_table
+    from agents.benchmark.pages import comparison_note, comparison_table, interval_text
     from agents.benchmark.results import compare_results
 
     compared = compare_results(*results, folder)
@@ -108,7 +108,7 @@ def _compare(results: tuple[str, str], folder: Path | None, console: Console, as
         typer.echo(json.dumps({name: asdict(found) for name, found in compared}))
         return
     for name, found in compared:
-        chance = f"[{found.improvement_low:.2f}, {found.improvement_high:.2f}]"
+        chance = interval_text(found.improvement_interval)
         show_table(console, _grid(comparison_table(name, found)))
         say(console, f"Probability that the first is better: {found.improvement:.2f} {chance}\n")
         say(console, comparison_note(found))

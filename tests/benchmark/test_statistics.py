@@ -91,7 +91,8 @@ def test_a_difference_is_found_where_there_is_one_and_only_there():
     found = compare(first, second)
     assert [d.significant for d in found.by_task] == [True, False, False]
     assert found.overall.significant
-    assert found.by_task[0].low < 0.6 < found.by_task[0].high
+    low, high = found.by_task[0].interval
+    assert low < 0.6 < high
     assert found.overall.first - found.overall.second == pytest.approx(0.2, abs=0.1)
     low, high = improvement_interval(first, second)
     assert low <= found.improvement <= high
@@ -145,3 +146,11 @@ def test_too_few_runs_are_told_by_counting_all_arrangements():
     clear = compare({"t": np.arange(4.0)}, {"t": np.arange(4.0) + 10})
     assert not clear.by_task[0].has_too_few_runs
     assert clear.by_task[0].significant
+
+
+def test_of_single_runs_no_interval_is_known():
+    single, several = {"a": np.array([0.3])}, {"a": np.array([0.3, 0.5])}
+    found = compare(single, {"a": np.array([0.9])})
+    assert found.overall.interval is found.by_task[0].interval is found.improvement_interval is None
+    assert found.overall.has_too_few_runs
+    assert compare(single, several).overall.interval is not None
