@@ -113,6 +113,21 @@ def test_systematic_draws_round_n_weight_up_or_down_and_are_right_on_average():
     np.testing.assert_allclose(draws.mean(0), 4 * weights, atol=1e-2)
 
 
+def test_texts_go_on_from_what_is_there_and_a_perfect_q_knows_what_that_is_worth(tree, texts):
+    ids, mu, rewards = texts
+    begun = [
+        prefix for prefix in dict.fromkeys(text[:length] for text in ids for length in (1, 2)) if prefix not in ids
+    ]
+    agent = ParticlesAgent(open_env(), seed=0, n=4, values=Planted(tree), beta=BETA)
+    for prefix, found in zip(begun, agent.write(["a"] * len(begun), begun), strict=True):
+        here = np.array([text[: len(prefix)] == prefix for text in ids])
+        worth = mu[here] / mu[here].sum() @ np.exp(rewards[here] / BETA)
+        assert found.log_z == pytest.approx(np.log(worth), abs=1e-5)
+        assert {text[: len(prefix)] for text in found.ids} == {prefix}
+    with pytest.raises(ConfigError, match="a text for each of 2 prompts, got 1"):
+        agent.write(["a", "a"], [()])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrong", "zero"])
 def test_the_law_of_the_text_approaches_the_optimum_at_rate_one_over_n(name, tree, texts):
