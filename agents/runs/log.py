@@ -25,7 +25,7 @@ from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputF
 from agents.runs.checkpoint import save_checkpoint
 from agents.runs.config import RunConfig
 from agents.runs.files import CHECKPOINTS, EVENTS, METRICS_FILE
-from agents.runs.progress import JobProgress
+from agents.runs.progress import FirstEstimate, JobProgress, minutes
 from agents.runs.signals import Stopped
 from agents.runs.tracking import TrackerWriter, sb3_tags
 from agents.terminal import say
@@ -36,6 +36,9 @@ from textgen_env.files import check_keys, write_file
 
 RECENT = 256
 """Texts that a row's means are about."""
+
+LONG = 60.0
+"""Seconds; of a run that takes longer an estimate is said."""
 
 LOG_KEYS = ("rows", "steps", "seconds", "next_row", "next_checkpoint", "logged", "episodes", "latest", "parts")
 """Of a log, in a checkpoint."""
@@ -132,6 +135,7 @@ class RunLog(BaseCallback):
         super().__init__()
         self.steps = 0
         self.seconds = 0.0
+        self.tokens_to_measure = 0  # that the agent writes after it has learned, about
         self._folder = folder
         self._config = config
         self._console = console
@@ -194,7 +198,12 @@ class RunLog(BaseCallback):
         self.model.set_logger(Logger(None, [*self._event_writers(), *self._tracker()]))
         self._is_open = True
         self._started = time.perf_counter() - self.seconds
+        self._writing = 0.0, 0  # seconds without updates, and the steps in them
         self._learning = True
+        envs, starts = self.training_env.num_envs, getattr(self.model, "learning_starts", 0)
+        begin = max(starts and starts + envs * self._config.env_config().max_new_tokens, self.num_timesteps)
+        rollout = getattr(self.model, "n_steps", 0) * envs  # of an actor-critic, which then learns from it
+        self._estimate = FirstEstimate(begin, begin + rollout + 1)
         if self._gathered is not None:
             for name, gathered in self._gathered.items():
                 getattr(self.logger, name).update(gathered)
@@ -225,10 +234,28 @@ class RunLog(BaseCallback):
         if self.steps >= self._next_row and len(self._texts):
             self._next_row = self.steps + self._config.steps // 100
             self._write_row()
+        self._say_estimate()
         self._progress("learning", self.steps, self._config.steps, self._recent)
         return True
 
+    def _say_estimate(self) -> None:
+        """Say once how long the rest of the run takes, as soon as that is known."""
+        learning = self._estimate.left(self.seconds, self.steps, self._config.steps)
+        if learning is None:
+            return
+        writing, written = self._writing
+        measuring = self.tokens_to_measure * writing / max(1, written)
+        if learning + measuring >= LONG:
+            parts = f"learning {minutes(learning)}, measuring the agent {minutes(measuring)}"
+            say(self._console, f"about {minutes(learning + measuring)} from here: {parts}")
+
+    def _on_rollout_end(self) -> None:
+        seconds, steps = self._writing
+        now = time.perf_counter() - self._started
+        self._writing = seconds + now - self._rollout[0], steps + self.num_timesteps - self._rollout[1]
+
     def _on_rollout_start(self) -> None:
+        self._rollout = time.perf_counter() - self._started, self.num_timesteps
         if self._schedule.take_due(self.num_timesteps, stopping=self._signum is not None):
             self._save_checkpoint()
         if self._signum is not None:

@@ -12,6 +12,9 @@ from agents.terminal import say, status_text
 EVERY = 20.0
 """Seconds from one line to the next, without a terminal."""
 
+TIMED = 3.0
+"""Seconds of a job from which the rest is estimated."""
+
 
 class JobProgress:
     """Shows one job after the other, each with its name, the part that is done, and the time left.
@@ -54,6 +57,32 @@ class JobProgress:
     def measuring(self, policy: str, ended: int, texts: int) -> None:
         """Show that ``ended`` of the texts of a policy that is measured have ended."""
         self(f"measuring: {policy}", ended, texts)
+
+
+class FirstEstimate:
+    """How long a job still takes, once: as soon as ``TIMED`` seconds of its steps have been timed.
+
+    Args:
+        begin: The steps before are not timed: they are quicker, or slower, than the others.
+        ready: No estimate before so many steps.
+    """
+
+    def __init__(self, begin: int, ready: int) -> None:
+        self._begin, self._ready = begin, ready
+        self._start: tuple[float, int] | None = None  # seconds and steps
+        self._is_known = False
+
+    def left(self, seconds: float, done: int, total: int) -> float | None:
+        """Return the seconds that the job still takes, or None: too early, or known before."""
+        if self._is_known or done < self._begin:
+            return None
+        if self._start is None:
+            self._start = seconds, done
+        spent, steps = seconds - self._start[0], done - self._start[1]
+        if spent < TIMED or done < self._ready or not steps:
+            return None
+        self._is_known = True
+        return spent / steps * (total - done)
 
 
 def minutes(seconds: float) -> str:

@@ -318,6 +318,8 @@ def _say_how_to_go_on(folder: Path, console: Console) -> None:
 def _measure_and_learn(run: Run, log: RunLog, folder: Path, console: Console) -> Report:
     with JobProgress(console, "texts") as progress:
         yardstick = run.yardstick(progress.measuring)
+    work = work_of(run.config, run.env, run.test_prompts)
+    log.tokens_to_measure = work.agent_texts() * work.tokens
     run = _learned(run, log, folder)
     draw_learning(log.rows, yardstick.samples.reward, folder / LEARNING_FILE)
     with JobProgress(console, "texts") as progress:

@@ -73,10 +73,14 @@ class Work:
     def seconds(self, share: float, speed: Speed) -> tuple[float, float]:
         """Return how long yardstick and agent take to measure with ``share`` of the usual texts and samples."""
         texts, samples = self.sizes(share)
-        own, other = text_counts(texts, self.prompts)
-        agent = own + len(ACTING_FACTORS) * other
+        agent = self.agent_texts(share)
         yardstick = max(texts, samples * self.prompts) + self.prompts + (agent if self.lookahead else 0)
         return yardstick * self.tokens * speed.score, agent * self.tokens * speed.write
+
+    def agent_texts(self, share: float = 1.0) -> int:
+        """Return how many texts the agent writes to be measured, at all its temperatures."""
+        own, other = text_counts(self.sizes(share)[0], self.prompts)
+        return own + len(ACTING_FACTORS) * other
 
     def sizes(self, share: float) -> tuple[int, int]:
         """Return ``share`` of the usual texts and samples."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from weather import CONFIG, weather
 
 from agents.runs.config import RunConfig
-from agents.runs.progress import JobProgress, minutes
+from agents.runs.progress import FirstEstimate, JobProgress, minutes
 from agents.runs.run import train
 from agents.runs.sizing import AGAIN, LEAST_STEPS, Speed, Work, fit, measured_sizes, measured_speed
 from textgen_env.errors import ConfigError
@@ -115,6 +115,34 @@ def test_too_few_minutes_leave_no_folder(tmp_path):
     with pytest.raises(ConfigError, match=r"--minutes 0\.001 is too short"):
         train(CONFIG, tmp_path / "a", model=weather(), minutes=0.001)
     assert not (tmp_path / "a").exists()
+
+
+def test_the_first_estimate_is_of_steps_that_learn_and_comes_once():
+    estimate = FirstEstimate(begin=100, ready=150)
+    # 10 steps a second before step 100, 5 a second from there on.
+    assert [estimate.left(done / 10, done, 1000) for done in (40, 80)] == [None, None]
+    found = {done: estimate.left(10 + (done - 100) / 5, done, 1000) for done in range(100, 1001, 10)}
+    assert found.pop(150) == pytest.approx(850 / 5)
+    assert set(found.values()) == {None}
+    late = FirstEstimate(begin=0, ready=1)
+    assert late.left(0.0, 0, 100) is late.left(2.9, 10, 100) is None  # too short a time
+    assert late.left(4.0, 20, 100) == pytest.approx(16.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", ["text_dqn", "ppo"])
+def test_a_run_says_early_how_long_it_takes_unless_that_is_short(agent, tmp_path, monkeypatch):
+    env = {name: value for name, value in CONFIG.env.items() if name != "observation"}  # the agent's own
+    settings = CONFIG.agent_settings if agent == "text_dqn" else {}
+    config = replace(CONFIG, agent=agent, agent_settings=settings, env=env, steps=400, eval_texts=8, eval_samples=4)
+    for least, told in ((0.0, 1), (1e6, 0)):
+        monkeypatch.setattr("agents.runs.log.LONG", least)
+        monkeypatch.setattr("agents.runs.progress.TIMED", 0.0)
+        shown = Console(file=io.StringIO(), width=200)
+        train(config, tmp_path / f"run-{told}", model=weather(), reward=len, console=shown)
+        lines = [line for line in shown.file.getvalue().splitlines() if line.startswith("about ")]
+        assert len(lines) == told
+        assert all("from here: learning 0:0" in line and ", measuring the agent 0:0" in line for line in lines)
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
