@@ -280,7 +280,7 @@ def test_a_configuration_survives_json():
         ({"prune": "wandaa:0.1"}, "Did you mean 'wanda'"),
         ({"prune": "wanda:1.5"}, r"\[0, 1\)"),
         ({"env": {"topk": 3}}, "Did you mean 'top_k'"),
-        ({"env": {"max_new_tokens": 5}}, "min_new_tokens must be at most"),
+        ({"env": {"max_new_tokens": 5, "min_new_tokens": 6}}, "min_new_tokens must be at most"),
     ],
 )
 def test_a_wrong_configuration_is_refused(changes, message):
