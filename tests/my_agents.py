@@ -1,4 +1,4 @@
-"""Agents as a user might write them: one that works, one that is the best possible, and four ways to fail."""
+"""Agents as a user might write them: one that works, one that is the best possible, and five ways to fail."""
 
 from __future__ import annotations
 
@@ -32,6 +32,16 @@ class Raises(Likeliest):
 class Dies(Likeliest):
     def learn(self, steps):
         os._exit(7)
+
+
+class TakesNoSteps(Likeliest):
+    def learn(self):
+        return self
+
+
+class TakesSteps(Likeliest):
+    def learn(self, total_timesteps, log_interval=1):
+        return self
 
 
 def planted(env, seed):

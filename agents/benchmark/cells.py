@@ -5,6 +5,7 @@ Cell  ->  environment, agent  ->  evaluations at even distances  ->  CellResult 
 
 from __future__ import annotations
 
+import inspect
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -152,8 +153,10 @@ def _check_agent(name: str, agent: Any, env: TextGenVectorEnv) -> None:
     wanted = f"{CONTRACT} Agent {name!r}"
     if not callable(getattr(agent, "predict", None)):
         raise ContractError(f"{wanted} must have predict(observation, deterministic=False), got {type(agent).__name__}")
-    if hasattr(agent, "learn") and not callable(agent.learn):
-        raise ContractError(f"{wanted} has a learn that cannot be called: it must be learn(steps)")
+    if hasattr(agent, "learn"):
+        if not callable(agent.learn):
+            raise ContractError(f"{wanted} has a learn that cannot be called: it must be learn(steps)")
+        _check_call(f"{wanted} must have learn(steps)", agent.learn, 1)
     observation, _ = env.reset(seed=0)
     try:
         answer = agent.predict(observation, deterministic=True)
@@ -168,6 +171,16 @@ def _check_agent(name: str, agent: Any, env: TextGenVectorEnv) -> None:
         policy = np.asarray(agent.probabilities(observation), np.float64)
         if policy.shape != (2, env.episodes.k) or not np.allclose(policy.sum(-1), 1, atol=1e-4):
             raise ContractError(f"{wanted} must have probabilities of shape (2, {env.episodes.k}) that sum to 1")
+
+
+def _check_call(wanted: str, method: Callable[..., Any], *arguments: Any) -> None:
+    """Raise ``ContractError`` if a method cannot be called with these arguments."""
+    try:
+        inspect.signature(method).bind(*arguments)
+    except TypeError as error:
+        raise ContractError(f"{wanted}: {error}") from error
+    except ValueError:  # it has no signature
+        pass
 
 
 def _open(config: BenchmarkConfig, cell: Cell) -> tuple[Any, TextGenVectorEnv, Task, CountedReward]:

@@ -229,7 +229,7 @@ def curve_sections(
         draw_curves(rows, everywhere, "seconds", "seconds of learning", agents),
         draw_task_curves(rows, agents, config.tasks),
     ]
-    note = "Sample efficiency and wall-clock time, learning only; agents without learning are dashed lines."
+    note = "Sample efficiency and wall-clock time, learning only; agents without learning are dotted lines."
     return [Section("curves", "Learning curves", note, curves)]
 
 
@@ -335,7 +335,8 @@ def _markdown(title: str, about: Sequence[str], sections: Sequence[Section]) -> 
         for picture in section.figures:
             lines += [f"![{picture.alt}](figures/{picture.id}.svg)", ""]
         for table in section.tables:
-            lines += [*([f"### {markdown_cell(table.title)}", ""] if table.title else []), *markdown_table(table), ""]
+            heading = markdown_cell(table.title).replace("\\`", "`")  # a task's words, with its sizes as code
+            lines += [*([f"### {heading}", ""] if table.title else []), *markdown_table(table), ""]
     return "\n".join(lines)
 
 

@@ -16,12 +16,12 @@ from textgen_env.files import parse_json
 if TYPE_CHECKING:
     from agents.runs.config import RunConfig
 
-OptionalRun = Annotated[Path | None, typer.Argument(help="A folder that 'textgen train' made.", metavar="[RUN]")]
+OptionalRun = Annotated[Path | None, typer.Argument(help="A folder that 'textgen train' made.", metavar="RUN")]
 Writer = Annotated[
     Path | None,
     typer.Argument(
         help="A folder that 'textgen train' or save_pretrained made, or an agent on the Hugging Face Hub, USER/AGENT.",
-        metavar="[RUN]",
+        metavar="RUN",
     ),
 ]
 Prompts = Annotated[

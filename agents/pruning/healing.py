@@ -12,6 +12,7 @@ and writes them back after each step. That is as fast as bfloat16 and as exact a
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
@@ -148,7 +149,7 @@ def _distil(
 
 
 def prune_and_heal(
-    name: str | os.PathLike[str],
+    name: str | os.PathLike[str] | tuple[PreTrainedModel, Any],
     out: str | os.PathLike[str],
     cuts: Sequence[tuple[str, float]],
     steps: int = 0,
@@ -164,7 +165,7 @@ def prune_and_heal(
     model is there.
 
     Args:
-        name: As for ``PrunedTransformerModel``.
+        name: As for ``PrunedTransformerModel``; or a loaded model, which stays as it is, and its tokenizer.
         out: The folder.
         cuts: At least one (method, amount), made one after the other; ``parse_pruning`` reads them.
         steps: As for ``distil``; 0 heals nothing.
@@ -179,13 +180,16 @@ def prune_and_heal(
     folder = Path(out)
     _check_no_model(folder)
     (method, amount), *others = cuts
-    student = PrunedTransformerModel(name, amount, method, calibration=texts, dtype=dtype, seed=seed)
+    (model, tokenizer) = name if isinstance(name, tuple) else (name, None)
+    own: Any = copy.deepcopy(model) if isinstance(name, tuple) else model
+    settings: dict[str, Any] = {"calibration": texts, "tokenizer": tokenizer, "dtype": dtype, "seed": seed}
+    student = PrunedTransformerModel(own, amount, method, **settings)
     for method, amount in others:
         student.prune(amount, method, calibration=texts, seed=seed)
     with locked(folder):
         _check_no_model(folder)  # pruning took a while
         if steps:
-            teacher, _ = load_transformer(name, dtype)
+            teacher = model if isinstance(model, PreTrainedModel) else load_transformer(model, dtype)[0]
             distil(student, teacher, texts, steps, seed=seed, folder=folder / HEALING, progress=progress)
         with reporting_full_disk(folder, (SafetensorError,)):
             (folder / UNFINISHED).touch()

@@ -15,7 +15,7 @@ from agents.zoo import AGENTS, MASK_AWARE, OBSERVATION, env_settings
 from textgen_env.config import MOST_ROWS, EnvConfig, check_in_range, check_one_of, check_seed, check_type, check_unicode
 from textgen_env.conversation import UNLESS_SAID
 from textgen_env.errors import ConfigError
-from textgen_env.files import check_keys, parse_json
+from textgen_env.files import parse_json
 from textgen_env.prompts import SPLITS
 from textgen_env.registry import unknown_name
 from textgen_env.tasks import Task, open_task, task_id
@@ -156,6 +156,8 @@ class RunConfig:
         settings = CONVERSATION_SETTINGS if self.has_partner else ENV_SETTINGS
         settings = settings if task is None else task.settings
         whole = task is not None and task.settings.get("top_k", 16) is None
+        if task is None and not self.has_partner and isinstance(self.env.get("max_new_tokens"), int):
+            settings = {**settings, "min_new_tokens": self.env["max_new_tokens"]}  # full texts, whatever their length
         keys = env_settings(self.agent, whole_vocabulary=whole, has_partner=self.has_partner)["observation"]
         return {**settings, "observation": keys}
 
@@ -204,7 +206,7 @@ class RunConfig:
             trust: Also take a file that lets a hub repository's code run.
 
         Raises:
-            ConfigError: not JSON, not an object, a field that does not exist (with a suggestion), or
+            ConfigError: not JSON, no mapping, a field that does not exist (with a suggestion), or
                 ``trust_remote_code`` without ``trust``.
         """
         return cls.from_data(parse_json(text, CONFIG_SOURCE, allow_nan=True), trust)  # SB3 takes infinities
@@ -212,12 +214,13 @@ class RunConfig:
     @classmethod
     def from_data(cls, data: Any, trust: bool = False) -> RunConfig:
         """Return the configuration of plain data; see ``from_json``."""
-        read = check_keys(data, (), CONFIG_SOURCE, ConfigError)
+        if not isinstance(data, dict):
+            raise ConfigError(f"{CONFIG_SOURCE} must be a mapping (in JSON an object), got {type(data).__name__}")
         known = [f.name for f in fields(cls)]
-        for name in read:
+        for name in data:
             if name not in known:
-                raise unknown_name("field", name, known)
-        config = cls(**read)
+                raise unknown_name("field", str(name), known)
+        config = cls(**data)
         if config.env_config().trust_remote_code and not trust:
             raise ConfigError(
                 "the file asks to run code that a hub repository ships (trust_remote_code): load only what you trust, "

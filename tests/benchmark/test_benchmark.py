@@ -20,13 +20,13 @@ import pytest
 from forked import CONTEXT, Forked, textgen
 from typer.testing import CliRunner
 
-from agents.benchmark.cells import CellResult, _open, run_cell
+from agents.benchmark.cells import CellResult, _open, check_agents, run_cell
 from agents.benchmark.config import QUICK, BenchmarkConfig, Cell, task_ids
 from agents.benchmark.grid import read_cells, run_benchmark
 from agents.benchmark.pages import command_of, overall_table, write_report
 from agents.benchmark.results import RESULT_COLUMNS, compare_results, read_results, scores_by_agent, write_results
 from agents.cli.app import app
-from textgen_env.errors import ConfigError, RunFolderError, UnknownName
+from textgen_env.errors import ConfigError, ContractError, RunFolderError, UnknownName
 from textgen_env.tasks import make_task
 
 CONFIG = BenchmarkConfig(
@@ -259,6 +259,25 @@ def test_a_folder_of_another_configuration_is_refused(done, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="holds no benchmark"):
         run_benchmark(CONFIG, tmp_path)
+
+
+def test_an_agent_whose_learn_takes_no_steps_is_refused_before_anything_runs(tmp_path):
+    config = replace(CONFIG, tasks=CONFIG.tasks[:1], agents=("sample", "my_agents:TakesNoSteps"), seeds=(0,))
+    with pytest.raises(ContractError, match=r"'my_agents:TakesNoSteps' must have learn\(steps\): too many positional"):
+        run_benchmark(config, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    check_agents(replace(config, agents=("my_agents:TakesSteps",)))
+
+
+def test_words_of_code_are_code_on_the_page(tmp_path):
+    config = replace(CONFIG, tasks=("DelayedKey:delay=2",), agents=("sample",), seeds=(0,))
+    results = [run_cell(config, cell) for cell in config.cells]
+    write_results(tmp_path / "results.csv", results)
+    write_report(tmp_path, config, results)
+    page = (tmp_path / "report.html").read_text()
+    assert "its reward comes <code>delay</code> tokens later" in page
+    assert "`" not in page
+    assert "`delay` tokens later" in (tmp_path / "report.md").read_text()
 
 
 def test_scores_that_could_not_be_normalised_are_refused_before_anything_runs(tmp_path):

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from forked import CONTEXT
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from agents.cli.app import app
@@ -214,6 +216,15 @@ def test_models_and_prompts_may_be_functions_too(project):
     assert textgen("generate", "runs/b", "--prompt", "the film").exit_code == 0
     written = textgen("generate", "--model", "my_reward.py:model", "--prompt", "the film")
     assert written.exit_code == 0, written.output
+    cut = ("--method", "layers", "--amount", 0.5, "--heal", 1, "--text", "prompts.txt")
+    for model, out in (("model", "by_name"), ("my_reward.py:model", "by_code")):
+        pruned = textgen("prune", model, *cut, "--out", out)
+        assert pruned.exit_code == 0, pruned.output
+    by_name, by_code = (load_file(Path(out) / "model.safetensors") for out in ("by_name", "by_code"))
+    assert by_name.keys() == by_code.keys()
+    assert all(torch.equal(weight, by_code[name]) for name, weight in by_name.items())
+    refused = textgen("prune", "my_reward.py:prompts", "--out", "c")
+    assert refused.exit_code == 2
     refused = textgen("train", "--model", "my_reward.py:model", "--prune", "l1_unstructured:0.1", "--out", "c")
     assert "prune needs a model by name" in refused.stderr
 
@@ -455,6 +466,20 @@ def test_prompts_are_kept_only_where_they_come_back_the_same(tmp_path):
 # --- YAML
 
 
+def test_texts_of_another_length_are_full_unless_the_file_says_otherwise(tmp_path):
+    for written, expected in (
+        ("{max_new_tokens: 8}", (8, 8)),
+        ("{max_new_tokens: 40}", (40, 40)),
+        ("{max_new_tokens: 8, min_new_tokens: 3}", (3, 8)),
+        ("{top_k: 4}", (20, 20)),
+    ):
+        (tmp_path / "a.yaml").write_text(f"env: {written}")
+        env = read_config(tmp_path / "a.yaml").env
+        assert (env["min_new_tokens"], env["max_new_tokens"]) == expected
+    (tmp_path / "a.yaml").write_text("{env: {max_new_tokens: 8}, partner: {name: script, lines: ['Why?']}}")
+    assert read_config(tmp_path / "a.yaml").env["min_new_tokens"] == 0
+
+
 def test_a_yaml_configuration_is_the_same_as_json(project):
     (project / "sub").mkdir()
     Path("sub/a.yaml").write_text(
@@ -472,7 +497,8 @@ def test_a_yaml_configuration_is_the_same_as_json(project):
     ("text", "message"),
     [
         ("a: [", "must be YAML"),
-        ("- a", "JSON object, got list"),
+        ("- a", r"must be a mapping \(in JSON an object\), got list"),
+        ("1: 2", "unknown field '1'"),
         ("stepps: 1", "Did you mean 'steps'"),
         ("a: &x [1]\nb: *x", "aliases"),
         ("steps: !!python/object/apply:os.system ['true']", "must be YAML"),
