@@ -20,28 +20,24 @@ WIDE = 100
 INDENT = "  "
 
 
-class Command(TyperCommand):
-    """A command whose help loses nothing on a narrow terminal."""
+class _WholeHelp:
+    """Help that loses nothing on a narrow terminal."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Show the help."""
         width = open_console().width
         if width >= WIDE:
-            super().format_help(ctx, formatter)
+            super().format_help(ctx, formatter)  # type: ignore[misc]  # of typer's class
         else:
             formatter.write(narrow_help(self, ctx, width))
 
 
-class Group(TyperGroup):
-    """A group of commands whose help loses nothing on a narrow terminal."""
+class Command(_WholeHelp, TyperCommand):
+    """A command with such help."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Show the help."""
-        width = open_console().width
-        if width >= WIDE:
-            super().format_help(ctx, formatter)
-        else:
-            formatter.write(narrow_help(self, ctx, width))
+
+class Group(_WholeHelp, TyperGroup):
+    """A group of commands with such help."""
 
 
 def narrow_help(command: Any, ctx: Any, width: int) -> str:
